@@ -1,0 +1,176 @@
+"""A training state saved and restored exactly, atomically: a run that is killed goes on as if it had not been.
+
+A state is one safetensors file, its counters as JSON in that file's header: nothing is half new and half old, and
+nothing is pickled. Files are written aside, flushed to disk, then renamed: whenever the process is killed, the name
+holds the old content or the new one, whole.
+
+    save(dir, *state_of(model=model, optimizer=optimizer, generator=generator, step=step))
+    if state := load(dir):
+        step = restore(*state, model=model, optimizer=optimizer, generator=generator)["step"]
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+STATE, DONE = "state.safetensors", "DONE"
+
+
+def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
+    path, temporary = _aside(Path(dir) / STATE)
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, {"meta": json.dumps(meta)})
+    _into_place(temporary, path)
+
+
+def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
+    """The last state that was saved whole, on the CPU; None if there is none."""
+    path = Path(dir) / STATE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a whole training state ({error})") from None
+
+
+def atomic_write(path: str | Path, text: str):
+    path, temporary = _aside(path)
+    temporary.write_text(text, encoding="utf-8")
+    _into_place(temporary, path)
+
+
+def _aside(path: str | Path) -> tuple[Path, Path]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, path.with_name(path.name + ".tmp")  # always this name: what a killed writer left is overwritten
+
+
+def _into_place(temporary: Path, path: Path):
+    _flush(temporary)  # the content first: a name that outlives a power cut must not name an empty file
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def _flush(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, meta) for `save`, of named modules, optimizers, generators, tensors, and values that JSON can hold."""
+    tensors, meta = {}, {}
+    for name, part in parts.items():
+        if isinstance(part, Module):
+            tensors |= {f"{name}.{key}": weight for key, weight in _weights(part).items()}
+        elif isinstance(part, Optimizer):
+            state = part.state_dict()
+            tensors |= {f"{name}.{i}.{key}": t for i, moments in state["state"].items() for key, t in moments.items()}
+            meta[name] = state["param_groups"]
+        elif isinstance(part, Generator):
+            tensors[name] = part.get_state()
+        elif isinstance(part, Tensor):
+            tensors[name] = part
+        else:
+            meta[name] = part
+    return tensors, meta
+
+
+def restore(tensors: dict[str, Tensor], meta: dict, **objects: Module | Optimizer | Generator) -> dict:
+    """Puts the state into the objects, in place; returns the rest of it, plain values and tensors, by name."""
+    tensors, meta = dict(tensors), dict(meta)
+    for name, target in objects.items():
+        own = {key[len(name) + 1:]: tensors.pop(key) for key in [*tensors] if f"{key}.".startswith(f"{name}.")}
+        groups = meta.pop(name, None)
+        if not own and groups is None:
+            raise ValueError(f"the training state holds no {name}")
+        if isinstance(target, Module):
+            _restore_module(target, own, name)
+        elif isinstance(target, Optimizer):
+            _restore_optimizer(target, own, groups)
+        else:
+            target.set_state(own[""])
+    return meta | tensors
+
+
+def _weights(module: Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers; of tied ones (embedding and head) only the first name."""
+    kept = module.state_dict().keys()
+    return dict(module.named_parameters()) | {name: b for name, b in module.named_buffers() if name in kept}
+
+
+def _restore_module(module: Module, own: dict[str, Tensor], name: str):
+    weights = _weights(module)
+    for key in weights.keys() | own.keys():
+        saved, here = (tuple(side[key].shape) if key in side else None for side in (own, weights))
+        if saved != here:
+            raise ValueError(f"{name}.{key} has shape {saved} in the training state, {here} in the model")
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(own[key])
+
+
+def _restore_optimizer(optimizer: Optimizer, own: dict[str, Tensor], groups: list[dict]):
+    state = {}
+    for key, t in own.items():  # "0.exp_avg"
+        i, moment = key.split(".")
+        state.setdefault(int(i), {})[moment] = t.clone()
+    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """All rows; a last line that a killed writer left unfinished is not one."""
+    rows, lines = [], Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            if number < len(lines):  # its line end is there: not unfinished but wrong
+                raise ValueError(f"{path}:{number}: not JSON") from None
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]):
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: str | Path, row: dict):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        size = file.tell()
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            write_jsonl(path, read_jsonl(path))  # without the unfinished line, or this row would be glued to it
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def code_hash(*paths: str | Path) -> str:
+    return hashlib.sha256(b"\0".join(Path(path).read_bytes() for path in paths)).hexdigest()
+
+
+def mark_finished(dir: str | Path, meta: dict):
+    """The last thing a stage does: DONE says that the rest of `dir` is whole, and which settings and code made it."""
+    atomic_write(Path(dir) / DONE, json.dumps(meta, indent=1, sort_keys=True) + "\n")
+
+
+def finished(dir: str | Path) -> dict | None:
+    """What mark_finished was given, to compare with today's settings and code; None if the stage is not finished."""
+    path = Path(dir) / DONE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None

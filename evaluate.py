@@ -1,0 +1,150 @@
+"""Measuring a model: pass@1, pass@k, maj@k, length, form, language, help and harm, accuracy under thinking budgets.
+
+As R1 evaluates [v1 3]: k samples a problem at T 0.6 and top-p 0.95, pass@1 = mean correctness; greedy decoding is
+avoided. Every figure is a mean over problems, with a 95% bootstrap interval over problems; a comparison of two
+models on the same problems is a paired bootstrap.
+
+    python evaluate.py --model DIR --data FILE.jsonl     # rows {"prompt", "answer", "language", "kind"}
+"""
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+
+@dataclass
+class EvalConfig:
+    samples: int = 8            # R1: 64 for AIME
+    temperature: float = 0.6    # R1: 0.6
+    top_p: float = 0.95         # R1: 0.95
+    max_new_tokens: int = 200
+    batch_rows: int = 512       # completions sampled at once
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.samples < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"samples {self.samples}, temperature {self.temperature} or top_p {self.top_p} out of range")
+
+
+# ------------------------------------------------------------------------------------------- estimators
+
+def pass_at_k(n, c, k):
+    """The chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {c} correct among {n} samples")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def majority_at_k(answers, reference, k):
+    """The chance that a vote of k samples finds the reference: mean over the disjoint lots of k among `answers`.
+
+    An unreadable answer (None) does not vote; a tie gives each of the tied an equal chance.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"maj@{k} of {len(answers)} samples")
+    lots = [answers[i:i + k] for i in range(0, len(answers) - k + 1, k)]
+    return sum(_vote(lot, reference) for lot in lots) / len(lots)
+
+
+def _vote(answers, reference):
+    votes = Counter(a for a in answers if a is not None)
+    best = [a for a, count in votes.items() if count == max(votes.values())]
+    return (reference in best) / len(best) if best else 0.0
+
+
+def bootstrap(values, draws=2000, seed=0):
+    """Mean and 95% interval over problems: values (N,), NaN where a problem has none."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan"), float("nan")
+    means = values[np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    return float(values.mean()), *(float(x) for x in np.percentile(means, [2.5, 97.5]))
+
+
+def paired_bootstrap(a, b, draws=2000, seed=0):
+    """mean(b) - mean(a) over the same problems, with its 95% interval; a problem without a value in one is left out of that mean."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} problems cannot be paired")
+    rows = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
+    differences = np.nanmean(b[rows], axis=1) - np.nanmean(a[rows], axis=1)
+    return float(np.nanmean(b) - np.nanmean(a)), *(float(x) for x in np.nanpercentile(differences, [2.5, 97.5]))
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+def complete(prompts, generate, decode, config):
+    """config.samples completions of each prompt (lists of ids): texts (N lists of n) and token counts (N, n)."""
+    n, texts, counts = config.samples, [None] * len(prompts), np.zeros((len(prompts), config.samples), dtype=int)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+    lot = max(1, config.batch_rows // n)
+    for at in range(0, len(order), lot):
+        chosen = order[at:at + lot]
+        ids, lengths, _ = generate([prompts[i] for i in chosen], n=n, max_new_tokens=config.max_new_tokens,
+                                   temperature=config.temperature, top_p=config.top_p)
+        ids, lengths = ids.tolist(), lengths.tolist()
+        for j, i in enumerate(chosen):
+            texts[i] = [decode(ids[r][:lengths[r]]) for r in range(j * n, (j + 1) * n)]
+            counts[i] = lengths[j * n:(j + 1) * n]
+    return texts, counts
+
+
+# ------------------------------------------------------------------------------------------- metrics
+
+def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking, ks=()):
+    """{metric: (N,) one value a problem, NaN where it does not apply} of the completions texts[i][j].
+
+    rules: {name: (completion, example) -> float}, averaged over the samples; "accuracy" is the metric of any stage's
+    style and "accuracy_strict" the training reward. Within outputs that think: accuracy, language, thinking's length.
+    """
+    values = {name: [np.mean([rule(t, e) for t in row]) for e, row in zip(examples, texts)] for name, rule in rules.items()}
+    values["length"] = counts.mean(axis=1)
+    thinking = [[thinks(t) for t in row] for row in texts]
+    values["thinks"] = [np.mean(row) for row in thinking]
+    for name, rule in [("accuracy", rules["accuracy"]), ("language", rules["language_consistency"]),
+                       ("length", lambda t, e: count_thinking(t))]:
+        within = [[rule(t, e) for t, flag in zip(row, flags) if flag] for e, row, flags in zip(examples, texts, thinking)]
+        values[f"{name}_if_thinking"] = [np.mean(row) if row else np.nan for row in within]
+    if any(e["kind"] == "reasoning" for e in examples):
+        answers = [[final_answer(t) for t in row] for row in texts]
+        correct = [sum(rules["accuracy"](t, e) for t in row) for e, row in zip(examples, texts)]
+        for k in ks:
+            values[f"pass@{k}"] = [pass_at_k(counts.shape[1], int(c), k) for c in correct]
+            values[f"maj@{k}"] = [majority_at_k(row, final_answer(e["answer"]), k) for e, row in zip(examples, answers)]
+    return {name: np.asarray(v, dtype=float) for name, v in values.items()}
+
+
+def summarise(values, groups=None):
+    """{metric: [mean, low, high]}; groups {name: indices of problems} adds "accuracy_<name>"."""
+    summary = {name: list(bootstrap(v)) for name, v in values.items()}
+    for name, rows in (groups or {}).items():
+        if len(rows):
+            summary[f"accuracy_{name}"] = list(bootstrap(values["accuracy"][rows]))
+    return summary
+
+
+def with_budget(prompts, generate, decode, config, budget, end_thinking, thinking_over):
+    """Completions whose thinking is cut after `budget` tokens [s1, arXiv 2501.19393].
+
+    A completion that still thinks then (thinking_over(text) is False) is cut and continued after `end_thinking`, the
+    ids that close the thinking and open the answer. Returns texts as `complete`.
+    """
+    n = config.samples
+    ids, lengths, _ = generate(prompts, n=n, max_new_tokens=budget, temperature=config.temperature, top_p=config.top_p)
+    heads = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
+    cut = [r for r, head in enumerate(heads) if not thinking_over(decode(head))]
+    open_ = [r for r, head in enumerate(heads) if r not in set(cut) and len(head) == budget]  # the answer is under way
+    goes_on = {r: heads[r] + list(end_thinking) for r in cut} | {r: heads[r] for r in open_}
+    texts = [decode(head) for head in heads]
+    rows = sorted(goes_on, key=lambda r: len(prompts[r // n]) + len(goes_on[r]))
+    for at in range(0, len(rows), config.batch_rows):
+        chosen = rows[at:at + config.batch_rows]
+        more, counts, _ = generate([list(prompts[r // n]) + goes_on[r] for r in chosen], n=1, max_new_tokens=40,
+                                   temperature=config.temperature, top_p=config.top_p)
+        for r, ids, count in zip(chosen, more.tolist(), counts.tolist()):
+            texts[r] = decode(goes_on[r] + ids[:count])
+    return [texts[i * n:(i + 1) * n] for i in range(len(prompts))]

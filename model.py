@@ -1,0 +1,309 @@
+"""A decoder-only transformer of the Llama family, its KV cache, sampling, and weights in and out.
+
+Llama, Qwen2 (bias on q, k, v) and Qwen3 (norm on each head's q and k) are one architecture with three
+switches, all read from Hugging Face's `config.json`; parameters carry Hugging Face's names, so a directory
+written here opens in `transformers`, and a dense Llama, Qwen2 or Qwen3 directory opens here.
+
+    python model.py DIR                          # chat in the terminal
+    python model.py DIR --prompt "What is 2+3?"  # one answer
+
+Shapes: B rows, T positions, D hidden size, H heads, K key/value heads, d head size, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass
+class Config:
+    """The fields of config.json that the computation depends on, under Hugging Face's names."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 512
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    model_type: str = "llama"  # decides the qkv bias (qwen2) and the q/k norm (qwen3)
+
+    def __post_init__(self):
+        if self.model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type {self.model_type!r} is not supported, only {', '.join(ARCHITECTURES)}")
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+
+
+# ------------------------------------------------------------------------------------------- the layers
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        variance = x.float().square().mean(-1, keepdim=True)  # in fp32: bf16 squares lose too much
+        return (x * torch.rsqrt(variance + self.eps).to(x.dtype)) * self.weight.to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair (x_i, x_{i+d/2}) by its position's angle. x (B, H, T, d), cos and sin (B, 1, T, d)."""
+    left, right = x.chunk(2, dim=-1)  # the rotate-half pairing of Hugging Face's checkpoints
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        bias = c.model_type == "qwen2"
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
+        if c.model_type == "qwen3":
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)     # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q, k, v, mask):
+    """softmax(q k' / sqrt(d)) v. mask: True where a query may look, or None for plain causal attention."""
+    dtype, (B, H, T, d), K = q.dtype, q.shape, k.shape[1]
+    if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
+        q = q.reshape(B, K, H // K, d)
+        if q.device.type == "cuda":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, d)
+        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(d)  # by hand: twice as fast as the CPU's fused kernel here
+        return (scores.masked_fill(~mask, -math.inf).softmax(-1).to(dtype) @ v).view(B, H, 1, d)
+    with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()  # bf16 attention's backward is 5x slower on a CPU
+        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
+
+    `start` (B,) is each row's first real column: columns before it are padding and never looked at.
+    """
+
+    def __init__(self, config: Config, start, capacity, dtype):
+        shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=start.device)
+        self.v = torch.zeros(shape, dtype=dtype, device=start.device)
+        self.start, self.length = start, 0
+
+    def update(self, layer, k, v):
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def select(self, rows, capacity=None):
+        """The cache of these rows (an index tensor, repeats allowed), with room for `capacity` columns."""
+        new = object.__new__(KVCache)
+        grow = (0, 0, 0, (capacity or self.k.shape[3]) - self.length)
+        new.k = F.pad(self.k[:, rows, :, :self.length], grow)
+        new.v = F.pad(self.v[:, rows, :, :self.length], grow)
+        new.start, new.length = self.start[rows], self.length
+        return new
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+        angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency).repeat(1, 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (max positions, d)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """Normal with std 0.02; what writes into the residual stream is scaled down by sqrt(2 layers) (GPT-2)."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                p.normal_(0, 0.02 / math.sqrt(2 * len(self.layers)) if into_residual else 0.02, generator=generator)
+        return self
+
+    def hidden(self, ids, positions=None, segments=None, cache=None):
+        """The last layer's normed states, (B, T, D), for callers that must not hold (B, T, V); arguments as in `forward`."""
+        B, T = ids.shape
+        past = cache.length if cache is not None else 0
+        if past + T > self.config.max_position_embeddings:
+            raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
+        column = torch.arange(past, past + T, device=ids.device)
+        mask = None  # plain causal attention, which has the fastest kernels
+        if cache is not None:
+            positions = (column - cache.start[:, None]).clamp(min=0)
+            every = torch.arange(past + T, device=ids.device)
+            mask = (every <= column[:, None]) & (every >= cache.start[:, None, None])
+            mask = (mask | (every == column[:, None]))[:, None]  # padding sees itself: an empty row would be NaN
+        elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
+            mask = ((segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None]))[:, None]
+        if positions is None:
+            positions = column[None]
+        x = self.embed_tokens(ids)
+        if torch.is_autocast_enabled(ids.device.type):
+            x = x.to(torch.get_autocast_dtype(ids.device.type))
+        cos, sin = self.cos[positions][:, None].to(x.dtype), self.sin[positions][:, None].to(x.dtype)  # (B, 1, T, d)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def head(self, h):
+        """Logits (..., V) of hidden states (..., D)."""
+        return self.lm_head(h)
+
+    def forward(self, ids, positions=None, segments=None, cache=None):
+        """Next-token logits (B, T, V) of ids (B, T).
+
+        positions (B, T): rotary positions, 0.. by default. segments (B, T): number of the packed example that
+        a token belongs to; tokens of different segments do not see one another. cache: a KVCache, which gives
+        the positions and is advanced by T. Raises ValueError beyond the context length.
+        """
+        return self.head(self.hidden(ids, positions, segments, cache))
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+def sampling_logprobs(logits, temperature=1.0, top_p=1.0):
+    """The sampling distribution, as log-probabilities (B, V): temperature, then the smallest set of tokens with mass >= top_p."""
+    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        sorted_logprobs, order = logprobs.sort(dim=-1, descending=True)
+        mass_before = sorted_logprobs.exp().cumsum(-1) - sorted_logprobs.exp()
+        cut = torch.zeros_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+        logprobs = F.log_softmax(logprobs.masked_fill(cut, -math.inf), dim=-1)
+    return logprobs
+
+
+def sample(logits, temperature, top_p, generator):
+    """One token a row, and its log-probability under the distribution it was drawn from. logits (B, V) -> (B,), (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logprobs = sampling_logprobs(logits, temperature, top_p)
+    cdf = logprobs.exp().cumsum(-1)
+    u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cdf[:, -1:]
+    # right=True skips cut tokens, whose step in the cdf has no height; the clamp guards u == the last step
+    token = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[1] - 1)
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None, on_token=None):
+    """n samples of each prompt.
+
+    prompts: lists of token ids, of any lengths. Each is prefilled once for all its samples; a row stops at the
+    first token of `end_ids`, which is kept and counted; finished rows leave the batch. Temperature 0 is greedy.
+    on_token(token) is called for each token of a single row (streaming); returning False stops.
+    Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after a row's length;
+    lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens.
+    Raises ValueError for an empty prompt or one that does not fit the context.
+    """
+    device = model.embed_tokens.weight.device
+    context, longest = model.config.max_position_embeddings, max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
+    if longest >= context:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of {context}")
+    steps = min(max_new_tokens, context - longest)
+    start = torch.tensor([longest - len(p) for p in prompts], device=device)
+    padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    cache = KVCache(model.config, start, longest, model.embed_tokens.weight.dtype)
+    logits = model.head(model.hidden(padded, cache=cache)[:, -1])  # (N, V)
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    cache, logits = cache.select(rows, capacity=longest + steps), logits[rows]
+
+    ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
+    lengths = torch.full((len(rows),), steps, device=device)
+    ends = torch.tensor(list(end_ids), device=device)
+    active = torch.arange(len(rows), device=device)  # which result row each row of the batch belongs to
+    done = torch.zeros_like(active, dtype=torch.bool)
+    for t in range(steps):
+        token, logprob = sample(logits, temperature, top_p, generator)
+        going = active[~done]
+        ids[going, t], logprobs[going, t] = token[~done], logprob[~done]
+        if on_token is not None and on_token(token.item()) is False:
+            lengths[:] = t + 1
+            break
+        ended = torch.isin(token, ends) & ~done
+        lengths[active[ended]] = t + 1
+        done |= ended
+        if t % 4 == 3 or len(active) == 1:  # finished rows leave the batch, in lots: a move costs a copy of the cache
+            left = int((~done).sum())
+            if left == 0:
+                break
+            if left <= 0.8 * len(active):
+                keep = (~done).nonzero()[:, 0]
+                cache, active, token, done = cache.select(keep), active[keep], token[keep], done[keep]
+        if t + 1 < steps:
+            logits = model(token[:, None], cache=cache)[:, -1]
+    return ids, lengths, logprobs

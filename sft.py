@@ -1,0 +1,141 @@
+"""Next-token training with a mask: supervised fine-tuning, and pretraining as the case without a mask.
+
+An example is (ids, prompt_length): the loss falls on the tokens after the prompt, the end token included
+(prompt_length 0: on all, which is pretraining). Examples are packed into rows and do not see one another.
+The recipe's stages that run through here: pretraining, cold start [R1 v2 B.3.2], SFT-2 [B.4.2], distillation [B.4.3].
+
+    python sft.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt": str, "completion": str}
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class SFTConfig:
+    lr: float = 1e-3            # R1: 5e-5 at 671B [v2 B.4.2]; small models take larger steps
+    min_lr_ratio: float = 0.1   # cosine down to a tenth, as R1
+    warmup: float = 0.05        # share of the steps; not published
+    epochs: int = 2             # R1: 2-3
+    batch_tokens: int = 8192    # tokens of one update
+    micro_batch_rows: int = 16  # rows of one forward pass; changes memory and speed, not the result
+    row_length: int = 256       # packed row
+    weight_decay: float = 0.1   # on matrices only
+    betas: tuple = (0.9, 0.95)
+    grad_clip: float = 1.0
+    dtype: str = "bfloat16"     # of the forward pass; weights, gradients and Adam stay fp32
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.batch_tokens < self.row_length:
+            raise ValueError(f"batch_tokens {self.batch_tokens} is less than one row of {self.row_length}")
+        if self.lr <= 0 or self.epochs < 1:
+            raise ValueError(f"lr {self.lr} and epochs {self.epochs} must be positive")
+
+
+def pack(examples, row_length):
+    """Fill rows of `row_length` tokens with whole examples, in order; each goes to the first of a few open rows with room.
+
+    Returns tensors (R, row_length): ids; segments (1.. within a row, 0 for padding); positions (from 0 in each
+    example); targets, the next token where the loss falls and -100 elsewhere. An example longer than a row is cut.
+    """
+    full, open_rows = [], []
+    for ids, prompt_length in examples:
+        ids = ids[:row_length]
+        row = next((r for r in open_rows if r["used"] + len(ids) <= row_length), None)
+        if row is None:
+            if len(open_rows) == 8:  # give up on the fullest
+                full.append(open_rows.pop(max(range(8), key=lambda i: open_rows[i]["used"])))
+            row = {"used": 0, "examples": []}
+            open_rows.append(row)
+        row["used"] += len(ids)
+        row["examples"].append((ids, prompt_length))
+    rows = full + open_rows
+    ids, segments, positions = (torch.zeros(len(rows), row_length, dtype=torch.long) for _ in range(3))
+    targets = torch.full((len(rows), row_length), -100)
+    for r, row in enumerate(rows):
+        at = 0
+        for s, (tokens, prompt_length) in enumerate(row["examples"], 1):
+            end, tokens = at + len(tokens), torch.tensor(tokens)
+            ids[r, at:end], segments[r, at:end], positions[r, at:end] = tokens, s, torch.arange(len(tokens))
+            first = max(prompt_length, 1)  # the token at i is predicted at i-1
+            targets[r, at + first - 1:end - 1] = tokens[first:]
+            at = end
+    return ids, segments, positions, targets
+
+
+def learning_rate(step, steps, c: SFTConfig):
+    """Linear warm-up, then a cosine down to lr * min_lr_ratio."""
+    warmup = max(1, round(c.warmup * steps))
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
+    """AdamW; decay on matrices only, not on biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
+
+
+def loss_sum(model, ids, segments, positions, targets, dtype):
+    """The summed cross-entropy over the targets of these rows."""
+    with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
+        logits = model(ids, positions=positions, segments=segments)  # (B, T, V)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
+    """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics.
+
+    log(metrics) is called each step. save(model=..., optimizer=..., step=...) is offered the state after each step;
+    resume(model=..., optimizer=...) puts such a state back and returns {"step": ...}.
+    Raises ValueError when there is no example, or none with a token to learn.
+    """
+    c, device = config, next(model.parameters()).device
+    if not any(len(ids) > max(prompt_length, 1) for ids, prompt_length in examples):
+        raise ValueError(f"none of the {len(examples)} examples has a token to learn")
+    optimizer = make_optimizer(model, c.lr, c.weight_decay, c.betas)
+    order = torch.Generator().manual_seed(c.seed)
+    rows_of_epochs = []
+    for _ in range(c.epochs):  # a new packing each epoch
+        shuffled = torch.randperm(len(examples), generator=order).tolist()
+        rows = pack([examples[i] for i in shuffled], c.row_length)
+        rows_of_epochs.append([x[torch.randperm(len(x), generator=torch.Generator().manual_seed(c.seed))] for x in rows])
+    data = [torch.cat(parts) for parts in zip(*rows_of_epochs)]
+    rows_a_step = max(1, c.batch_tokens // c.row_length)
+    steps = math.ceil(len(data[0]) / rows_a_step)
+    step, metrics = 0, {}
+    if resume is not None:
+        step = resume(model=model, optimizer=optimizer)["step"]
+    model.train()
+    while step < steps:
+        started = time.time()
+        batch = [x[step * rows_a_step:(step + 1) * rows_a_step] for x in data]
+        tokens = (batch[3] != -100).sum().item()  # the whole step's count: micro-batches change nothing
+        total = 0.0
+        for rows in zip(*(x.split(c.micro_batch_rows) for x in batch)):
+            loss = loss_sum(model, *(x.to(device) for x in rows), c.dtype) / max(tokens, 1)
+            loss.backward()
+            total += loss.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, c)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        metrics = {"step": step, "steps": steps, "loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
+                   "tokens": int((batch[1] > 0).sum()), "seconds": time.time() - started}
+        if log is not None:
+            log(metrics)
+        if save is not None:
+            save(model=model, optimizer=optimizer, step=step)
+    return metrics

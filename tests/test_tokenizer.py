@@ -1,0 +1,257 @@
+"""What transformers makes of the same strings is recorded in tests/fixtures/tokenizers (record.py there)."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import tokenizer as tokenizer_module
+from tokenizer import PATTERN, TAGS, Tokenizer, train_bpe
+
+FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
+STRINGS = json.loads((FIXTURES / "strings.json").read_text()) if (FIXTURES / "strings.json").exists() else []
+SAMPLE = [f"{name} has {a} apples and gives {b} away. <think> {a} - {b} = {a - b} </think><answer>{a - b}</answer><|end|>\n"
+          f"{名}有{a}个苹果，送了{b}个，还剩几个？<think>{a} - {b} = {a - b}</think><answer>还剩{a - b}个苹果。</answer><|end|>\n"
+          for name, 名, a, b in [("Tom", "小明", 57, 12), ("Anna", "小红", 103, 99), ("Tom", "小红", 88, 8),
+                                ("Ben", "小明", 190, 25), ("Anna", "小丽", 77, 77)]]
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return Tokenizer(FIXTURES / "ours")
+
+
+def break_it(tmp_path, change) -> Path:
+    """A copy of our tokenizer with its JSON changed."""
+    spec = json.loads((FIXTURES / "ours" / "tokenizer.json").read_text())
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen"])
+def test_ids_and_text_are_those_that_transformers_gives(layout):
+    tokenizer = Tokenizer(FIXTURES / layout)
+    for text, row in zip(STRINGS, json.loads((FIXTURES / layout / "ids.json").read_text()), strict=True):
+        assert tokenizer.encode(text, allow_special=True) == row["special"], text
+        assert tokenizer.encode(text) == row["user"], text
+        assert tokenizer.decode(row["special"]) == row["decoded"], text
+
+
+def test_what_save_writes_opens_in_transformers_with_the_same_ids(ours, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.eos_token_id, len(theirs)) == (ours.end_id, ours.vocab_size)
+    for text in STRINGS:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, allow_special=True)
+
+
+def test_a_saved_tokenizer_reads_back_as_itself(ours, tmp_path):
+    ours.save(tmp_path / "new")
+    again = Tokenizer(tmp_path / "new")
+    assert (again.spec, again.end_id, again.vocab_size) == (ours.spec, ours.end_id, ours.vocab_size)
+    assert again.config["tokenizer_class"] == "PreTrainedTokenizerFast" and again.config["eos_token"] == "<|end|>"
+
+
+def test_any_text_comes_back_as_it_was(ours):
+    rng = random.Random(0)
+    anything = ["".join(map(chr, rng.choices([*range(0xd800), *range(0xe000, 0x110000)], k=20))) for _ in range(200)]
+    for text in STRINGS + anything + SAMPLE:
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_an_nfc_tokenizer_gives_the_composed_text_back():
+    qwen = Tokenizer(FIXTURES / "qwen")
+    assert qwen.decode(qwen.encode("e\u0301")) == unicodedata.normalize("NFC", "e\u0301") == "\u00e9"
+
+
+def test_user_text_never_becomes_a_control_token(ours):
+    for text in STRINGS + ["<|end|>", "<<|end|>|end|>", "<|<think>end|>", "\u200b<|end|>"]:
+        assert ours.end_id not in ours.encode(text)
+    assert ours.encode("7<|end|>", allow_special=True)[-1] == ours.end_id
+
+
+def test_each_tag_is_one_token_that_decodes_as_text(ours):
+    for tag in TAGS:
+        assert len(ours.encode(tag)) == 1 and ours.decode(ours.encode(tag)) == tag
+
+
+def test_the_end_token_is_left_out_of_the_text(ours):
+    assert ours.decode([*ours.encode("<answer>7</answer>"), ours.end_id]) == "<answer>7</answer>"
+
+
+def test_a_cut_character_and_an_id_beyond_the_vocabulary_do_no_harm(ours):
+    assert ours.decode([0xe8, ord("a")]) == "\ufffda"
+    assert ours.decode([ord("a"), ours.vocab_size + 5]) == "a"
+
+
+def test_the_longest_tag_wins(tmp_path):
+    """HF's automaton looks for the longest; a plain alternation would take the first and leave 2> behind."""
+    def nest(spec):
+        spec["added_tokens"][0]["content"], spec["added_tokens"][1]["content"] = "<t", "<t2>"
+    tokenizer = Tokenizer(break_it(tmp_path, nest))
+    assert len(tokenizer.encode("<t2>")) == 1
+
+
+# ---- training
+
+def test_training_gives_the_recorded_tokenizer():
+    """The same at each run and on each machine. To record: json.dump(train_bpe(SAMPLE, 400), ...), Tokenizer.save."""
+    assert train_bpe(iter(SAMPLE), 400) == json.loads((FIXTURES / "ours" / "tokenizer.json").read_text())
+
+
+def test_the_order_of_the_texts_does_not_matter():
+    assert train_bpe(SAMPLE[::-1], 400) == train_bpe(SAMPLE, 400)
+
+
+def test_the_merges_are_those_of_counting_everything_anew_each_time():
+    import regex
+    texts = ["low lower lowest", "aaaa aaa aa banana", "new newer  widest", "苹果和苹果"]
+    words = [[bytes([b]) for b in piece.encode()] for text in texts for piece in regex.findall(PATTERN, text)]
+    expected = []
+    while True:
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        pair, n = min(counts.items(), key=lambda item: (-item[1], item[0]), default=(None, 0))
+        if n < 2:
+            break
+        expected.append(pair[0] + pair[1])
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == pair:
+                    word[i:i + 2] = [word[i] + word[i + 1]]
+                i += 1
+    spec = train_bpe(texts, 5000)
+    tokens = ["".join(merge.split()) for merge in spec["model"]["merges"]][10:]
+    assert [bytes(tokenizer_module.BYTE[c] for c in token) for token in tokens] == expected
+
+
+def test_digits_stay_single_and_carry_their_space(ours):
+    for id in range(ours.vocab_size):
+        assert len(re.findall(rb"[0-9]", ours.encoding.decode_single_token_bytes(id))) <= 1
+    for digit in range(10):
+        assert len(ours.encode(f" {digit}")) == 1
+    assert [ours.decode([id]) for id in ours.encode("12 + 340=352")] == [*"12", " +", " 3", *"40=352"]
+
+
+def test_digits_are_tokens_even_where_the_texts_have_none():
+    merges = train_bpe(["no numbers here"], 271)["model"]["merges"]
+    assert merges == [f"Ġ {digit}" for digit in range(10)]
+
+
+def test_a_word_of_the_sample_becomes_one_token(ours):
+    assert len(ours.encode(" apples")) == len(ours.encode("苹")) == 1
+
+
+def test_tags_in_the_texts_are_not_counted():
+    with_tags, without = (train_bpe([f"{tag}to{tag}to"] * 9, 300) for tag in ("<think>", "\n"))
+    assert with_tags == without
+
+
+def test_the_pattern_leaves_nothing_out_and_cuts_alike_in_both_regex_engines(ours):
+    """tiktoken's engine cuts where Python's does: no token of tiktoken's crosses a border that Python's found."""
+    import regex
+    for text in STRINGS:
+        pieces = regex.findall(PATTERN, text)
+        assert "".join(pieces) == text
+        assert ours.encoding.encode_ordinary(text) == [id for piece in pieces for id in ours.encoding.encode_ordinary(piece)]
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("culprit, change", [
+    ("Lowercase", lambda s: s.update(normalizer={"type": "Lowercase"})),
+    ("Metaspace", lambda s: s.update(pre_tokenizer={"type": "Metaspace"})),
+    ("pre_tokenizer", lambda s: s.update(pre_tokenizer=None)),
+    ("Digits", lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits"})),
+    ("add_prefix_space", lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
+    ("Removed", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
+    ("leaves text out", lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{L}+|\s")),
+    ("position", lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(")),
+    ("Unigram", lambda s: s["model"].update(type="Unigram")),
+    ("byte_fallback", lambda s: s["model"].update(byte_fallback=True)),
+    ("byte-level", lambda s: s["model"]["vocab"].pop("Ġ")),
+    ("different orders", lambda s: s["model"].update(merges=s["model"]["merges"][::-1])),
+    ("do not merge into it", lambda s: s["model"]["merges"].pop()),
+    ("lstrip", lambda s: s["added_tokens"][0].update(lstrip=True)),
+    ("share an id", lambda s: s["added_tokens"][0].update(id=300)),
+    ("end token", lambda s: s["added_tokens"][-1].update(special=False)),
+    ("'model'", lambda s: s.pop("model")),
+])
+def test_what_is_not_supported_is_named_with_its_file(culprit, change, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        Tokenizer(break_it(tmp_path, change))
+    message = str(caught.value)
+    assert culprit in message and str(tmp_path / "tokenizer.json") in message and "\n" not in message
+
+
+def test_a_token_that_an_earlier_merge_keeps_from_forming_is_refused(tmp_path):
+    """Ids in order are not enough: in "abc", bc merges first, so (ab, c) never meet; tiktoken would say abc all the same."""
+    def add(spec):
+        tokens, merges = ["bc", "ab", "abc"], ["b c", "a b", "ab c"]
+        spec["model"]["vocab"] = dict(list(spec["model"]["vocab"].items())[:256]) | {t: 256 + i for i, t in enumerate(tokens)}
+        spec["model"]["merges"] = merges
+    with pytest.raises(ValueError, match="token 'abc' is not supported"):
+        Tokenizer(break_it(tmp_path, add))
+
+
+def test_merges_are_read_as_strings_and_as_pairs(ours, tmp_path):
+    pairs = Tokenizer(break_it(tmp_path, lambda s: s["model"].update(merges=[m.split(" ") for m in s["model"]["merges"]])))
+    assert [pairs.encode(text) for text in SAMPLE] == [ours.encode(text) for text in SAMPLE]
+
+
+def test_the_end_token_is_the_one_that_the_directory_names(tmp_path):
+    shutil.copy(FIXTURES / "gpt2" / "tokenizer.json", tmp_path)
+    with pytest.raises(ValueError, match="end token"):  # two special tokens: which?
+        Tokenizer(tmp_path)
+    ids = {token["content"]: token["id"] for token in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|endoftext|>"], 0]}))
+    assert Tokenizer(tmp_path).end_id == ids["<|endoftext|>"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    assert Tokenizer(tmp_path).end_id == ids["<|im_end|>"]
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match="tokenizer.json: not JSON"):
+        Tokenizer(tmp_path)
+
+
+# ---- the script
+
+def script(*args):
+    return subprocess.run([sys.executable, tokenizer_module.__file__, *map(str, args)], capture_output=True, text=True)
+
+
+def test_the_script_trains_and_encodes(tmp_path):
+    rows = [{"text": SAMPLE[0]}, {"prompt": "2 + 3 = ?", "completion": "<answer>5</answer>"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = script("train", "--data", tmp_path / "rows.jsonl", "--vocab-size", 300, "--out", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    assert script("encode", tmp_path / "out", "12<|end|>").stdout.startswith("49 b'1'\n50 b'2'\n60 b'<'\n")
+
+
+@pytest.mark.parametrize("culprit, row, options", [
+    ("rows.jsonl:2", '{"prompt": "2 + 3"}', []),
+    ("rows.jsonl:2", '{"text": 7}', []),
+    ("rows.jsonl:2", "{", []),
+    ("vocab_size 100", '{"text": "x"}', ["--vocab-size", "100"]),
+    ("--vocab-size", '{"text": "x"}', ["--vocab-size", "many"]),
+    ("--colour", '{"text": "x"}', ["--colour"]),
+    ("absent.jsonl", '{"text": "x"}', ["--data", "absent.jsonl"]),
+])
+def test_bad_input_is_one_line_that_names_the_culprit(culprit, row, options, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + row + "\n")
+    run = script("train", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out", *options)
+    assert run.returncode == 2 and culprit in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert not (tmp_path / "out").exists()
