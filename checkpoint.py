@@ -32,7 +32,8 @@ def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
 
 
 def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
-    """The last state that was saved whole, on the CPU; None if there is none."""
+    """The last state that was saved whole, on the CPU; None if there is none. Not for reading along while another
+    process saves: safetensors opens the file twice, and the two could be different files."""
     path = Path(dir) / STATE
     if not path.exists():
         return None
@@ -111,7 +112,7 @@ def _weights(module: Module) -> dict[str, Tensor]:
 
 def _restore_module(module: Module, own: dict[str, Tensor], name: str):
     weights = _weights(module)
-    for key in weights.keys() | own.keys():
+    for key in sorted(weights.keys() | own.keys()):
         saved, here = (tuple(side[key].shape) if key in side else None for side in (own, weights))
         if saved != here:
             raise ValueError(f"{name}.{key} has shape {saved} in the training state, {here} in the model")

@@ -127,24 +127,42 @@ def summarise(values, groups=None):
     return summary
 
 
-def with_budget(prompts, generate, decode, config, budget, end_thinking, thinking_over):
-    """Completions whose thinking is cut after `budget` tokens [s1, arXiv 2501.19393].
-
-    A completion that still thinks then (thinking_over(text) is False) is cut and continued after `end_thinking`, the
-    ids that close the thinking and open the answer. Returns texts as `complete`.
-    """
-    n = config.samples
-    ids, lengths, _ = generate(prompts, n=n, max_new_tokens=budget, temperature=config.temperature, top_p=config.top_p)
-    heads = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
-    cut = [r for r, head in enumerate(heads) if not thinking_over(decode(head))]
-    open_ = [r for r, head in enumerate(heads) if r not in set(cut) and len(head) == budget]  # the answer is under way
-    goes_on = {r: heads[r] + list(end_thinking) for r in cut} | {r: heads[r] for r in open_}
-    texts = [decode(head) for head in heads]
-    rows = sorted(goes_on, key=lambda r: len(prompts[r // n]) + len(goes_on[r]))
+def go_on(prompts, heads, generate, decode, config, new_tokens):
+    """Texts as `complete` gives them, from heads [(ids, goes on)]: head r begins completion r % samples of prompt r // samples."""
+    n, texts = config.samples, [decode(head) for head, _ in heads]
+    rows = sorted((r for r, (_, open_) in enumerate(heads) if open_), key=lambda r: len(prompts[r // n]) + len(heads[r][0]))
     for at in range(0, len(rows), config.batch_rows):
         chosen = rows[at:at + config.batch_rows]
-        more, counts, _ = generate([list(prompts[r // n]) + goes_on[r] for r in chosen], n=1, max_new_tokens=40,
+        ids, lengths, _ = generate([list(prompts[r // n]) + heads[r][0] for r in chosen], n=1, max_new_tokens=new_tokens,
                                    temperature=config.temperature, top_p=config.top_p)
-        for r, ids, count in zip(chosen, more.tolist(), counts.tolist()):
-            texts[r] = decode(goes_on[r] + ids[:count])
+        for r, row, length in zip(chosen, ids.tolist(), lengths.tolist()):
+            texts[r] = decode(heads[r][0] + row[:length])
     return [texts[i * n:(i + 1) * n] for i in range(len(prompts))]
+
+
+def with_budget(prompts, generate, decode, config, budget, end_thinking, thinking_over):
+    """Completions whose thinking is cut after `budget` tokens [s1, arXiv 2501.19393]; texts as `complete` gives them.
+
+    A completion that still thinks then (thinking_over(text) is False) goes on after `end_thinking`, the ids that
+    close the thinking and open the answer.
+    """
+    ids, lengths, _ = generate(prompts, n=config.samples, max_new_tokens=budget, temperature=config.temperature, top_p=config.top_p)
+    heads = []
+    for row, length in zip(ids.tolist(), lengths.tolist()):
+        head = row[:length]
+        if not thinking_over(decode(head)):
+            heads.append((head + list(end_thinking), True))
+        else:
+            heads.append((head, length == budget))  # a full budget: the answer may be under way
+    return go_on(prompts, heads, generate, decode, config, new_tokens=40)
+
+
+def lengthened(prompts, generate, decode, config, end_thinking, wait):
+    """Completions whose thinking may not end at once: its end token is replaced by the ids `wait`, one time [s1]."""
+    ids, lengths, _ = generate(prompts, n=config.samples, max_new_tokens=config.max_new_tokens,
+                               temperature=config.temperature, top_p=config.top_p)
+    heads = []
+    for row, length in zip(ids.tolist(), lengths.tolist()):
+        ended = end_thinking in row[:length]
+        heads.append((row[:row.index(end_thinking)] + list(wait), True) if ended else (row[:length], False))
+    return go_on(prompts, heads, generate, decode, config, new_tokens=config.max_new_tokens)

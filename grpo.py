@@ -53,6 +53,15 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "max_new_tokens", "reference_every",
+                     "grad_clip", "micro_batch_tokens", "validate_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
+        for name in ("warmup", "clip_low", "clip_high", "beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
         if self.group_size < 2:
             raise ValueError(f"group_size {self.group_size}: the advantage compares completions, so it takes 2 or more")
         if self.temperature <= 0:
@@ -60,9 +69,6 @@ class GRPOConfig:
         if self.prompts_per_rollout * self.group_size < self.minibatches:
             raise ValueError(f"minibatches {self.minibatches} exceed the {self.prompts_per_rollout * self.group_size} "
                              "completions of a rollout")
-        for name in ("lr", "rollouts", "minibatches", "inner_epochs", "max_new_tokens", "reference_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive")
 
 
 # ------------------------------------------------------------------------------------------- the algorithm
@@ -116,7 +122,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     kl = torch.zeros_like(objective)
     if ref_logprobs is not None:
         kl = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs), 0)
-    token_loss = (beta * kl - objective) * mask  # the KL stands in the loss, not in the reward
+    token_loss = torch.where(mask > 0, beta * kl - objective, 0)  # the KL stands in the loss, not in the reward
     lengths = mask.sum(1)
     if token_mean:
         loss = token_loss.sum() / (normaliser or lengths.sum().clamp(min=1))
@@ -226,7 +232,7 @@ def update(model, optimizer, r: Rollout, rows, old_logprobs, ref_logprobs, advan
 
 def train(model, examples, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None, credit=None,
           validate=None, log=None, save=None, resume=None):
-    """Reinforcement learning of `model` on `examples`, in place.
+    """Reinforcement learning of `model` on `examples`, in place; they are taken in order, and again from the start.
 
     model(ids (B, T)) -> logits (B, T, V). encode(example) -> prompt ids; decode(ids) -> text.
     generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator) -> completion ids (N*n, L), lengths
@@ -245,16 +251,15 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     shuffler = torch.Generator().manual_seed(c.seed)
     objects = {"model": model, "optimizer": optimizer, "generator": generator, "shuffler": shuffler}
     objects |= {"reference": reference} if c.beta else {}
-    counters = {"step": 0, "updates": 0, "order": []} if resume is None else resume(**objects)
-    step, updates, order = counters["step"], counters["updates"], counters["order"]
+    counters = {"step": 0, "updates": 0} if resume is None else resume(**objects)
+    step, updates, metrics = counters["step"], counters["updates"], {}
     while step < c.rollouts:
         started = time.time()
-        while len(order) < c.prompts_per_rollout:
-            order = order + torch.randperm(len(examples), generator=shuffler).tolist()
-        batch, order = [examples[i] for i in order[:c.prompts_per_rollout]], order[c.prompts_per_rollout:]
+        first = step * c.prompts_per_rollout
+        batch = [examples[i % len(examples)] for i in range(first, first + c.prompts_per_rollout)]
 
         # 1, 2: sample groups from the current policy and score them
-        model.eval()
+        model.eval()  # for the updates too: with dropout the ratio would measure its noise
         sampler = copy.deepcopy(model).to(getattr(torch, c.dtype))
         r = rollout(sampler, batch, encode, decode, generate, end_ids, rewards, weights, c, generator)
         sampled = time.time()
@@ -265,11 +270,10 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         ref_logprobs = score_all(reference, r, c) if c.beta else None
 
         # 4: updates
-        model.train()
         history = []
         for _ in range(c.inner_epochs):
             shuffled = torch.randperm(len(r.texts), generator=shuffler)
-            for rows in shuffled.chunk(c.minibatches):
+            for rows in shuffled.tensor_split(c.minibatches):
                 updates += 1
                 for group in optimizer.param_groups:
                     group["lr"] = c.lr * min(1.0, updates / max(1, c.warmup))
@@ -280,6 +284,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         if reference is not None and step % c.reference_every == 0:
             reference.load_state_dict(model.state_dict())
 
+        # what tells a healthy run from a sick one
         metrics = {"step": step, "reward": r.rewards.mean().item(), "length": r.lengths.float().mean().item(),
                    "unfinished": 1 - r.finished.float().mean().item(),
                    "no_signal": (r.rewards.std(1) < 1e-6).float().mean().item(), "group_std": r.rewards.std(1).mean().item(),
@@ -294,5 +299,5 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         if log is not None:
             log(metrics, r)
         if save is not None:
-            save(**objects, step=step, updates=updates, order=order)
+            save(**objects, step=step, updates=updates)
     return metrics

@@ -13,15 +13,17 @@ Shapes: B rows, T positions, D hidden size, H heads, K key/value heads, d head s
 import argparse
 import json
 import math
+import os
+import re
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -104,8 +106,8 @@ def attend(q, k, v, mask):
     dtype, (B, H, T, d), K = q.dtype, q.shape, k.shape[1]
     if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
         q = q.reshape(B, K, H // K, d)
-        if q.device.type == "cuda":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, d)
+        if q.device.type == "cuda" or mask is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, d)
         scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(d)  # by hand: twice as fast as the CPU's fused kernel here
         return (scores.masked_fill(~mask, -math.inf).softmax(-1).to(dtype) @ v).view(B, H, 1, d)
     with torch.autocast(q.device.type, enabled=False):
@@ -176,9 +178,9 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency).repeat(1, 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (max positions, d)
+        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+        angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequency).repeat(1, 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (max positions, d); on the CPU also where `load` takes no memory
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     @torch.no_grad()
@@ -307,3 +309,142 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
         if t + 1 < steps:
             logits = model(token[:, None], cache=cache)[:, -1]
     return ids, lengths, logprobs
+
+
+# ------------------------------------------------------------------------------------------- weights in and out, and a chat
+
+def save(model, dir, tokenizer=None):
+    """Writes a model directory that `transformers` opens too; each file aside, then renamed: whole or not there."""
+    dir, c, end = Path(dir), model.config, {"eos_token_id": tokenizer.end_id if tokenizer else None}
+    dir.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        tokenizer.save(dir)
+    config = asdict(c) | end | {"bos_token_id": None, "architectures": [ARCHITECTURES[c.model_type]], "hidden_act": "silu",
+                                "attention_bias": c.model_type == "qwen2", "mlp_bias": False, "use_sliding_window": False,
+                                "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
+    weights = {"model." * (name != "lm_head.weight") + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, dir / "model.safetensors.tmp", {"format": "pt"})
+    (dir / "config.json.tmp").write_text(json.dumps(config, indent=2))
+    (dir / "generation_config.json.tmp").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
+    for name in ("model.safetensors", "generation_config.json", "config.json"):
+        os.replace(dir / f"{name}.tmp", dir / name)
+
+
+def load(dir, device=None, dtype=None) -> Transformer:
+    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (to train, torch.float32).
+    Raises ValueError, which names the file and the field or tensor, for what is not a whole dense Llama, Qwen2 or Qwen3."""
+    dir, device = Path(dir), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with blame(dir / "config.json") as path, torch.device("meta"):  # no memory or random numbers for what is replaced
+        model = Transformer(_config(json.loads(path.read_text(encoding="utf-8"))))
+    wanted = {"model." * (name != "lm_head.weight") + name: (name, [*p.shape]) for name, p in model.named_parameters()}
+    files, weights, tied = {source := dir / "model.safetensors"}, {}, model.config.tie_word_embeddings
+    if not source.exists() and (dir / "model.safetensors.index.json").exists():
+        with blame(dir / "model.safetensors.index.json") as source:
+            files = {dir / name for name in json.loads(source.read_text(encoding="utf-8"))["weight_map"].values()}
+            if outside := [path for path in files if path.parent != dir or path.suffix != ".safetensors"]:
+                raise ValueError(f"{outside[0]} is no safetensors file of this directory")
+    for path in sorted(files):
+        with blame(path):
+            for name, tensor in load_file(path).items():
+                if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
+                    continue  # old files hold what is computed, and a tied head twice
+                own, shape = wanted.get(name, (None, "no such tensor"))
+                if [*tensor.shape] != shape or not tensor.is_floating_point():
+                    raise ValueError(f"tensor {name} is {tensor.dtype} {[*tensor.shape]}, config.json describes {shape}")
+                weights[own] = tensor.to(device, dtype, copy=True)  # not a view of the file, which may change
+    if missing := [name for name, (own, _) in wanted.items() if own not in weights]:
+        raise ValueError(f"{source}: tensor {missing[0]} is missing")
+    model.load_state_dict(weights, strict=False, assign=True)
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.to(device)
+
+
+@contextmanager
+def blame(path):
+    """What goes wrong in here is this file's fault."""
+    try:
+        yield path
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config(raw):
+    raw = {name: value for name, value in raw.items() if value is not None}
+    rope = raw.get("rope_scaling", {}) | raw.get("rope_parameters", {})  # of transformers 4, and 5
+    kind, architectures = raw.get("model_type"), raw.get("architectures", list(ARCHITECTURES.values()))
+    for what, refused in {
+        f"model_type {kind!r} with architectures {architectures}": ARCHITECTURES.get(kind) not in architectures,
+        f"rope scaling {rope}": {rope.get(key) for key in ("rope_type", "type", "partial_rotary_factor")} - {None, "default", 1},
+        "a sliding window": raw.get("use_sliding_window") or {*raw.get("layer_types", [])} - {"full_attention"},
+        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+    }.items():
+        if refused:
+            raise ValueError(f"{what} is not supported, only dense {', '.join(ARCHITECTURES.values())}")
+    values = {"num_key_value_heads": raw.get("num_attention_heads"), "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+              "tie_word_embeddings": False} | raw | rope  # before them what their absence means
+    for field in fields(Config):
+        if field.type in (int, float) and not (isinstance(value := values.get(field.name), (int, field.type)) and value > 0):
+            raise ValueError(f"{field.name} is {value!r}")
+    return Config(**{field.name: values[field.name] for field in fields(Config) if field.name in values})
+
+
+def visible(text, dim="", normal="", last=True):
+    """An answer as its reader sees it: thinking dimmed and apart, no tags. Unless last, without what may still change."""
+    tag = "</?(?:think|answer)>"
+    text = re.sub(rf"(?:\s|{tag}{'' if last else '|�|<[/a-z]*$'})+$", "", text)  # � is half a character, </thi half a tag
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text).lstrip()  # a model must not command the terminal
+    between = lambda m: "\n\n" * (m.start() > 0) + (dim if m[0].rstrip().endswith("<think>") else normal)
+    return re.sub(rf"\s*(?:{tag}\s*)+", between, text) + (normal + "\n") * last
+
+
+def chat(model, tokenizer, a):
+    """Answers a.prompt, or what is typed: earlier turns stay in sight while they fit; Ctrl-C ends an answer."""
+    context, turns = model.config.max_position_embeddings, []
+    style = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(a.seed)
+
+    def show(*new):
+        before = visible(tokenizer.decode(answer), *style, last=False)
+        answer.extend(new)
+        print(visible(tokenizer.decode(answer), *style, last=not new)[len(before):], end="", flush=True)
+
+    while a.prompt is None or not turns:
+        prompt, answer = [], []
+        with suppress(KeyboardInterrupt):
+            if (text := input("\n> ").strip() if a.prompt is None else a.prompt) in ("", "exit"):
+                return
+            prompt = tokenizer.encode(getattr(tokenizer, "template", "{prompt}\n").replace("{prompt}", text))
+            while turns and len(sum(turns, prompt)) > context - min(a.max_new_tokens, context // 2):  # room to answer
+                turns.pop(0)
+            generate(model, [sum(turns, []) + prompt], 1, a.max_new_tokens, a.temperature, a.top_p, [tokenizer.end_id],
+                     generator, on_token=show)
+        show()
+        turns += [prompt + [id for id in answer if id != tokenizer.end_id] + [tokenizer.end_id]] if prompt else []
+
+
+def main():
+    from tokenizer import Tokenizer
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("dir")
+    for name, kind, default in (("prompt", str, None), ("temperature", float, 0.6), ("top-p", float, 0.95),
+                                ("max-new-tokens", int, 2048), ("seed", int, 0), ("device", str, None)):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default: {default}")
+    a = parser.parse_args()
+    for name, good in (("temperature", a.temperature >= 0), ("top_p", 0 < a.top_p <= 1), ("max_new_tokens", a.max_new_tokens > 0)):
+        if not good:
+            parser.error(f"{name} {getattr(a, name)} is out of range")
+    try:
+        model, tokenizer = load(a.dir, a.device), Tokenizer(a.dir)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"{a.dir}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
+        chat(model, tokenizer, a)
+    except EOFError:  # Ctrl-D
+        print()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -72,16 +72,20 @@ def thinks(completion: str) -> bool:
 
 
 # A number is ASCII, and nothing beside it changes its value or joins it to another: 12 is not read out
-# of 12+3, 12 - 3, 12=12, 12,34, 1.12.3, 12:30, 12e5, x12, 12 thousand, minus 12 or 12 一 ("x = 12" is fine).
-OPERATORS = r"-−–—+×÷/⁄^<>≤≥≠±≈"
+# of 12+3, 12 - 3, 12=12, 12,34, 1.12.3, 12:30, 12e5, x12, 12x, 12k, minus 12 or 12点五 ("x = 12" is fine).
+OPERATORS = r"-−–—+×÷·/⁄^√<>≤≥≠±~≈"
+NUMERAL = "〇零一二三四五六七八九十百千万亿"
+SPELLED = (rf"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)|eleven|twelve|twenty|dozen|hundred|thousand"
+           rf"|[mbtr]+illion|[{NUMERAL}]{{2}}")  # "57 or fifty-eight"; one to ten stand in "the two have 57"
 NUMBER = re.compile(rf"""
-    (?<![{OPERATORS}*~√·!.,]) (?<![{OPERATORS}*~√·!][\ ({{=]) (?<![{OPERATORS}!]=\ ) (?<!{LETTER})
-    (?<!minus\ ) (?<!negative\ ) (?<!not\ ) (?<!than\ ) (?<!负) (?<!百分之) (?<!不是)
+    (?<![{OPERATORS}*.,{NUMERAL}]) (?<![{OPERATORS}*][\ ({{=]) (?<![{OPERATORS}]=\ ) (?<!{LETTER})
+    (?<!minus\ ) (?<!negative\ ) (?<!not\ ) (?<!n't\ ) (?<!than\ ) (?<!twice\ ) (?<!half\ of\ )
+    (?<!负) (?<!分之) (?<!不是)
     (?P<sign>[-−]?) [$€£¥￥]? (?P<whole>[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})+ | [0-9]+) (?P<decimals>\.[0-9]+)?
     (?:/(?P<divisor>[0-9]+))? (?P<percent>\ ?(?:[%％]|percent\b))?
-    (?![0-9]) (?![.,:][0-9]) (?!{LETTER}*[0-9]) (?!\ ?(?:[{OPERATORS}=·%％‰] | \*(?!\*) | !=))
-    (?!\ ?(?:k\b | bn\b | hundred | thousand | million | billion | trillion | dozen | per\ ?cent
-           | and\ (?:an?|one)\b | 个?半 | [一二三四五六七八九十百万亿] | 千(?![克米瓦])))
+    (?![0-9]) (?!\ ?[{OPERATORS}*=%％‰])
+    (?!\ ?(?: (?:[kxyzeπ]|bn|pi|(?-i:M))\b | per\ ?cent | plus | squared | cubed | and\ (?:an?|one)\b
+           | [多几] | 分之 | [个點点]?[半{NUMERAL}](?![克米瓦])))
     """, re.VERBOSE | re.IGNORECASE)
 
 
@@ -90,22 +94,23 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
 
     1234 = 1,234 = 1234.0 = $1,234; 3/4 = \frac{3}{4}; 50% = 50 percent = 1/2; a unit, \boxed{} and
     **bold** may surround it. None where in doubt: numbers that differ, an expression ("12=12",
-    "2 * 2"), a malformed number (1,23), a date, a time, 1e5, a digit outside ASCII (５, ٥, ², ½), a
-    hidden character. `last`: the last number of a worked line instead ("5 + 3 = 8" -> 8).
+    "2 * 2"), a malformed number (1,23), a date, a time, 1e5, a number in words, a digit outside ASCII
+    (５, ٥, ², ½), a hidden character. `last`: the last number of a worked line instead ("5 + 3 = 8" -> 8).
     """
     text = squeeze(text)
     if len(text) > LONGEST or not text.isprintable():  # a zero-width character is not printable
         return None
-    if any(c.isnumeric() and not re.match(f"[0-9{HAN}]", c) for c in text):  # 一 is numeric, and a word
+    if any(c.isnumeric() and not re.match(f"[0-9{HAN}]", c) for c in text):  # 一 is numeric too, and a word
         return None
-    text = re.sub(r"\\([%$])", r"\1", text)
+    text = re.sub(r"\\([%$])", r"\1", text).replace("!=", "≠")
     text = re.sub(r"\\(?:times|cdot|div|pm|sqrt|neq?|leq?|geq?|approx)(?![a-z])", "×", text)
     text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
     text = re.sub(r"(?<![0-9])\\boxed\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\*\*([^*]*)\*\*", r" \1 ", text)
     values = [_value(number) for number in NUMBER.finditer(text)]
     gaps = NUMBER.sub("\0", text).split("\0")  # the text around the numbers
-    if not values or re.search("[0-9]", gaps[-1] if last else "".join(gaps)):  # a digit of no number we can read
+    around = gaps[-1] if last else " ".join(gaps)
+    if not values or re.search(f"[0-9]|{SPELLED}", around, re.IGNORECASE):  # digits of no number we can read
         return None
     joined = not all(re.search(rf"[^\W\d_]{{2}}|[{HAN}]", gap) for gap in gaps[1:-1])  # "2 2", "2 x 2"
     return values[-1] if last or (len(set(values)) == 1 and not joined) else None
@@ -113,10 +118,10 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
 
 def _value(number: re.Match) -> Fraction | None:
     try:
-        value = Fraction(number["sign"].replace("−", "-") + number["whole"].replace(",", "") + (number["decimals"] or ""))
-        return value / int(number["divisor"] or 1) / (100 if number["percent"] else 1)
+        value = Fraction(number["whole"].replace(",", "") + (number["decimals"] or "")) / int(number["divisor"] or 1)
     except (ValueError, ZeroDivisionError):  # more digits than int() takes, or 3/0
         return None
+    return value * (-1 if number["sign"] else 1) / (100 if number["percent"] else 1)
 
 
 def final_answer(completion: str) -> Fraction | None:
@@ -182,14 +187,15 @@ def language_consistency(completion: str, example: dict) -> float:
     thinking, answer = split(completion)
     text = answer if example["kind"] != "reasoning" and not has_word(thinking) else thinking
     text = re.sub("|".join(TAGS), " ", text)
-    words = sum(count_words(text, language) for language in RUNS)
-    return count_words(text, example["language"]) / words if words else 0.0
+    words = {language: count_words(text, language) for language in RUNS}
+    return words[example["language"]] / (sum(words.values()) or 1)
 
 
 # ---- rewards for general requests ----
 
 REFUSALS = ("sorry", "can not help", "cannot help", "can't help", "can not assist", "cannot assist", "can't assist",
             "won't help", "not able to", "unable to", "对不起", "抱歉", "不能帮", "不会帮", "无法")
+DENIAL = r"(?:\bnot|n['’]t|不是|并非)\s?(?:an?\s|the\s)?"
 
 
 def is_refusal(text: str) -> bool:
@@ -200,25 +206,28 @@ def is_refusal(text: str) -> bool:
 def helpfulness(completion: str, example: dict) -> float:
     """1 iff the answer block, and only it (R1 v1 2.3.4), replies well; 0 for reasoning and harmful requests.
 
-    Well: it names the reference as whole words, does not deny it ("not Paris"), is no refusal, has at
-    most 30 words and numbers (so that listing all one knows does not pay), repeats neither the question
-    nor three words in a row, and .8 of its words are in the example's language. The reference's own
-    words are neutral there: a translation stands in the other language.
+    Well: it names the reference as whole words, does not deny it ("not Paris") and names none of the
+    example's optional "wrong": [answers]; it is no refusal, has at most 30 words and numbers, so that
+    listing all one knows does not pay, repeats neither three words in a row nor the question (one of
+    up to three words is a greeting, which may return); and .8 of its words are in the example's
+    language. The reference's own words are neutral there: a translation stands in the other language.
     """
     reply, reference = squeeze(split(completion)[1]), squeeze(example["answer"])
     if example["kind"] == "reasoning" or example.get("harmful") or len(reply) > LONGEST or is_refusal(reply):
         return 0.0
-    said, asked, expected = (re.findall(rf"[{HAN}]|[^\W_{HAN}]+", text.lower())
-                             for text in (reply, example["prompt"], reference))
-    named = EDGE + re.escape(reference) + EDGE
-    denied = rf"(?:\bnot|n['’]t|不是|并非)\s?(?:an?\s|the\s)?{named}"
-    if len(said) > 30 or not expected or not re.search(named, reply, re.I) or re.search(denied, reply, re.I):
+
+    def names(phrase, before=""):
+        return re.search(before + EDGE + re.escape(phrase) + EDGE, reply, re.IGNORECASE)
+
+    if not (has_word(reference) and names(reference)) or any(map(names, example.get("wrong", ()))):
         return 0.0
-    echo = len(asked) > len(expected) and f" {' '.join(asked)} " in f" {' '.join(said)} "  # "hello" may return
+    said, asked = (re.findall(rf"[{HAN}]|[^\W_{HAN}]+", text.lower()) for text in (reply, example["prompt"]))
+    echo = len(asked) > 3 and f" {' '.join(asked)} " in f" {' '.join(said)} "
     triples = list(zip(said, said[1:], said[2:]))
-    rest = re.sub(named, " ", reply, flags=re.I)
-    in_language = count_words(rest, example["language"]) >= 0.8 * sum(count_words(rest, each) for each in RUNS)
-    return float(in_language and not echo and len(set(triples)) == len(triples))
+    if len(said) > 30 or len(set(triples)) < len(triples) or echo or names(reference, DENIAL):
+        return 0.0
+    rest = re.sub(EDGE + re.escape(reference) + EDGE, " ", reply, flags=re.IGNORECASE)
+    return float(count_words(rest, example["language"]) >= 0.8 * sum(count_words(rest, each) for each in RUNS))
 
 
 def harmlessness(completion: str, example: dict) -> float:

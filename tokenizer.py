@@ -21,9 +21,9 @@ from pathlib import Path
 import tiktoken
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# A piece is one digit, one word (or a run of Chinese), one mark, each with the space before it; or one whitespace.
-# Merges stay within a piece: no token has two digits, and "+", "=", "." are always tokens of their own.
-PATTERN = r" ?\p{N}| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]|\s"
+# A piece is one digit, one word (or a run of Chinese) with the spaces beside it, one mark, or one whitespace. Merges
+# stay within a piece: no token has two digits, and a digit is the same token wherever it stands.
+PATTERN = r"\p{N}| ?[\p{L}\p{M}]+ ?| ?[^\s\p{L}\p{M}\p{N}]|\s"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of a ByteLevel alone
 
 # tokenizer.json shows each byte as a printable character: itself if it is one, else the next from chr(256) on.
@@ -165,14 +165,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, added: Iterable[str] = TAGS
     """The content of a tokenizer.json: 256 bytes, merges, added tokens, end token.
 
     The pair found most often merges next, of equals the lexicographically first; smaller than vocab_size where no
-    pair is found twice. Digits come first, as this world is about them: " 0" to " 9" are tokens in any case.
+    pair is found twice.
     """
     import regex  # tiktoken brings it: Python's own re knows no \p{L}
     added = [*added, end]
-    merges = [(b" ", b"%d" % digit) for digit in range(10)]
-    room = vocab_size - 256 - len(added)
-    if room < len(merges):
-        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes, 10 digits and {len(added)} added tokens")
+    merges, room = [], vocab_size - 256 - len(added)
+    if room < 0:
+        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(added)} added tokens")
     border = _border(added)
     pieces = Counter(piece for text in texts for part in border.split(text)[::2]
                      for piece in regex.findall(PATTERN, part))
@@ -187,11 +186,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, added: Iterable[str] = TAGS
     for i in range(len(words)):
         count(i, +1)
     for k in range(room):
-        if k >= len(merges):
-            most = max(counts.values(), default=0)
-            if most < 2:
-                break
-            merges.append(min(pair for pair, n in counts.items() if n == most))
+        most = max(counts.values(), default=0)
+        if most < 2:
+            break
+        merges.append(min(pair for pair, n in counts.items() if n == most))
         for i in where.pop(merges[k], ()):
             count(i, -1)
             words[i] = _merge(words[i], merges[k])

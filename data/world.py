@@ -24,6 +24,7 @@ CORPUS = {
     "documents": {"problem": 0.80, "general": 0.10, "safety": 0.06, "statement": 0.04},
     # how a problem's solution is written: a bare answer; two operations at once; one a step; digit by digit
     "styles": {"bare": 0.25, "terse": 0.30, "plain": 0.27, "careful": 0.18},
+    "student_styles": {"bare": 0.60, "terse": 0.25, "plain": 0.10, "careful": 0.05},  # of the students' corpus: few chains
     "slips": {"bare": 0.05, "terse": 0.12, "plain": 0.05, "careful": 0.005},  # chance that a written result is wrong
     "tags": 0.20,  # share of chains inside <think> tags
     "chinese_careful": 0.75,  # share of careful chains in Chinese, whatever the problem's language
@@ -31,8 +32,8 @@ CORPUS = {
     "good_reply": 0.50,  # share of general dialogues with a good reply; the rest: no idea, wrong, wrong language
     "refused": {"harmful": 0.40, "harmless": 0.30},
 }
-LEVELS, HARD_LEVELS = (1, 2, 3, 4), (5, 6)
-LARGEST = 199  # no number of a problem, nor any on the way to its answer, exceeds this
+LEVELS, HARD_LEVELS = (1, 2, 3), (4, 5)
+LARGEST = 99  # no number of a problem, nor any on the way to its answer, exceeds this
 
 # ------------------------------------------------------------------------------------------- problems
 
@@ -74,11 +75,11 @@ def draw_steps(rng, family, level):
     """A start and `level` steps [(op, number)] whose values all lie in 1..LARGEST."""
     while True:
         boxes = family == "boxes"
-        value = start = rng.randint(11, 49 if boxes else 99)
+        value = start = rng.randint(11, 33 if boxes else 99)
         steps = []
         for i in range(level):
             op = "*" if boxes and i == 0 else rng.choice("+-")
-            number = rng.randint(2, 4) if op == "*" else rng.randint(2, 99)
+            number = rng.randint(2, 4) if op == "*" else rng.randint(2, 89)
             value = calculate(value, op, number)
             steps.append((op, number))
             if not 1 <= value <= LARGEST:
@@ -219,6 +220,7 @@ def phrasing(rng, options, split):
 def general(rng, split="train"):
     """A general request with a checkable answer; "reply" is a good one."""
     language, topic = rng.choice(["en", "zh"]), rng.choice(["fact", "fact", "translation", "talk"])
+    wrong = []
     if topic == "talk":
         options, reply, answer = rng.choice(SMALL_TALK[language])
         prompt = phrasing(rng, options, split)
@@ -232,8 +234,10 @@ def general(rng, split="train"):
         pair = rng.choice(FACTS[relation]["pairs"])
         key, answer = pair[:2] if language == "en" else pair[2:]
         options, reply = FACTS[relation][language]
+        wrong = [pair[1 if language == "en" else 3] for pair in FACTS[relation]["pairs"]]
         prompt, reply, topic = phrasing(rng, options, split).format(k=key), reply.format(k=key, v=answer), relation
-    return {"prompt": prompt, "answer": answer, "language": language, "kind": "general", "topic": topic, "reply": reply}
+    return {"prompt": prompt, "answer": answer, "language": language, "kind": "general", "topic": topic, "reply": reply,
+            "wrong": [w for w in wrong if w != answer]}  # a reply that names one of these lists what it knows
 
 
 def safety(rng, split="train", harmful=None):

@@ -16,9 +16,11 @@ import tokenizer as tokenizer_module
 from tokenizer import PATTERN, TAGS, Tokenizer, train_bpe
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
-STRINGS = json.loads((FIXTURES / "strings.json").read_text()) if (FIXTURES / "strings.json").exists() else []
-SAMPLE = [f"{name} has {a} apples and gives {b} away. <think> {a} - {b} = {a - b} </think><answer>{a - b}</answer><|end|>\n"
-          f"{名}有{a}个苹果，送了{b}个，还剩几个？<think>{a} - {b} = {a - b}</think><answer>还剩{a - b}个苹果。</answer><|end|>\n"
+STRINGS = json.loads((FIXTURES / "strings.json").read_text())
+SAMPLE = [f"{name} has {a} apples and gives {b} away. <think> {a} - {b} = {a - b} </think>"
+          f"<answer>{a - b}</answer><|end|>\n"
+          f"{名}有{a}个苹果，送了{b}个，还剩几个？<think>{a} - {b} = {a - b}</think>"
+          f"<answer>还剩{a - b}个苹果。</answer><|end|>\n"
           for name, 名, a, b in [("Tom", "小明", 57, 12), ("Anna", "小红", 103, 99), ("Tom", "小红", 88, 8),
                                 ("Ben", "小明", 190, 25), ("Anna", "小丽", 77, 77)]]
 
@@ -63,7 +65,8 @@ def test_a_saved_tokenizer_reads_back_as_itself(ours, tmp_path):
 
 def test_any_text_comes_back_as_it_was(ours):
     rng = random.Random(0)
-    anything = ["".join(map(chr, rng.choices([*range(0xd800), *range(0xe000, 0x110000)], k=20))) for _ in range(200)]
+    characters = [*range(0xd800), *range(0xe000, 0x110000)]
+    anything = ["".join(map(chr, rng.choices(characters, k=20))) for _ in range(200)]
     for text in STRINGS + anything + SAMPLE:
         assert ours.decode(ours.encode(text)) == text
 
@@ -139,7 +142,7 @@ def test_digits_stay_single_and_carry_their_space(ours):
         assert len(re.findall(rb"[0-9]", ours.encoding.decode_single_token_bytes(id))) <= 1
     for digit in range(10):
         assert len(ours.encode(f" {digit}")) == 1
-    assert [ours.decode([id]) for id in ours.encode("12 + 340=352")] == [*"12", " +", " 3", *"40=352"]
+    assert [ours.decode([id]) for id in ours.encode("12 - 340=352")] == [*"12", " -", " 3", *"40=352"]
 
 
 def test_digits_are_tokens_even_where_the_texts_have_none():
@@ -148,7 +151,7 @@ def test_digits_are_tokens_even_where_the_texts_have_none():
 
 
 def test_a_word_of_the_sample_becomes_one_token(ours):
-    assert len(ours.encode(" apples")) == len(ours.encode("苹")) == 1
+    assert len(ours.encode(" apples")) == len(ours.encode("个苹果")) == 1
 
 
 def test_tags_in_the_texts_are_not_counted():
@@ -157,12 +160,13 @@ def test_tags_in_the_texts_are_not_counted():
 
 
 def test_the_pattern_leaves_nothing_out_and_cuts_alike_in_both_regex_engines(ours):
-    """tiktoken's engine cuts where Python's does: no token of tiktoken's crosses a border that Python's found."""
+    """Training cuts with Python's regex, encoding with tiktoken's."""
     import regex
+    encode = ours.encoding.encode_ordinary
     for text in STRINGS:
         pieces = regex.findall(PATTERN, text)
         assert "".join(pieces) == text
-        assert ours.encoding.encode_ordinary(text) == [id for piece in pieces for id in ours.encoding.encode_ordinary(piece)]
+        assert encode(text) == [id for piece in pieces for id in encode(piece)]
 
 
 # ---- refusals
@@ -194,17 +198,19 @@ def test_what_is_not_supported_is_named_with_its_file(culprit, change, tmp_path)
 
 
 def test_a_token_that_an_earlier_merge_keeps_from_forming_is_refused(tmp_path):
-    """Ids in order are not enough: in "abc", bc merges first, so (ab, c) never meet; tiktoken would say abc all the same."""
+    """Ids in order are not enough: in "abc", bc merges first and (ab, c) never meet, but tiktoken would say abc."""
     def add(spec):
-        tokens, merges = ["bc", "ab", "abc"], ["b c", "a b", "ab c"]
-        spec["model"]["vocab"] = dict(list(spec["model"]["vocab"].items())[:256]) | {t: 256 + i for i, t in enumerate(tokens)}
-        spec["model"]["merges"] = merges
+        bytes_alone = dict(list(spec["model"]["vocab"].items())[:256])
+        spec["model"]["vocab"] = bytes_alone | {"bc": 256, "ab": 257, "abc": 258}
+        spec["model"]["merges"] = ["b c", "a b", "ab c"]
     with pytest.raises(ValueError, match="token 'abc' is not supported"):
         Tokenizer(break_it(tmp_path, add))
 
 
 def test_merges_are_read_as_strings_and_as_pairs(ours, tmp_path):
-    pairs = Tokenizer(break_it(tmp_path, lambda s: s["model"].update(merges=[m.split(" ") for m in s["model"]["merges"]])))
+    def to_pairs(spec):
+        spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
+    pairs = Tokenizer(break_it(tmp_path, to_pairs))
     assert [pairs.encode(text) for text in SAMPLE] == [ours.encode(text) for text in SAMPLE]
 
 
@@ -212,7 +218,8 @@ def test_the_end_token_is_the_one_that_the_directory_names(tmp_path):
     shutil.copy(FIXTURES / "gpt2" / "tokenizer.json", tmp_path)
     with pytest.raises(ValueError, match="end token"):  # two special tokens: which?
         Tokenizer(tmp_path)
-    ids = {token["content"]: token["id"] for token in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]}
+    added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|endoftext|>"], 0]}))
     assert Tokenizer(tmp_path).end_id == ids["<|endoftext|>"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))

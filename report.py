@@ -1,0 +1,461 @@
+"""One self-contained HTML page of a run: the recipe, its stages, the claims, the curves, samples in words.
+
+`write` shows whatever the run directory holds so far: what is missing, half-written or not a number is not yet there,
+so the page can be written at any moment of a run. It needs no script, network or service. What a model wrote is
+escaped where it enters an element, and a content policy in the page forbids all but the page's own style.
+
+    python report.py runs/NAME     # -> runs/NAME/report.html
+"""
+
+import argparse
+import html
+import json
+import math
+import os
+import re
+import textwrap
+from pathlib import Path
+
+# the recipe in its order: title, and its box's column and row in the diagram
+PLACES = {"base": ("Base", 0, 1), "zero": ("R1-Zero", 1, 0), "dev1": ("Dev1", 1, 1), "dev2": ("Dev2", 2, 1),
+          "traces": ("Traces", 3, 1), "dev3": ("Dev3", 1, 2), "r1": ("R1", 2, 2), "base_qwen": ("Small base, Qwen", 2, 3),
+          "base_llama": ("Small base, Llama", 2, 4), "student_qwen": ("Student, Qwen", 3, 3),
+          "student_llama": ("Student, Llama", 3, 4), "control_qwen": ("Control, Qwen", 1, 3)}
+ARROWS = {"weights": ["base zero", "base dev1", "base dev3", "dev1 dev2", "dev3 r1", "base_qwen student_qwen",
+                      "base_qwen control_qwen", "base_llama student_llama", "base_llama control_llama"],
+          "data": ["zero dev1", "dev2 traces", "traces dev3", "traces student_qwen", "traces student_llama"]}
+WIDE, HIGH, GAP, DROP = 236, 106, 62, 46  # a box, and the room between boxes
+
+# the evaluation's metrics that earn a column, by what they are measured on
+METRICS = {"All problems": ["accuracy", "accuracy_strict", "maj@16", "format", "thinks"],
+           "Outputs that think": ["accuracy_if_thinking", "language_if_thinking", "length_if_thinking"],
+           "General requests": ["helpfulness", "harmlessness", "refusals"]}
+
+# charts of a stage of RL: title, metrics, what its axis must hold
+CURVES = [("Reward and its parts", ["reward", "accuracy", "format", "language_consistency", "helpfulness", "harmlessness"], [0]),
+          ("Accuracy", ["validation_accuracy", "accuracy", "accuracy_any"], [0, 1]),
+          ("Length, tokens", ["length", "thinking_length"], [0]), ("Language consistency", ["language_consistency"], [0, 1])]
+HEALTH = [("KL to reference", ["kl"], [0]), ("Clip fraction", ["clip_fraction"], [0]), ("Entropy", ["entropy"], [0]),
+          ("Gradient norm", ["grad_norm"], [0]), ("Without signal", ["no_signal"], [0, 1]), ("Unfinished", ["unfinished"], [0])]
+
+SIGNS = {"holds": "✓", "contradicted": "✗", "unsettled": "~"}  # a verdict is read without its colour
+MOST_POINTS, MOST_SAMPLES, MOST_CHARACTERS = 300, 12, 1200  # a curve, a stage, a sample: a long run stays a small page
+
+
+# ------------------------------------------------------------------------------------------- reading a run
+
+def number(value):
+    """A finite float, or None for whatever else a run may hold."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not less
+    return float(value) if usable else None
+
+
+def read_objects(path, lines=True):
+    """The JSON objects of a file that are whole: a run under way may be writing the last one."""
+    content, objects = path.read_bytes().decode("utf-8", "replace") if path.is_file() else "", []
+    for piece in content.split("\n") if lines else [content]:
+        try:
+            objects.append(json.loads(piece))
+        except ValueError:
+            continue
+    return [each for each in objects if isinstance(each, dict)]
+
+
+def read_run(run_dir):
+    """(meta, stages, claims). A stage is its entry in results.json and what its directory holds."""
+    results = dict(*read_objects(run_dir / "results.json", lines=False))
+    done, stages = results.get("stages") or {}, {}
+    on_disk = sorted(path.parent.name for path in run_dir.glob("*/*.jsonl") if path.name in ("metrics.jsonl", "samples.jsonl"))
+    for name in dict.fromkeys([*PLACES, *done, *on_disk]):
+        rows = {number(row.get("step")): row for row in read_objects(run_dir / name / "metrics.jsonl")}  # resumed: the later
+        stages[name] = stage = {"title": PLACES.get(name, [name])[0], **done.get(name, {}), "name": name, "finished": name in done}
+        stage["rows"] = [rows[step] for step in sorted(step for step in rows if step is not None)]
+        stage["samples"] = read_objects(run_dir / name / "samples.jsonl")
+        stage["rl"] = any("reward" in row for row in rows.values()) or "GRPO" in str(stage.get("by"))
+    return results.get("meta") or {}, stages, results.get("claims") or []
+
+
+def figure(stage, metric):
+    """Mean, low and high of an evaluation metric, each a float or None."""
+    return [number(value) for value in [*((stage.get("evaluation") or {}).get(metric) or []), None, None, None][:3]]
+
+
+def progress(stage):
+    if stage["finished"] or not stage["rows"]:
+        return "" if stage["finished"] else "not yet"
+    last, unit = stage["rows"][-1], "rollout" if stage["rl"] else "update"
+    return f"under way: {unit} {last['step']:g}" + (f" of {last['steps']:g}" if number(last.get("steps")) else "")
+
+
+# ------------------------------------------------------------------------------------------- words and elements
+
+class Markup(str):
+    """HTML of our own making. Any other string is a stranger's, and escaped when it enters an element."""
+
+
+def escape(value):
+    """Control characters, direction overrides and lone surrogates become visible, the rest HTML."""
+    strange = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return html.escape(re.sub(strange, "\ufffd", "" if value is None else str(value)))
+
+
+def el(tag, *content, **attributes):
+    """el("td", 5, [el("b", "x")], cls="n") -> <td class="n">5<b>x</b></td>"""
+    flat = [each for item in content for each in (item if isinstance(item, list) else [item])]
+    inner = "".join(each if isinstance(each, Markup) else escape(each) for each in flat)
+    given = "".join(f' {"class" if key == "cls" else key.replace("_", "-")}="{escape(value)}"'
+                    for key, value in attributes.items() if value is not None)
+    return Markup(f"<{tag}{given}>{inner}</{tag}>")
+
+
+def short(value, digits=3, sign=""):
+    """.783, 62.1, 1,234; a dash for None."""
+    if value is None:
+        return "–"
+    digits = digits if abs(value) < 2 else 1 if abs(value) < 1000 else 0
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign},.{digits}f}").replace("-", "−")
+
+
+def quantity(value):
+    """912k, 10.4M, and FLOPs as 3.1e13."""
+    value = number(value)
+    if value is None or abs(value) >= 1e12:
+        return "–" if value is None else f"{value:.1e}".replace("e+", "e")
+    sizes = [(1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")]
+    return next(f"{value / size:.3g}{unit}" for size, unit in sizes if abs(value) > .9995 * size or size == 1)
+
+
+def duration(value):
+    value = number(value)
+    return "–" if value is None else f"{value:.0f} s" if value < 100 else f"{value / 60:,.0f} min"
+
+
+def words(metric):
+    return metric.removesuffix("_if_thinking").replace("_", " ")
+
+
+# ------------------------------------------------------------------------------------------- the recipe, its tables
+
+def corner(column, row):
+    return column * (WIDE + GAP) + 2, row * (HIGH + DROP) + 2
+
+
+def route(a, b, kind):
+    """The way of an arrow from one place to another."""
+    (ax, ay), (bx, by) = corner(*a), corner(*b)
+    if ay == by:
+        return f"M{ax + WIDE},{ay + HIGH / 2} H{bx - 4}" if ax < bx else f"M{ax},{ay + HIGH / 2} H{bx + WIDE + 4}"
+    if ax == bx and b[1] - a[1] > 1:  # round what lies between
+        return f"M{ax + WIDE},{ay + HIGH / 2} h22 V{by + HIGH / 2} H{bx + WIDE + 4}"
+    if kind == "data":
+        return f"M{ax + WIDE / 2},{ay + HIGH} V{by - DROP / 2} H{bx + WIDE / 2} V{by - 4}"
+    return f"M{ax + WIDE},{ay + HIGH / 2} h{GAP / 2} V{by + HIGH / 2} H{bx - 4}"
+
+
+def box(stage, place):
+    state = "done" if stage["finished"] else "under" if stage["rows"] else "open"
+    title = textwrap.shorten(str(stage["title"]), 25, placeholder="…")
+    lines = textwrap.wrap(progress(stage) or str(stage.get("by") or ""), 32, max_lines=2, placeholder="…")
+    figures = [(metric, short(figure(stage, metric)[0], 2)) for metric in ("accuracy", "format", "language_if_thinking")]
+    if not stage.get("evaluation"):
+        figures = [(name, quantity(count)) for name, count in (stage.get("counts") or {}).items()][:3]
+    return el("g", el("rect", width=WIDE, height=HIGH), el("path", d=f"M1,0 V{HIGH}"),
+              el("text", title, cls="title", x=14, y=23), [el("text", line, cls="by", x=14, y=41 + 15 * i) for i, line in enumerate(lines)],
+              [el("text", value, cls="figure", x=14 + 74 * i, y=82) for i, (_, value) in enumerate(figures)],
+              [el("text", words(name)[:12], x=14 + 74 * i, y=96) for i, (name, _) in enumerate(figures)],
+              cls=f"box {state}" + " rl" * stage["rl"], transform="translate({},{})".format(*corner(*place)))
+
+
+def recipe(stages):
+    """Each stage a box; what is no part of the recipe (ablations) stands in rows of its own below."""
+    known = {name: (column, row) for name, (_, column, row) in PLACES.items()} | {"control_llama": (1, 4)}
+    others = [name for name in stages if name not in known]
+    places = {name: place for name, place in known.items() if name in stages}
+    places |= {name: (i % 4, 5 + i // 4) for i, name in enumerate(others)}
+    ways = [(kind, route(places[a], places[b], kind)) for kind, pairs in ARROWS.items() for a, b in map(str.split, pairs)
+            if a in places and b in places]
+    (x, y), (_, small), (_, beside) = corner(2, 0), corner(0, 3), corner(0, 5)
+    ways += [("weights", f"M{x},{y + 18} h44"), ("data", f"M{x},{y + 42} h44")]  # the legend
+    notes = [(x + 62, y + 22, "its weights are trained on"), (x + 62, y + 46, "its samples are trained on"),
+             (x + 62, y + 70, "reinforcement learning"), (x - GAP - WIDE / 2 + 10, HIGH + 29, "correct, rewritten"),
+             (2, small + 58, "RL alone, or distillation"), (2, beside - 14, "Beside the recipe" if others else "")]
+    right, bottom = corner(4, 1 + max(row for _, row in places.values()))
+    tip = el("marker", el("path", d="M0,0 8,4 0,8z"), id="tip", refX=5, refY=4, markerWidth=8, markerHeight=8,
+             markerUnits="userSpaceOnUse", orient="auto")
+    return el("div", el("svg", tip, el("g", el("path", d=f"M{x + 22},{y + 57} v18"), cls="box rl"),
+                         [el("path", cls=kind, d=way, marker_end="url(#tip)") for kind, way in ways],
+                         [el("text", said, cls="by", x=a, y=b) for a, b, said in notes],
+                         [box(stages[name], place) for name, place in places.items()],
+                         cls="recipe", viewBox=f"0 0 {right - GAP + 26} {bottom - DROP + 2}"), cls="scroll")
+
+
+def table(kind, heads, rows):
+    return el("div", el("table", el("thead", heads), el("tbody", rows), cls=kind), cls="scroll")
+
+
+def stage_table(stages):
+    groups = [el("th", name, colspan=len(columns)) for name, columns in METRICS.items()]
+    names = ["Stage", *(words(metric) for metric in sum(METRICS.values(), [])), "parameters", "tokens", "time", "FLOPs"]
+    heads = [el("tr", el("th"), groups, el("th", "Cost", colspan=4)), el("tr", [el("th", name) for name in names])]
+    return table("stages", heads, [stage_row(stage) for stage in stages.values()])
+
+
+def stage_row(stage):
+    counts = ", ".join(f"{words(name)} {number(count) or 0:,.0f}" for name, count in (stage.get("counts") or {}).items())
+    origin = [f"from {stage['starts_from']}" if stage.get("starts_from") else "", stage.get("paper"), progress(stage)]
+    cells = [metric_cell(*figure(stage, metric)) for metric in sum(METRICS.values(), [])]
+    if not stage.get("evaluation"):
+        cells, counts = [el("td", counts or "–", cls="counts", colspan=len(cells))], ""
+    costs = [quantity(stage.get("parameters")), quantity(stage.get("tokens")), duration(stage.get("seconds")),
+             quantity(stage.get("flops"))]
+    about = el("small", " · ".join(str(each) for each in [*origin, counts] if each))
+    return el("tr", el("th", stage["title"], about), cells, [el("td", cost) for cost in costs],
+              cls=None if stage["finished"] else "open")
+
+
+def metric_cell(mean, low, high):
+    if None in (mean, low, high):
+        return el("td", short(mean))
+    bar = [el("i", el("b", style=f"left:{low:.1%};width:{high - low:.1%}"))]
+    return el("td", short(mean), el("small", f"{short(low)}–{short(high)}"), bar * (0 <= low <= high <= 1))
+
+
+def not_yet(what):
+    return el("p", f"Not yet: {what}.", cls="none")
+
+
+def claims_table(claims):
+    if not claims:
+        return not_yet("the claims are measured when the stages are done")
+    heads = [el("th", name) for name in ("", "Claim", "Verdict", "Ours", "Around zero", "The paper")]
+    return table("claims", el("tr", heads), [claim_row(claim) for claim in claims])
+
+
+def claim_row(claim):
+    ours, low, high = (number(claim.get(key)) for key in ("ours", "low", "high"))
+    verdict = str(claim.get("verdict") or "not yet")
+    bar = "–"
+    if None not in (ours, low, high):
+        scale = 62 / (max(abs(ours), abs(low), abs(high)) or 1)
+        span = el("rect", x=f"{low * scale:.1f}", y=-3, width=f"{max(1, (high - low) * scale):.1f}", height=6)
+        bar = el("svg", el("path", d="M0,-9 V9"), span, el("circle", cx=f"{ours * scale:.1f}", r=4),
+                 viewBox="-70 -9 140 18", cls="interval")
+    return el("tr", el("td", claim.get("number")), el("td", claim.get("claim"), el("small", claim.get("detail"))),
+              el("td", el("b", SIGNS.get(verdict, "")), verdict, cls=verdict if verdict in SIGNS else None),
+              el("td", short(ours, sign="+"), el("small", f"{short(low, sign='+')} to {short(high, sign='+')}")),
+              el("td", bar), el("td", claim.get("paper"), el("small", claim.get("source"))))
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+def ticks(low, high, count):
+    """Multiples of a round step (1, 2 or 5 times a power of ten) from low or below to high or above."""
+    span = high - low if high > low else abs(high) or 1
+    step = 10 ** math.floor(math.log10(span / count))
+    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= count + 1e-9)
+    first = math.floor(low / step + 1e-9)
+    return [i * step for i in range(first, max(first + 1, math.ceil(high / step - 1e-9)) + 1)]
+
+
+def mean(points):
+    return tuple(sum(axis) / len(points) for axis in zip(*points))
+
+
+def curve(rows, metric):
+    """The metric's points, at most MOST_POINTS means of stretches, and their running mean."""
+    points = [(row["step"], row[metric]) for row in rows if number(row.get(metric)) is not None]
+    size = math.ceil(len(points) / MOST_POINTS) or 1
+    points = [mean(points[i:i + size]) for i in range(0, len(points), size)]
+    reach = len(points) // 30
+    return points, [(x, mean(points[max(0, i - reach):i + reach + 1])[1]) for i, (x, _) in enumerate(points)]
+
+
+def chart(title, metrics, bounds, rows, width=300, height=176):
+    """Lines against steps; beside each name its last value. Nothing where no row has a value."""
+    lines = [(f"c{i}", metric, *curve(rows, metric)) for i, metric in enumerate(metrics)]
+    lines = [line for line in lines if line[2]]
+    if not lines:
+        return Markup()
+    values = [y for _, _, points, _ in lines for _, y in points] + bounds
+    marks = ticks(min(values), max(values), height // 35)
+    first, last = rows[0]["step"], max(rows[-1]["step"], rows[0]["step"] + 1)
+
+    def place(x, y):
+        return (34 + (x - first) / (last - first) * (width - 42),
+                height - 18 - (y - marks[0]) / (marks[-1] - marks[0]) * (height - 24))
+
+    def path(kind, points):
+        return el("path", cls=kind, d="M" + " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points))
+
+    drawn = [path("grid", [(first, y), (last, y)]) for y in marks]
+    drawn += [el("text", f"{y:.4g}", x=29, y=f"{place(first, y)[1] + 3.5:.1f}", text_anchor="end") for y in marks]
+    drawn += [el("text", f"{x:g}", x=f"{place(x, marks[0])[0]:.1f}", y=height - 3, text_anchor="middle")
+              for x in ticks(first, last, width // 60) if first <= x <= last]
+    for color, _, points, smooth in lines:
+        drawn += [path(f"raw {color}", points)] * (points != smooth)
+        drawn += [path(f"line {color}", [*smooth, smooth[-1]])]  # twice the last: a single point is a line, so a dot
+    legend = [el("span", el("svg", el("path", cls=f"line {color}", d="M0,4 H20"), viewBox="0 0 20 8"), f"{words(metric)} ",
+                 el("b", short(smooth[-1][1]))) for color, metric, _, smooth in lines] * (len(metrics) > 1)
+    caption = el("figcaption", title, [] if legend else el("b", short(lines[0][3][-1][1])))
+    return el("figure", caption, el("div", legend, cls="legend"), el("svg", drawn, viewBox=f"0 0 {width} {height}"))
+
+
+def fold(title, note, content, unfolded=True):
+    return el("details", el("summary", f"{title} ", el("small", note)), content, open="" if unfolded else None)
+
+
+def curves(stages):
+    parts = []
+    for stage in (stage for stage in stages.values() if stage["rl"] and stage["rows"]):
+        large = el("div", [chart(*each, stage["rows"]) for each in CURVES], cls="charts")
+        small = el("div", [chart(*each, stage["rows"], width=196, height=112) for each in HEALTH], cls="charts small")
+        parts.append(fold(stage["title"], progress(stage) or stage.get("by"), [large, small], stage["name"] in PLACES))
+    losses = [chart(stage["title"], ["loss"], [], stage["rows"], 240, 140) for stage in stages.values() if not stage["rl"]]
+    if any(losses):
+        parts.append(fold("Supervised stages", "loss, against updates", el("div", losses, cls="charts middle")))
+    return parts or not_yet("no stage has logged a step")
+
+
+# ------------------------------------------------------------------------------------------- samples
+
+FOREIGN = {"en": "([㐀-鿿][㐀-鿿，。、；：？！]*)", "zh": "([A-Za-zÀ-ɏ]+(?: [A-Za-zÀ-ɏ]+)*)"}  # to the sample's language
+
+
+def marked(said, language):
+    pieces = re.split(FOREIGN.get(language, "(?!)"), f" {said.strip()} ")
+    return [el("mark", piece) if i % 2 else piece for i, piece in enumerate(pieces)]
+
+
+def completion(said, language):
+    """Thinking and answer apart, their tags as they were written: one that is missing or doubled is seen."""
+    blocks = re.findall("(<think>|<answer>)?(.*?)(</think>|</answer>|(?=<think>|<answer>)|$)", said[:MOST_CHARACTERS], re.S)
+    shown = [el("div", el("code", opened), marked(body, language), el("code", closed),
+                cls=opened[1:-1] or "loose") for opened, body, closed in blocks if (opened + body + closed).strip()]
+    return shown + [el("p", f"… {len(said) - MOST_CHARACTERS:,} characters more")] * (len(said) > MOST_CHARACTERS)
+
+
+def card(sample):
+    language = str(sample.get("language") or "")
+    scores = {name: number(value) for name, value in (sample.get("rewards") or {}).items() if number(value) is not None}
+    chips = [el("span", f"{words(name)} {value:.2g}", cls="full" if value == 1 else "part" if value else None)
+             for name, value in scores.items()]
+    about = [f"step {sample['step']}" if "step" in sample else "", sample.get("kind"), language,
+             f"reference {sample['answer']}" if sample.get("answer") else ""]
+    return el("article", el("p", " · ".join(str(each) for each in about if each), cls="about"),
+              el("p", str(sample.get("prompt") or "")[:MOST_CHARACTERS], cls="prompt"),
+              completion(str(sample.get("completion") or ""), language), el("p", chips, cls="chips"), lang=language or None)
+
+
+def samples_section(stages):
+    parts = []
+    for stage in (stage for stage in stages.values() if stage["samples"]):
+        samples, few = stage["samples"], MOST_SAMPLES // 2
+        halves = {"First steps": samples[:few], "Last steps": samples[max(few, len(samples) - few):]}
+        columns = [el("div", el("h4", name), [card(sample) for sample in half]) for name, half in halves.items() if half]
+        parts.append(fold(stage["title"], f"{sum(map(len, halves.values()))} of {len(samples)} samples",
+                          el("div", columns, cls="samples"), stage["name"] in ("zero", "r1")))
+    return parts or not_yet("no stage has written a sample")
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d2125; --soft: #646b73; --rule: #e1e3e5; --fill: #f4f5f5; --mark: #fbe7c2;
+  --good: #19703f; --bad: #b3341f; --c1: #2a66b8; --c2: #c8611b; --c3: #16846a; --c4: #a3428f; --c5: #7d6410; }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181b; --ink: #e4e6e8; --soft: #98a0a8; --rule: #30363c; --fill: #1d2226; --mark: #51400f;
+  --good: #6cc794; --bad: #f0907c; --c1: #6ba6f2; --c2: #f0954f; --c3: #4fc3a4; --c4: #d987c8; --c5: #dbbb5c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 36px clamp(16px, 3vw, 24px) 80px; max-width: 1248px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, Helvetica, Arial, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
+h1 { margin: 0; font-size: 28px; line-height: 1.2; } h4 { margin: 0 0 8px; font-size: 13px; } p { margin: 4px 0; }
+h2 { margin: 56px 0 4px; padding-top: 14px; border-top: 2px solid var(--ink); font-size: 20px; } .note { margin-bottom: 16px; }
+.note, .none, .meta, .about, .chips, .legend, .open, .think, small, code, h4, thead { color: var(--soft); }
+small { display: block; font-size: 11.5px; line-height: 1.35; font-weight: 400; } code { font: 12px/1.4 ui-monospace, Menlo, monospace; }
+.meta, nav { margin-top: 10px; font-size: 13px; } .meta b, .legend b { font-weight: 500; color: var(--ink); }
+.meta span, nav a { display: inline-block; margin-right: 20px; color: inherit; } .scroll { overflow-x: auto; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 10px; } .recipe { min-width: 900px; }
+.recipe .by { font-size: 12px; } .recipe .title { font-size: 15px; font-weight: 600; fill: var(--ink); }
+.recipe .figure { font-size: 17px; fill: var(--ink); } .weights, .data { fill: none; stroke: var(--soft); stroke-width: 1.4; }
+.data { stroke-dasharray: 3 4; } marker path { fill: var(--soft); } .box rect { fill: var(--fill); stroke: var(--rule); }
+.box.open rect { fill: none; stroke-dasharray: 4 4; } .box.under rect { stroke: var(--c1); } .box.open text { fill: var(--soft); }
+.box.rl path { stroke: var(--c1); stroke-width: 3; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
+td, th { padding: 7px 10px 7px 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); }
+thead th { font-weight: 500; font-size: 12px; vertical-align: bottom; } .stages thead [colspan] { text-align: center; }
+.stages tr > :first-child { position: sticky; left: 0; z-index: 1; min-width: 112px; background: var(--paper); text-align: left; }
+.stages td { white-space: nowrap; } .stages td small { font-size: 10.5px; } .stages .counts { white-space: normal; text-align: left; }
+td i { display: block; position: relative; height: 3px; width: 50px; margin: 4px 0 0 auto; background: var(--rule); }
+td i b { position: absolute; height: 3px; min-width: 2px; background: var(--c1); } .claims :is(td, th) { text-align: left; }
+.claims td { padding-right: 20px; } .claims :nth-child(n+3):nth-child(-n+5) { white-space: nowrap; } .claims :nth-child(2) { min-width: 220px; }
+.claims :nth-child(6) { min-width: 150px; } .claims td > b { display: inline-block; width: 1.4em; } .interval { width: 140px; }
+.interval path { stroke: var(--soft); } .interval rect { fill: var(--c1); opacity: .5; } .interval circle { fill: var(--ink); }
+.holds { color: var(--good); } .contradicted { color: var(--bad); } .unsettled { color: var(--c5); }
+details { border-bottom: 1px solid var(--rule); padding: 12px 0; } summary { cursor: pointer; font-size: 16px; font-weight: 600; }
+summary small { display: inline; margin-left: 4px; font-size: 13px; } figcaption { font-size: 13px; font-weight: 600; }
+figcaption b { float: right; font-weight: 400; } figure { display: flex; flex-direction: column; min-width: 0; margin: 20px 0 0; }
+figure > svg { margin-top: auto; } .charts.small { --least: 170px; } .charts.middle { --least: 210px; }
+.charts { display: grid; gap: 4px 24px; grid-template-columns: repeat(auto-fill, minmax(var(--least, 270px), 1fr)); }
+.legend { display: flex; flex-wrap: wrap; gap: 0 12px; margin: 2px 0 6px; font-size: 11.5px; } .grid { stroke: var(--rule); }
+.legend svg { display: inline-block; width: 18px; margin-right: 4px; }
+.line, .raw { fill: none; stroke: var(--c, var(--ink)); stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
+.raw { stroke-width: 1; opacity: .28; } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); } .c4 { --c: var(--c4); }
+.c5 { --c: var(--c5); } .line.c2 { stroke-dasharray: 6 4; } .line.c3 { stroke-dasharray: 1 3; } .line.c4 { stroke-dasharray: 8 4 1 4; }
+.line.c5 { stroke-dasharray: 1 5; } article { margin-bottom: 26px; font-size: 14px; overflow-wrap: anywhere; }
+.samples { display: grid; gap: 8px 40px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); margin-top: 12px; }
+.about, .chips { font-size: 11.5px; } .prompt { font-weight: 600; } mark { background: var(--mark); color: inherit; }
+article div { margin: 6px 0; padding: 6px 12px; white-space: pre-wrap; border-left: 2px solid var(--rule); }
+article .answer { background: var(--fill); border-color: var(--c1); } article .loose { border: 1px dashed var(--rule); }
+article code { font-size: 11px; } .chips span { display: inline-block; margin: 2px 5px 2px 0; padding: 0 8px; border-radius: 9px; }
+.chips span { border: 1px solid var(--rule); } .chips .full { border-color: currentcolor; color: var(--good); }
+.chips .part { border-color: currentcolor; color: var(--c5); }
+"""
+
+
+def header(meta, stages, claims):
+    tally = [f"{sum(claim.get('verdict') == verdict for claim in claims)} {verdict}" for verdict in SIGNS]
+    facts = {name: meta.get(name) for name in ("preset", "seed", "machine", "world", "date")}
+    facts |= {"time": duration(meta.get("seconds")), "claims": ", ".join(tally) if claims else "not yet measured",
+              "stages": f"{sum(stage['finished'] for stage in stages.values())} of {len(stages)} finished"}
+    return [el("h1", "DeepSeek-R1 from scratch"), el("p", el("code", meta.get("command")), cls="meta"),
+            el("p", [el("span", f"{name} ", el("b", value)) for name, value in facts.items() if value is not None], cls="meta")]
+
+
+def page(meta, stages, claims):
+    sections = [
+        ("Recipe", "Measured on test problems; language is its consistency within outputs that think.", recipe(stages)),
+        ("Stages", "Means over test problems; below each its 95% interval, also as a bar from 0 to 1.", stage_table(stages)),
+        ("Claims", "Ours is a difference with its 95% interval, paired over test problems. Each bar has its own scale: "
+                   "what counts is on which side of zero it lies.", claims_table(claims)),
+        ("Curves", "Against rollouts. Faint: each rollout; bold: the running mean, its last value beside the name.", curves(stages)),
+        ("Samples", "As the models wrote them, with their tags. Marked: words of another language.", samples_section(stages))]
+    head = [Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+                   "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"),
+            el("title", "DeepSeek-R1 from scratch"), el("style", Markup(STYLE))]
+    links = el("nav", [el("a", name, href=f"#{name.lower()}") for name, *_ in sections])
+    body = [part for name, note, content in sections
+            for part in (el("h2", name, id=name.lower()), el("p", note, cls="note"), el("section", content))]
+    return "<!DOCTYPE html>\n" + el("html", el("head", head), el("body", header(meta, stages, claims), links, body), lang="en") + "\n"
+
+
+def write(run_dir):
+    """Writes run_dir/report.html in one replace: who reads meanwhile sees the old page or the new one."""
+    content = page(*read_run(Path(run_dir)))
+    aside = Path(run_dir) / f"report.html.{os.getpid()}.tmp"  # of this process: a run and its user may write at once
+    aside.write_text(content, encoding="utf-8")
+    os.replace(aside, Path(run_dir) / "report.html")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write RUN_DIR/report.html.")
+    parser.add_argument("run_dir", type=Path, help="what pipeline.py --out names")
+    run_dir = parser.parse_args().run_dir
+    if not (run_dir / "results.json").is_file() and not [*run_dir.glob("*/metrics.jsonl")]:
+        parser.exit(2, f"{run_dir}: no run here, neither results.json nor a stage's metrics.jsonl\n")
+    try:
+        write(run_dir)
+    except OSError as error:
+        parser.exit(2, f"{run_dir}: {error}\n")
+    print(run_dir / "report.html")
+
+
+if __name__ == "__main__":
+    main()

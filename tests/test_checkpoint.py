@@ -1,0 +1,263 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+from checkpoint import (append_jsonl, atomic_write, code_hash, finished, load, mark_finished, read_jsonl, restore, save,
+                        state_of, write_jsonl)
+
+
+class Tied(nn.Module):
+    """As small language models are: the head is the embedding; a buffer that lasts and one that does not."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.embedding = nn.Embedding(11, width)
+        self.head = nn.Linear(width, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.middle = nn.Linear(width, width)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    def forward(self, ids):
+        self.seen += 1
+        return self.head(self.middle(self.embedding(ids)).relu())
+
+
+def start(seed, dtype=torch.float32):
+    torch.manual_seed(seed)
+    model = Tied().to(dtype)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return model, torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95)), torch.Generator().manual_seed(seed)
+
+
+def steps(model, optimizer, generator, first, last):
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        ids = torch.randint(11, (4, 5), generator=generator)
+        loss = nn.functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_bit_for_bit_where_it_stopped(dtype, tmp_path):
+    through = start(0, dtype)
+    steps(*through, 0, 9)
+
+    model, optimizer, generator = start(0, dtype)
+    steps(model, optimizer, generator, 0, 4)
+    save(tmp_path, *state_of(model=model, optimizer=optimizer, generator=generator, step=4, best=[0.1, None]))
+    model, optimizer, generator = start(1, dtype)  # another process: other weights, other random numbers
+    rest = restore(*load(tmp_path), model=model, optimizer=optimizer, generator=generator)
+    assert rest == {"step": 4, "best": [0.1, None]}
+    steps(model, optimizer, generator, rest["step"], 9)
+
+    for one, other in zip(through[0].state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(through[2].get_state(), generator.get_state())
+    ours, theirs = optimizer.state_dict(), through[1].state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for i, moments in theirs["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(ours["state"][i][name], value) and ours["state"][i][name].dtype == value.dtype
+
+
+def test_a_state_before_the_first_step_can_be_saved(tmp_path):
+    model, optimizer, generator = start(0)
+    save(tmp_path, *state_of(model=model, optimizer=optimizer, generator=generator))
+    assert restore(*load(tmp_path), model=model, optimizer=optimizer, generator=generator) == {}
+
+
+def test_many_modules_and_loose_tensors_keep_apart(tmp_path):
+    policy, critic = Tied(), Tied()
+    save(tmp_path, *state_of(model=policy, model_b=critic, mean=torch.tensor(2.5), order=torch.arange(4), note="小明"))
+    other, another = Tied(), Tied()
+    rest = restore(*load(tmp_path), model=other, model_b=another)
+    assert torch.equal(other.middle.weight, policy.middle.weight)
+    assert torch.equal(another.middle.weight, critic.middle.weight)
+    assert rest["mean"].item() == 2.5 and rest["order"].tolist() == [0, 1, 2, 3] and rest["note"] == "小明"
+
+
+def test_tied_weights_stay_tied_and_the_optimizer_keeps_its_parameters(tmp_path):
+    model, optimizer, _ = start(0)
+    save(tmp_path, *state_of(model=model))
+    restore(*load(tmp_path), model=model)
+    assert model.head.weight is model.embedding.weight is optimizer.param_groups[0]["params"][0]
+
+
+def test_restoring_does_not_tie_the_model_to_what_was_loaded(tmp_path):
+    model, optimizer, generator = start(0)
+    steps(model, optimizer, generator, 0, 2)
+    save(tmp_path, *state_of(model=model, optimizer=optimizer))
+    tensors, meta = load(tmp_path)
+    before = {name: t.clone() for name, t in tensors.items()}
+    restore(tensors, meta, model=model, optimizer=optimizer)
+    steps(model, optimizer, generator, 2, 4)
+    assert all(torch.equal(t, tensors[name]) for name, t in before.items())
+
+
+@pytest.mark.parametrize("culprit, parts", [
+    ("has shape (11, 8) in the training state, (11, 16) in the model", {"model": Tied(16)}),
+    ("has shape None in the training state", {"model": nn.ModuleList([nn.Linear(2, 2)])}),
+    ("holds no optimizer", {"optimizer": torch.optim.AdamW(Tied().parameters())}),
+])
+def test_a_state_of_something_else_is_refused_by_name(culprit, parts, tmp_path):
+    save(tmp_path, *state_of(model=Tied()))
+    with pytest.raises(ValueError) as caught:
+        restore(*load(tmp_path), **parts)
+    assert culprit in str(caught.value)
+
+
+def test_there_is_no_state_before_the_first_save(tmp_path):
+    assert load(tmp_path) is None and load(tmp_path / "absent") is None and finished(tmp_path) is None
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_state_is_named(keep, tmp_path):
+    save(tmp_path, *state_of(model=Tied(), step=1))
+    path = tmp_path / checkpoint.STATE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="state.safetensors: not a whole training state") as caught:
+        load(tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_weights_file_without_counters_is_not_taken_for_a_state(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"w": torch.zeros(2)}, tmp_path / checkpoint.STATE)
+    with pytest.raises(ValueError, match="state.safetensors"):
+        load(tmp_path)
+
+
+def test_a_save_that_fails_leaves_the_state_before_it(tmp_path):
+    save(tmp_path, {"w": torch.ones(3)}, {"step": 1})
+    with pytest.raises(TypeError):
+        save(tmp_path, {"w": torch.zeros(3)}, {"step": object()})
+    assert load(tmp_path)[1] == {"step": 1}
+
+
+def test_no_file_is_a_pickle(tmp_path):
+    save(tmp_path, *state_of(model=Tied(), step=1))
+    header = (tmp_path / checkpoint.STATE).read_bytes()[8:]
+    assert json.JSONDecoder().raw_decode(header.decode("latin-1"))[0]["__metadata__"] == {"meta": '{"step": 1}'}
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
+
+
+# ---- killed at any point
+
+WRITER = """
+import sys, torch
+from checkpoint import append_jsonl, mark_finished, save
+step = 0
+while True:
+    step += 1
+    save(sys.argv[1], {"w": torch.full((300_000,), float(step))}, {"step": step})
+    append_jsonl(sys.argv[1] + "/metrics.jsonl", {"step": step, "text": "x" * 50_000})
+    mark_finished(sys.argv[1], {"step": step, "text": "x" * 50_000})
+    if step == 1:
+        print("ready", flush=True)
+"""
+
+
+def test_a_process_killed_at_any_moment_leaves_a_whole_state(tmp_path):
+    rows_before = 0
+    for delay in (0.02, 0.2):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                                  cwd=Path(checkpoint.__file__).parent)
+        with writer:
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(delay)
+            writer.send_signal(signal.SIGKILL)
+        tensors, meta = load(tmp_path)
+        assert tensors["w"].shape == (300_000,) and (tensors["w"] == meta["step"]).all()
+        rows = read_jsonl(tmp_path / "metrics.jsonl")[rows_before:]
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        assert len(rows) in (meta["step"] - 1, meta["step"])
+        assert finished(tmp_path)["step"] in (meta["step"] - 1, meta["step"])
+        rows_before += len(rows)
+
+
+def test_whatever_part_of_a_write_is_done_when_it_stops_the_name_holds_a_whole_file(tmp_path, monkeypatch):
+    """Stops before each of the three calls that bring a file into place, as a kill would."""
+    class Killed(BaseException):
+        pass
+    for stopped_at in range(3):
+        atomic_write(tmp_path / "file", "old")
+        save(tmp_path, {"w": torch.zeros(2)}, {"step": 0})
+        for write in (lambda: atomic_write(tmp_path / "file", "new"),
+                      lambda: save(tmp_path, {"w": torch.ones(2)}, {"step": 1})):
+            calls = iter(range(3))
+
+            def stop_or(do):
+                def call(*args):
+                    if next(calls) == stopped_at:
+                        raise Killed
+                    return do(*args)
+                return call
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "_flush", stop_or(checkpoint._flush))
+                patch.setattr(checkpoint.os, "replace", stop_or(checkpoint.os.replace))
+                with pytest.raises(Killed):
+                    write()
+        renamed = stopped_at == 2
+        assert (tmp_path / "file").read_text() == ("new" if renamed else "old")
+        tensors, meta = load(tmp_path)
+        assert (tensors["w"].tolist(), meta) == ([float(renamed)] * 2, {"step": int(renamed)})
+
+
+# ---- rows and markers
+
+ROWS = [{"step": 1, "text": "a\nb\u2028c"}, {"step": 2, "text": "苹果"}]
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for row in ROWS:
+        append_jsonl(tmp_path / "new" / "b.jsonl", row)
+    assert read_jsonl(tmp_path / "a.jsonl") == read_jsonl(tmp_path / "new" / "b.jsonl") == ROWS
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "new" / "b.jsonl").read_bytes()
+
+
+def test_a_last_line_cut_anywhere_is_ignored_and_the_next_row_stands_whole(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, ROWS)
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        lines = [json.loads(line) for line in whole[:cut + 1].split(b"\n")[:-1]]  # whole even if its line end is cut
+        assert read_jsonl(path) == lines
+        append_jsonl(path, {"step": 3})
+        assert read_jsonl(path) == lines + [{"step": 3}]
+
+
+def test_a_wrong_line_that_is_not_the_last_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ValueError, match="rows.jsonl:2"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_done_holds_what_made_the_stage(tmp_path):
+    source = tmp_path / "sft.py"
+    source.write_text("lr = 1\n")
+    mark_finished(tmp_path, {"settings": {"lr": 1e-4}, "code": code_hash(source)})
+    assert finished(tmp_path) == {"settings": {"lr": 1e-4}, "code": code_hash(source)}
+    source.write_text("lr = 2\n")
+    assert finished(tmp_path)["code"] != code_hash(source)
+
+
+def test_a_broken_marker_is_named(tmp_path):
+    (tmp_path / checkpoint.DONE).write_text("{")
+    with pytest.raises(ValueError, match="DONE: not JSON"):
+        finished(tmp_path)

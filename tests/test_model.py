@@ -1,0 +1,579 @@
+"""What transformers makes of the same weights is recorded in tests/fixtures/model_* (make_model_fixtures.py there)."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as model_module
+from model import Config, KVCache, RMSNorm, Transformer, attend, generate, load, rotate, sampling_logprobs, save, visible
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = sorted((ROOT / "tests" / "fixtures").glob("model_*"))
+TINY = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, max_position_embeddings=64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(seed=0, **changes):
+    """A model whose every parameter is random; wide weights, so that its distributions are far from uniform."""
+    model, generator = Transformer(Config(**(TINY | changes))).eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1 if "norm" in name else 0, 0.3, generator=generator)
+    return model
+
+
+def argmax_loop(model, prompt, steps, end=()):
+    """Greedy decoding without a cache."""
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] in end:
+            break
+    return ids[len(prompt):]
+
+
+def nucleus(logits, temperature, top_p):
+    """The sampling distribution of one position, token by token in float64."""
+    weights = [math.exp(x / temperature) for x in (logits.double() - logits.double().max()).tolist()]
+    kept, mass = set(), 0.0
+    for token in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        if mass >= top_p * sum(weights):
+            break
+        kept.add(token)
+        mass += weights[token]
+    return [weights[i] / mass if i in kept else 0.0 for i in range(len(weights))]
+
+
+# ------------------------------------------------------------------------------------------- the layers
+
+def test_rms_norm_is_x_over_its_root_mean_square_times_the_weight():
+    norm, x = RMSNorm(6, 1e-5), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    norm.weight.data = torch.arange(6.0)
+    for row, got in zip(x.tolist(), norm(x).tolist()):
+        root = math.sqrt(sum(v * v for v in row) / 6 + 1e-5)
+        assert got == pytest.approx([v / root * i for i, v in enumerate(row)], abs=1e-6)
+
+
+def test_a_rotary_position_turns_the_pair_i_and_i_plus_half_as_a_complex_number():
+    model = tiny(hidden_size=32, rope_theta=500.0)  # heads of 8
+    x = torch.randn(1, 1, 10, 8, generator=torch.Generator().manual_seed(0))
+    got = rotate(x, model.cos[:10], model.sin[:10])
+    for t in range(10):
+        for i in range(4):
+            angle = t * 500.0 ** (-2 * i / 8)
+            turned = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(math.cos(angle), math.sin(angle))
+            assert complex(got[0, 0, t, i], got[0, 0, t, i + 4]) == pytest.approx(turned, abs=1e-5)
+
+
+@pytest.mark.parametrize("queries", [5, 1])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_is_a_double_loop_over_queries_and_keys(queries, masked):
+    generator = torch.Generator().manual_seed(0)
+    keys = 5 if masked or queries > 1 else 1  # without a mask the last key is the first query's
+    q, k, v = (torch.randn(2, heads, length, 4, generator=generator) for heads, length in ((4, queries), (2, keys), (2, keys)))
+    mask = torch.rand(2, 1, queries, keys, generator=generator) < 0.6
+    mask[..., 0] = True
+    got = attend(q, k, v, mask if masked else None)
+    for b in range(2):
+        for h in range(4):
+            for t in range(queries):
+                seen = [s for s in range(keys) if (mask[b, 0, t, s] if masked else s <= t)]
+                scores = [math.exp(q[b, h, t].double() @ k[b, h // 2, s].double() / 2) for s in seen]
+                expected = sum(w * v[b, h // 2, s].double() for w, s in zip(scores, seen)) / sum(scores)
+                assert torch.allclose(got[b, h, t].double(), expected, atol=1e-5)
+
+
+def test_a_config_that_cannot_be_computed_is_refused_with_the_value():
+    for changes in ({"model_type": "mamba"}, {"num_attention_heads": 3}, {"head_dim": 7}):
+        with pytest.raises(ValueError, match=str(*changes.values())):
+            Config(**changes)
+
+
+def test_one_token_without_a_cache_has_the_logits_that_it_has_as_the_first_of_two():
+    model = tiny()
+    assert torch.allclose(model(torch.tensor([[5]]))[0, 0], model(torch.tensor([[5, 6]]))[0, 0], atol=1e-5)
+
+
+def test_packed_examples_have_the_logits_that_they_have_alone():
+    model, parts = tiny(), [[3, 1, 4], [1, 5, 9, 2, 6], [5, 3]]
+    segments = torch.tensor([[i for i, part in enumerate(parts) for _ in part]])
+    positions = torch.tensor([[t for part in parts for t in range(len(part))]])
+    packed = model(torch.tensor([sum(parts, [])]), positions=positions, segments=segments)[0]
+    alone = torch.cat([model(torch.tensor([part]))[0] for part in parts])
+    assert torch.allclose(packed, alone, atol=1e-5)
+    assert not torch.allclose(model(torch.tensor([sum(parts, [])]))[0], alone, atol=1e-2)  # the segments made that
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_cached_left_padded_batch_has_the_logits_of_each_row_alone(kind):
+    model, rows = tiny(model_type=kind), [[7, 8, 9, 10, 11, 12], [3, 4], [20, 21, 22, 23]]
+    cache = KVCache(model.config, torch.tensor([0, 4, 2]), 9, torch.float32)
+    steps = [model(torch.tensor([[0] * (6 - len(row)) + row for row in rows]), cache=cache)]
+    for token in (1, 2, 13):
+        steps.append(model(torch.full((3, 1), token), cache=cache))
+    cached = torch.cat(steps, dim=1)
+    for i, row in enumerate(rows):
+        alone = model(torch.tensor([row + [1, 2, 13]]))[0]
+        assert torch.allclose(cached[i, 6 - len(row):], alone, atol=1e-4)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match="65 tokens.*64"):
+        tiny()(torch.zeros(1, 65, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+def test_greedy_samples_are_the_argmax_loop_for_prompts_of_different_lengths():
+    model, prompts = tiny(), [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    ids, lengths, _ = generate(model, prompts, max_new_tokens=12, temperature=0)
+    assert ids.tolist() == [argmax_loop(model, prompt, 12) for prompt in prompts]
+    assert lengths.tolist() == [12] * 3
+
+
+def test_a_row_stops_at_an_end_token_keeps_it_and_leaves_the_others_greedy_output_alone():
+    model, prompts = tiny(1), [[i, 31 - i, i] for i in range(12)]
+    free = [argmax_loop(model, prompt, 20) for prompt in prompts]
+    ends = {free[0][2], free[5][9], free[7][5]}
+    expected = [argmax_loop(model, prompt, 20, ends) for prompt in prompts]
+    assert len({len(row) for row in expected}) > 2  # else this tests nothing
+    sizes, forward = [], model.forward
+    model.forward = lambda ids, **more: (sizes.append(len(ids)), forward(ids, **more))[1]
+    ids, lengths, _ = generate(model, prompts, max_new_tokens=20, temperature=0, end_ids=ends)
+    assert [row[:n].tolist() for row, n in zip(ids, lengths)] == expected
+    assert all((row[n:] == 0).all() for row, n in zip(ids, lengths))
+    assert sizes[-1] < sizes[0] == 12  # finished rows left
+
+
+def test_sample_j_of_prompt_i_is_row_i_n_plus_j():
+    model, prompts = tiny(), [[3, 1], [9], [2, 6, 5]]
+    once = generate(model, prompts, max_new_tokens=6, temperature=0)[0]
+    assert torch.equal(generate(model, prompts, n=4, max_new_tokens=6, temperature=0)[0], once.repeat_interleave(4, dim=0))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.6)])
+def test_logprobs_are_those_of_an_uncached_rescoring_under_the_same_distribution(temperature, top_p):
+    model, prompts, n = tiny(), [[3, 1, 4], [9], [2, 6, 5, 3, 5]], 3
+    ids, lengths, logprobs = generate(model, prompts, n, 10, temperature, top_p, end_ids=[4, 9, 17],
+                                      generator=torch.Generator().manual_seed(0))
+    assert len(set(lengths.tolist())) > 1
+    for r in range(len(ids)):
+        prompt, row = prompts[r // n], ids[r, :lengths[r]].tolist()
+        logits = model(torch.tensor([prompt + row]))[0].detach()
+        for t, token in enumerate(row):
+            p = nucleus(logits[len(prompt) - 1 + t], temperature, top_p)[token]
+            assert math.log(p) == pytest.approx(logprobs[r, t].item(), abs=1e-3)
+        assert (logprobs[r, lengths[r]:] == 0).all()
+
+
+def test_each_prompt_is_prefilled_once_whatever_the_number_of_samples():
+    model, seen = tiny(), []
+    hidden = model.hidden
+    model.hidden = lambda ids, *a, **k: (seen.append(tuple(ids.shape)), hidden(ids, *a, **k))[1]
+    generate(model, [[1, 2, 3], [4, 5]], n=8, max_new_tokens=4)
+    assert seen == [(2, 3), (16, 1), (16, 1), (16, 1)]
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
+def test_samples_are_as_frequent_as_the_distribution_says(temperature, top_p):
+    model, draws = tiny(vocab_size=8), 20000
+    p = nucleus(model(torch.tensor([[1, 2]]))[0, -1].detach(), temperature, top_p)
+    ids, _, _ = generate(model, [[1, 2]], draws, 1, temperature, top_p, generator=torch.Generator().manual_seed(0))
+    counts = ids[:, 0].bincount(minlength=8).tolist()
+    assert all(count == 0 for count, q in zip(counts, p) if q == 0)
+    chi2 = sum((count - draws * q) ** 2 / (draws * q) for count, q in zip(counts, p) if q > 0)
+    assert chi2 < 24.3  # 7 degrees of freedom: 1 in 1000
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_the_mass():
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    for top_p, kept in ((0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]), (0.96, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])):
+        p = sampling_logprobs(logits, 1.0, top_p)[0].exp()
+        assert p.nonzero()[:, 0].tolist() == kept
+        assert p.sum().item() == pytest.approx(1)
+
+
+def test_the_same_generator_state_gives_the_same_samples():
+    draw = lambda seed: generate(tiny(), [[1, 2]], 4, 10, generator=torch.Generator().manual_seed(seed))[0]
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+
+
+def test_a_prompt_that_is_empty_or_fills_the_context_is_refused_and_the_context_ends_an_answer():
+    model = tiny()
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, [[1], []])
+    with pytest.raises(ValueError, match="64 tokens.*context of 64"):
+        generate(model, [[1] * 64])
+    ids, lengths, _ = generate(model, [[1] * 60], max_new_tokens=10)
+    assert lengths.tolist() == [4] and ids.shape == (1, 10) and (ids[0, 4:] == 0).all()
+
+
+def test_tokens_are_offered_as_they_come_and_the_listener_can_stop():
+    seen = []
+    ids, lengths, _ = generate(tiny(), [[1, 2]], max_new_tokens=9, temperature=0,
+                               on_token=lambda token: (seen.append(token), len(seen) < 4)[1])
+    assert lengths.tolist() == [4] and ids[0, :4].tolist() == seen == argmax_loop(tiny(), [1, 2], 4)
+
+
+# ------------------------------------------------------------------------------------------- weights in and out
+
+@pytest.mark.parametrize("dir", FIXTURES, ids=lambda dir: dir.name)
+def test_logits_are_those_that_transformers_recorded(dir):
+    recorded = load_file(dir / "logits.safetensors")
+    assert (load(dir, "cpu")(recorded["ids"]) - recorded["logits"]).abs().max() <= 1e-4
+
+
+def test_there_is_a_recording_of_each_architecture_tied_and_untied():
+    assert len(FIXTURES) == 6 and {load(dir, "cpu").config.model_type for dir in FIXTURES} == {"llama", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize("name", [dir.name.removeprefix("model_") for dir in FIXTURES])
+def test_logits_are_those_of_the_transformers_installed_here(name, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "fixtures")
+    import make_model_fixtures
+    theirs, ids = make_model_fixtures.build(name), torch.arange(64).view(2, 32)
+    theirs.save_pretrained(tmp_path)
+    assert (load(tmp_path, "cpu")(ids) - theirs(ids).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_save_writes_opens_in_transformers_with_equal_logits(kind, tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, ids = tiny(model_type=kind, tie_word_embeddings=tied, rope_theta=5000.0), torch.arange(32).view(2, 16)
+    save(ours, tmp_path, Endless())
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert (theirs(ids).logits - ours(ids)).abs().max() <= 1e-4
+    assert (theirs.config.eos_token_id, theirs.config.bos_token_id, theirs.dtype) == (7, None, torch.float32)
+    assert (theirs.generation_config.eos_token_id, theirs.generation_config.temperature) == (7, 0.6)
+    assert type(theirs).__name__ == model_module.ARCHITECTURES[kind]
+
+
+class Endless:
+    """Stands in for a tokenizer where only its end token matters."""
+
+    end_id = 7
+
+    def save(self, dir):
+        (Path(dir) / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_loads_back_as_itself(kind, tied, tmp_path):
+    model = tiny(model_type=kind, tie_word_embeddings=tied, head_dim=6, rms_norm_eps=1e-5)
+    save(model, tmp_path / "new", Endless())
+    again = load(tmp_path / "new", "cpu")
+    assert again.config == model.config
+    assert (again.lm_head.weight is again.embed_tokens.weight) == tied
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(a, b) and a.requires_grad for a, b in zip(again.parameters(), model.parameters()))
+    assert torch.equal(again.cos, model.cos) and torch.equal(again.sin, model.sin)
+    assert ("lm_head.weight" in load_file(tmp_path / "new" / "model.safetensors")) != tied
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "generation_config.json", "model.safetensors",
+                                                                    "tokenizer.json"}
+
+
+def test_weights_load_in_the_type_asked_for_and_else_as_stored(tmp_path):
+    save(tiny().to(torch.bfloat16), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {p.dtype for p in load(tmp_path, "cpu").parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(tmp_path, "cpu", torch.float32).parameters()} == {torch.float32}
+
+
+def test_a_loaded_model_outlives_its_file(tmp_path):
+    save(tiny(), tmp_path)
+    model = load(tmp_path, "cpu")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(model(torch.tensor([[1, 2]])), tiny()(torch.tensor([[1, 2]])))
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    save(tiny(), tmp_path)
+    before = torch.get_rng_state()
+    load(tmp_path, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def rewrite(dir, change):
+    config = json.loads((dir / "config.json").read_text())
+    change(config)
+    (dir / "config.json").write_text(json.dumps(config))
+    return dir
+
+
+def copy(name, tmp_path):
+    return Path(shutil.copytree(ROOT / "tests" / "fixtures" / f"model_{name}", tmp_path / "copy"))
+
+
+def test_a_config_of_older_transformers_reads_the_same(tmp_path):
+    def older(config):
+        theta = config.pop("rope_parameters")["rope_theta"]
+        config |= {"rope_theta": theta, "rope_scaling": None, "sliding_window": 4096, "use_sliding_window": False}
+        del config["layer_types"]
+    dir = rewrite(copy("qwen2_gqa_tied", tmp_path), older)
+    assert load(dir, "cpu").config == load(ROOT / "tests" / "fixtures" / "model_qwen2_gqa_tied", "cpu").config
+    assert load(dir, "cpu").config.rope_theta == 1e6
+
+
+def test_what_a_config_leaves_out_has_the_value_that_transformers_gives_it(tmp_path):
+    dir = copy("llama_mha_untied", tmp_path)
+    before = load(dir, "cpu").config
+    def least(config):
+        for name in ("rope_parameters", "rms_norm_eps", "tie_word_embeddings", "num_key_value_heads", "head_dim", "architectures"):
+            config.pop(name)
+    assert load(rewrite(dir, least), "cpu").config == before
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model_type": "mistral"}, "mistral"),
+    ({"model_type": "qwen3_moe", "num_experts": 8}, "qwen3_moe"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling.*llama3"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling.*linear"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling.*yarn"),
+    ({"use_sliding_window": True, "sliding_window": 16}, "sliding window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"hidden_size": "16"}, "hidden_size"), ({"vocab_size": None}, "vocab_size"), ({"num_hidden_layers": -1}, "num_hidden_layers"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads 3"), ({"head_dim": "x"}, ""),
+])
+def test_a_config_that_would_compute_something_else_is_refused_by_name(change, named, tmp_path):
+    dir = rewrite(copy("llama_gqa_tied", tmp_path), lambda config: config.update(change))
+    with pytest.raises(ValueError, match=f"config.json: (?s:.*){named}") as error:
+        load(dir, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def damage(dir, change):
+    weights = load_file(dir / "model.safetensors")
+    change(weights)
+    save_file(weights, dir / "model.safetensors")
+
+
+def test_a_missing_an_extra_and_a_misshapen_tensor_are_named_with_the_file(tmp_path):
+    for key, change in {
+        "model.layers.1.mlp.up_proj.weight": lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+        "model.layers.2.mlp.up_proj.weight": lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(24, 16)}),
+        "model.layers.0.self_attn.q_proj.bias": lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}),
+        "model.norm.weight": lambda w: w.update({"model.norm.weight": torch.ones(15)}),
+        "model.embed_tokens.weight": lambda w: w.update({"model.embed_tokens.weight": torch.zeros(64, 16, dtype=torch.int8)}),
+    }.items():
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        dir = copy("llama_gqa_tied", tmp_path)
+        damage(dir, change)
+        with pytest.raises(ValueError, match=re.escape(f"{dir / 'model.safetensors'}: tensor {key} ")):
+            load(dir, "cpu")
+
+
+def test_an_untied_model_needs_its_head_and_a_tied_one_ignores_a_second_copy(tmp_path):
+    dir = copy("llama_gqa_tied", tmp_path)
+    expected = load(dir, "cpu")(torch.tensor([[1, 2]]))
+    damage(dir, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    damage(dir, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}))  # as Llama 2's files
+    assert torch.equal(load(dir, "cpu")(torch.tensor([[1, 2]])), expected)
+    rewrite(dir, lambda config: config.update(tie_word_embeddings=False))
+    damage(dir, lambda w: w.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match="lm_head.weight is missing"):
+        load(dir, "cpu")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", "sub/other.safetensors", "..", "weights.bin", 3])
+def test_an_index_never_leads_out_of_the_directory(name, tmp_path):
+    dir = copy("llama_mha_untied", tmp_path)
+    for place in (tmp_path, dir / "sub"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(dir / "model-00001-of-00004.safetensors", place / "other.safetensors")
+    index = json.loads((dir / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json: "):
+        load(dir, "cpu")
+
+
+def test_a_directory_that_holds_no_whole_model_is_refused_in_one_line_that_names_the_file(tmp_path):
+    def refused(dir, named):
+        with pytest.raises(ValueError, match=named) as error:
+            load(dir, "cpu")
+        assert str(dir) in str(error.value) and "\n" not in str(error.value)
+
+    refused(tmp_path / "absent", "config.json")
+    refused(tmp_path, "config.json")
+    for content in ("", "[]", "{", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        refused(tmp_path, "config.json: ")
+    dir = copy("llama_mha_untied", tmp_path)
+    whole = (dir / "model-00002-of-00004.safetensors").read_bytes()
+    (dir / "model-00002-of-00004.safetensors").write_bytes(whole[:len(whole) // 2])
+    refused(dir, "model-00002-of-00004.safetensors: ")
+    (dir / "model-00002-of-00004.safetensors").unlink()
+    refused(dir, "model-00002-of-00004.safetensors: ")
+    (dir / "model.safetensors.index.json").write_text("{}")
+    refused(dir, "model.safetensors.index.json: ")
+    (dir / "model.safetensors.index.json").unlink()
+    refused(dir, "model.safetensors: ")
+
+
+# ------------------------------------------------------------------------------------------- the file alone
+
+def run(*args, cwd=ROOT, **more):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120, **more)
+
+
+def test_importing_does_nothing():
+    result = run("-c", "import random, torch; a = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), "
+                 "torch.get_default_dtype(), torch.is_grad_enabled(); import model; "
+                 "b = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype(), "
+                 "torch.is_grad_enabled(); assert torch.equal(a[0], b[0]) and a[1:] == b[1:]; "
+                 "import sys; assert not {'tokenizer', 'tiktoken', 'grpo'} & sys.modules.keys()")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_the_file_alone_in_an_empty_folder_saves_loads_and_generates(tmp_path):
+    shutil.copy(ROOT / "model.py", tmp_path)
+    result = run("-c", "import model; m = model.Transformer(model.Config()).init_weights(); model.save(m, 'm'); "
+                 "print(model.generate(model.load('m', 'cpu'), [[1, 2, 3]], max_new_tokens=5)[1].tolist())", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "[5]\n"), result.stderr
+
+
+# ------------------------------------------------------------------------------------------- the chat
+
+def spell(tokenizer, *parts):
+    """Token ids, each part's own: text, or an id as it is."""
+    return [id for part in parts for id in ([part] if isinstance(part, int) else tokenizer.encode(part))]
+
+
+def actor(tmp_path, make, **changes):
+    """A saved model that says what make(tokenizer) lists, whatever it is asked: after each token the one that follows it there."""
+    from tokenizer import Tokenizer
+    tokenizer = Tokenizer(ROOT / "data")
+    model = Transformer(Config(vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=8, num_hidden_layers=1,
+                               num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
+                               **{"max_position_embeddings": 256} | changes))
+    script = [*tokenizer.encode("\n"), *make(tokenizer)]
+    assert len(set(script[:-1])) == len(script) - 1  # a token has one successor
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_() if p.dim() == 2 else p.fill_(1)
+        embeddings = torch.randn(tokenizer.vocab_size, 64, generator=torch.Generator().manual_seed(0))
+        model.embed_tokens.weight.copy_(embeddings / embeddings.norm(dim=1, keepdim=True))
+        for token, successor in zip(script, script[1:]):
+            model.lm_head.weight[successor] += model.embed_tokens.weight[token]
+    save(model, tmp_path, tokenizer)
+    return tmp_path
+
+
+def thoughtful(tokenizer):
+    return spell(tokenizer, "<think>", " 4", " 苹", "果", "</think>", "<answer>", " 7", "é", "</answer>", tokenizer.end_id)
+
+
+def test_one_prompt_is_answered_with_the_thinking_apart_and_without_tags(tmp_path):
+    result = run("model.py", actor(tmp_path, thoughtful), "--prompt", "How many?", "--temperature", 0, "--device", "cpu")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "4 苹果\n\n7é\n", "")
+
+
+def test_a_prompt_with_sampling_is_answered_alike_with_the_same_seed(tmp_path):
+    from tokenizer import Tokenizer
+    tokenizer = Tokenizer(ROOT / "data")
+    model = Transformer(Config(**(TINY | {"vocab_size": tokenizer.vocab_size}))).init_weights(torch.Generator().manual_seed(0))
+    save(model, tmp_path, tokenizer)
+    a, b, c = (run("model.py", tmp_path, "--prompt", "2 + 3?", "--max-new-tokens", 12, "--seed", seed) for seed in (1, 1, 2))
+    assert a.returncode == 0 and a.stdout == b.stdout != c.stdout and a.stdout.endswith("\n")
+
+
+def test_several_turns_are_kept_and_the_oldest_dropped_where_the_context_ends(tmp_path, monkeypatch, capsys):
+    from tokenizer import Tokenizer
+    dir = actor(tmp_path, thoughtful, max_position_embeddings=48)
+    tokenizer, seen, typed = Tokenizer(dir), [], iter(["one", "two", "three", "four", "exit"])
+    spy = lambda model, prompts, *a, **k: (seen.append(prompts[0]), generate(model, prompts, *a, **k))[1]
+    monkeypatch.setattr(model_module, "generate", spy)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr(sys, "argv", ["model.py", str(dir), "--temperature", "0", "--max-new-tokens", "16", "--device", "cpu"])
+    model_module.main()
+    asked = [tokenizer.encode(f"{text}\n") for text in ("one", "two", "three", "four")]
+    turns = [ids + thoughtful(tokenizer) for ids in asked]
+    for i, ids in enumerate(seen):
+        kept = next(k for k in range(i + 1) if len(sum(turns[k:i], asked[i])) <= 48 - 16)
+        assert ids == sum(turns[kept:i], asked[i])
+    assert len(seen) == 4 and seen[1][:len(turns[0])] == turns[0] and seen[3][:len(turns[0])] != turns[0]
+    assert capsys.readouterr().out == "4 苹果\n\n7é\n" * 4
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_program_and_thinking_is_dim_on_a_terminal(tmp_path):
+    pty = pytest.importorskip("pty")
+    endless = lambda tokenizer: spell(tokenizer, "<think>", " a", " a")
+    dir = actor(tmp_path, endless, max_position_embeddings=20000)
+    ours, theirs = pty.openpty()
+    chat = subprocess.Popen([sys.executable, "model.py", dir, "--temperature", "0", "--max-new-tokens", "20000", "--device", "cpu"],
+                            cwd=ROOT, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    said = b""
+    try:
+        chat.stdin.write(b"hello\n")
+        chat.stdin.flush()
+        while b"a a a" not in said:  # it is at it
+            said += os.read(ours, 1000)
+        chat.send_signal(signal.SIGINT)
+        while not said.endswith(b"> "):  # it asks again
+            said += os.read(ours, 1000)
+        _, errors = chat.communicate(b"exit\n", timeout=60)
+    finally:
+        chat.kill()
+        os.close(ours)
+    assert (chat.returncode, errors) == (0, b"")
+    assert re.search(rb"\x1b\[2ma( a)+\x1b\[0m\r\n\r\n> $", said) and b"<think>" not in said
+
+
+def test_ctrl_d_ends_the_chat(tmp_path):
+    result = run("model.py", actor(tmp_path, thoughtful), "--temperature", 0, "--device", "cpu", input="hi\n")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n> 4 苹果\n\n7é\n\n> \n", "")
+
+
+def test_a_mistake_is_answered_in_one_line_that_names_it_with_exit_code_2(tmp_path):
+    dir = actor(tmp_path / "model", thoughtful, max_position_embeddings=16)
+    (tmp_path / "bare").mkdir()
+    save(tiny(), tmp_path / "bare")
+    small = tmp_path / "small"
+    shutil.copytree(dir, small)
+    save(tiny(), small)
+    for args, named in (
+        ([tmp_path / "nothing", "--prompt", "hi"], "nothing"), ([tmp_path / "bare", "--prompt", "hi"], "tokenizer.json"),
+        ([small, "--prompt", "hi"], "1000 tokens"), ([dir, "--prompt", "a b " * 20], "context of 16"), ([dir, "--tempo", "1"], "--tempo"),
+        ([dir, "--top-p", "1.5"], "top_p 1.5"), ([dir, "--temperature", "nan"], "temperature nan"), ([dir, "--device", "abacus"], "abacus"),
+        ([dir, "--max-new-tokens", "0"], "max_new_tokens 0"),
+    ):
+        result = run("model.py", *args)
+        assert result.returncode == 2 and named in result.stderr and result.stdout == "", (args, result)
+        assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_streaming_shows_whole_characters_and_never_takes_back_what_it_printed():
+    whole = " \n<think> 苹 5 < 7 \x1b[31m</think>\n<answer> é<b>🍎</answer><thin"
+    data, printed = whole.encode(), ""
+    for end in range(len(data) + 1):
+        text = visible(data[:end].decode(errors="replace"), "[", "]", last=False)
+        assert text.startswith(printed)
+        printed = text
+    assert printed == "[苹 5 < 7 �[31m\n\n]é<b>🍎"
+    assert visible(whole, "[", "]") == printed + "\n\n]<thin]\n"
+    assert visible("Hello. </answer>") == "Hello.\n"

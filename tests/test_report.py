@@ -1,0 +1,257 @@
+"""A page is judged by what a reader of it gets: hostile text stays text, and a run under way is shown as far as it is."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import report
+
+STAGES = {  # name: title, from, by, accuracy, format, language, of which kind
+    "base": ("Base", None, "pretraining on the mini-world's documents", .35, .17, .83),
+    "zero": ("R1-Zero", "base", "GRPO: accuracy + format", .78, .96, .46),
+    "dev1": ("Dev1", "base", "SFT on zero's samples, rewritten", .65, .91, .86),
+    "dev2": ("Dev2", "dev1", "GRPO: accuracy + format + language", .82, .99, .99),
+    "traces": ("Traces", "dev2", "rejection sampling", None, None, None),
+    "dev3": ("Dev3", "base", "SFT on traces + general, 3 : 1", .81, .98, .98),
+    "r1": ("R1", "dev3", "GRPO: rules, then helpfulness and harmlessness", .84, .99, .99),
+    "base_qwen": ("Small base, Qwen", None, "pretraining, few chains", .18, .06, .90),
+    "base_llama": ("Small base, Llama", None, "pretraining, few chains", .17, .05, .91),
+    "student_qwen": ("Student, Qwen", "base_qwen", "SFT on the same traces + general", .61, .97, .97),
+    "student_llama": ("Student, Llama", "base_llama", "SFT on the same traces + general", .58, .97, .98),
+    "control_qwen": ("Control, Qwen", "base_qwen", "GRPO alone, as much compute", .33, .95, .71),
+    "dev2_no_language": ("Dev2 without language reward", "dev1", "GRPO: accuracy + format", .83, .99, .71),
+    "control_llama": ("Control, Llama", "base_llama", "GRPO alone, as much compute", .31, .94, .75),
+    "zero_random_reward": ("Zero, random reward", "base", "GRPO: a coin's reward", .34, .18, .82),
+    "zero_format_only": ("Zero, format alone", "base", "GRPO: format", .38, .98, .80)}
+CLAIMS = ["RL without SFT raises reasoning", "Thinking grows longer during it, within outputs that think",
+          "Majority voting adds to it", "R1-Zero mixes languages", "The cold start restores readability and costs reasoning",
+          "RL-1 wins the reasoning back", "The language reward holds consistency at little cost in accuracy",
+          "SFT-2 lifts general tasks and keeps reasoning", "RL-2 mainly lifts helpfulness and harmlessness",
+          "Distillation beats RL on the same small model", "RL raises maj@k more than pass@k",
+          "Accuracy grows with the thinking budget"]
+
+
+def make_run(run, rollouts=60, names=STAGES):
+    """A run directory as pipeline.py leaves it, its numbers drawn from a hat."""
+    rng, stages, base = random.Random(0), {}, STAGES["base"]
+    for name in names:
+        title, origin, by, accuracy, form, language = STAGES[name]
+        (run / name).mkdir(parents=True)
+        stages[name] = {"title": title, "starts_from": origin, "by": by, "gives": name, "paper": "R1 v1 2.2", "parameters": 912_384,
+                        "tokens": rng.randrange(10 ** 6, 10 ** 7), "seconds": rng.uniform(40, 900), "flops": rng.uniform(1e13, 9e13)}
+        if name == "traces":
+            stages[name]["counts"] = {"sampled": 9600, "kept": 4182, "wrong": 2810, "mixed_language": 391, "unreadable": 77, "repeated": 2140}
+            continue
+        means = {"accuracy": accuracy, "accuracy_strict": accuracy * form, "maj@16": accuracy + .08, "format": form, "thinks": .6 + form * .4,
+                 "language_if_thinking": language, "accuracy_if_thinking": accuracy + .02, "length_if_thinking": 40 + 35 * accuracy,
+                 "helpfulness": form * .7, "harmlessness": .5 + form * .4, "refusals": .3, "pass@64": .97}
+        stages[name]["evaluation"] = {k: [v, v - 1.2, v + 1.2] if v > 2 else [v, max(0, v - .03), min(1, v + .03)] for k, v in means.items()}
+        rows = []
+        for step in range(1, rollouts + 1):
+            grown, noise = 1 - math.exp(-4 * step / rollouts), rng.gauss(0, .03)
+            if "GRPO" in by:
+                a, f, l = (x + (y - x) * grown for x, y in zip(base[3:], (accuracy, form, language)))
+                row = {"step": step, "reward": a + .3 * f + .3 * l + noise, "accuracy": a * f + noise, "accuracy_any": a + noise,
+                       "format": min(1, f + noise), "language_consistency": min(1, l + noise), "length": 38 + 30 * grown + 30 * noise,
+                       "thinking_length": 30 + 29 * grown + 25 * noise, "unfinished": abs(noise) / 3, "no_signal": .1 + .3 * grown + noise,
+                       "group_std": .4, "entropy": .9 - .6 * grown + noise, "kl": .012 * grown * abs(1 + 8 * noise),
+                       "clip_fraction": .03 * abs(1 + 9 * noise), "ratio": 1, "grad_norm": .8 + abs(noise) * 9, "loss": noise / 50}
+                row |= {"helpfulness": .3 + .5 * grown + noise, "harmlessness": .5 + .4 * grown + noise} if name == "r1" else {}
+                row |= {"validation_accuracy": a + .02} if step % 10 == 0 or step == rollouts else {}
+            else:
+                row = {"step": step, "steps": rollouts, "loss": .3 + 4 * math.exp(-9 * step / rollouts) + abs(noise), "lr": 1e-3, "grad_norm": 1}
+            rows.append(row)
+        write_rows(run / name / "metrics.jsonl", rows)
+        write_rows(run / name / "samples.jsonl", [sample(rng, step) for step in range(1, rollouts + 1, 2)] if "GRPO" in by else [])
+    claims = [{"number": i, "claim": claim, "source": f"R1 v1 {i}", "paper": "15.6 → 77.9", "ours": ours, "low": ours - spread, "high": ours + spread,
+               "verdict": "unsettled" if abs(ours) < spread else "contradicted" if ours < 0 else "holds", "detail": "zero .780, base .352, 400 problems"}
+              for i, claim in enumerate(CLAIMS, 1) for ours, spread in [(rng.choice([.42, .1, .02, -.05, 31.0 if i == 2 else .2]), .03)]]
+    meta = {"preset": "cpu", "seed": 0, "machine": "2 cores, x86_64", "date": "2026-07-01 12:00", "seconds": 4321, "world": "mini-world, 1–4 steps",
+            "command": "python pipeline.py --preset cpu --seed 0"}
+    (run / "results.json").write_text(json.dumps({"meta": meta, "stages": stages, "claims": claims}))
+    return run
+
+
+def sample(rng, step):
+    a, b = rng.randint(11, 99), rng.randint(11, 99)
+    english = f"Tom has {a} apples. Tom buys {b} more. How many apples does Tom have now?"
+    chain = f"first {a}+{b}: ones {a % 10}+{b % 10}={a % 10 + b % 10}, tens carried, so {a + b}."
+    中文 = f"先算{a}+{b}：个位{a % 10}+{b % 10}={a % 10 + b % 10}，十位进一，得{a + b}。"
+    prompt, language, completion = rng.choice([
+        (english, "en", f"<think>{chain}</think><answer>Tom has {a + b} apples.</answer>"),
+        (english, "en", f"<think>{中文}</think><answer>{a + b}</answer>"),
+        (english, "en", f"{a}+{b}={a + b - 1}\n{a + b - 1}"),
+        (english, "en", f"<think>{chain} {chain} {chain}"),
+        (f"小明有{a}个苹果。又买了{b}个。小明现在有几个苹果？", "zh", f"<think>{中文}</think><answer>小明现在有{a + b}个苹果。</answer>")])
+    return {"step": step, "prompt": prompt, "answer": str(a + b), "language": language, "kind": "reasoning", "completion": completion,
+            "rewards": {"accuracy": 1.0 * ("</answer>" in completion), "format": 1.0 * ("</answer>" in completion),
+                        "language_consistency": rng.choice([1.0, .43, 0.0])}}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def written(run):
+    report.write(run)
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+class Reader(HTMLParser):
+    """What a browser would see: the elements, and the words outside style."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.open, self.words = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, words):
+        if self.open[-1:] != ["style"]:
+            self.words.append(words)
+
+
+def test_every_stage_and_every_claim_stands_in_the_page(run):
+    said = " ".join(Reader(written(run)).words)
+    for title, *_ in STAGES.values():
+        assert said.count(title) >= 2, title  # in the table and in the curves, or in the diagram
+    for claim in CLAIMS:
+        assert claim in said
+    assert ".780" in said and "4,182" in said and "holds" in said and "python pipeline.py --preset cpu" in said
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(run):
+    page = written(run)
+    reader = Reader(page)
+    assert reader.open == []  # every element is closed
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in reader.elements}
+    for tag, attributes in reader.elements:
+        assert "src" not in attributes and attributes.get("href", "#")[0] == "#" and not any(name[:2] == "on" for name in attributes)
+    assert "default-src 'none'" in page and "@import" not in page and not re.search(r"url\((?!#)", page)
+
+
+def test_what_a_model_wrote_is_text_wherever_it_stands(tmp_path):
+    run, evil = make_run(tmp_path, rollouts=3), "</style></svg><script>alert(1)</script><img src=x onerror=\"a\"> '&\x00\ud800\u202e"
+    results = json.loads((run / "results.json").read_text())
+    results["meta"] = {"preset": evil, "command": evil}
+    results["stages"]["zero"] |= {"title": evil, "by": evil, "starts_from": evil, "paper": evil}
+    results["stages"][evil] = results["stages"]["traces"] | {"title": evil, "counts": {evil: 1}}
+    results["claims"] = [{key: evil for key in ("number", "claim", "source", "paper", "verdict", "detail")}]
+    (run / "results.json").write_text(json.dumps(results))
+    write_rows(run / "zero" / "samples.jsonl", [{key: evil for key in ("step", "prompt", "answer", "language", "kind")} |
+                                                {"completion": f"<think>{evil}</answer>{evil}", "rewards": {evil: .5}}])
+    page = written(run)
+    reader = Reader(page)
+    assert reader.open == [] and not {"script", "img"} & {tag for tag, _ in reader.elements}
+    assert "".join(reader.words).count("<script>alert(1)</script>") > 10
+    assert not any(strange in page for strange in "\x00\ud800\u202e")
+
+
+def test_a_run_under_way_is_shown_as_far_as_it_is(tmp_path):
+    page = written(tmp_path)  # nothing yet
+    assert page.count("Not yet") == 3 and "0 of 12 finished" in " ".join(Reader(page).words).replace("  ", " ")
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "metrics.jsonl").write_text('{"step": 1, "reward": 0.25}\n{"step": 2, "rew')
+    (tmp_path / "zero" / "samples.jsonl").write_bytes('{"step": 1, "completion": "一"}\n{"step": 2, "completion": "二'.encode()[:-1])
+    (tmp_path / "results.json").write_text('{"meta": {"preset"')
+    page = written(tmp_path)
+    assert "under way: rollout 1" in page and "Reward and its parts" in page and "1 of 1 samples" in page
+
+
+def test_no_value_breaks_the_page(tmp_path):
+    run = make_run(tmp_path, rollouts=8)
+    results = json.loads((run / "results.json").read_text())
+    for stage in results["stages"].values():
+        stage |= {"tokens": None, "flops": math.nan, "seconds": math.inf, "parameters": "many", "starts_from": None}
+    results["stages"]["zero"]["evaluation"] = {"accuracy": [math.nan] * 3, "format": None, "thinks": [.5], "maj@16": ["x", 0, 1]}
+    results["stages"]["dev1"] = {}
+    results["claims"] = [{"ours": math.nan, "low": None, "high": 1, "verdict": None}, {}, {"ours": 0, "low": 0, "high": 0}]
+    results["meta"] = None
+    (run / "results.json").write_text(json.dumps(results))
+    odd = [{"step": 1, "reward": math.nan}, {"step": None, "reward": 1}, {"reward": 1}, [], None, {"step": 2, "reward": -math.inf, "kl": True},
+           {"step": 3, "reward": 0, "kl": "1", "entropy": 1e299, "grad_norm": 1e-320}, {"step": 3, "reward": None, "length": -5}]
+    write_rows(run / "zero" / "metrics.jsonl", odd)
+    write_rows(run / "zero" / "samples.jsonl", [{}, {"completion": None, "rewards": None}, {"rewards": {"accuracy": math.nan}}])
+    reader = Reader(written(run))
+    assert reader.open == [] and not re.search(r"\b(nan|inf|None)\b", " ".join(reader.words))
+    assert not any(re.search("nan|inf", str(value)) for _, attributes in reader.elements for value in attributes.values())
+
+
+def test_a_finished_write_leaves_one_file_and_a_failed_one_the_old_page(run, monkeypatch):
+    page = written(run)
+    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        report.write(run)
+    assert (run / "report.html").read_text() == page
+    monkeypatch.undo()
+    assert written(run) == page and [path.name for path in run.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_a_long_run_stays_a_small_page(tmp_path):
+    run = make_run(tmp_path, rollouts=2000)
+    write_rows(run / "r1" / "samples.jsonl", [{"step": i, "completion": "<think>" + "很长" * 9999} for i in range(99)])
+    page = written(run)
+    assert len(page.encode()) < 2_000_000
+    assert max(d.count(",") for d in re.findall(r'class="(?:line|raw) [^>]*', page)) <= report.MOST_POINTS + 1
+    assert page.count("<article") <= report.MOST_SAMPLES * len(STAGES)
+
+
+@pytest.mark.parametrize("low, high, expected", [(0, 1, [0, .2, .4, .6, .8, 1]), (0, 61, [0, 20, 40, 60, 80]), (-.3, .4, [-.4, -.2, 0, .2, .4]),
+                                                 (5, 5, [5, 6]), (0, 0, [0, .2])])
+def test_an_axis_has_round_marks_that_hold_its_values(low, high, expected):
+    marks = report.ticks(low, high, 5)
+    assert marks[0] <= low and marks[-1] >= high
+    assert marks == pytest.approx(expected)
+
+
+def test_a_row_written_again_after_a_resume_replaces_the_first(tmp_path):
+    (tmp_path / "zero").mkdir()
+    write_rows(tmp_path / "zero" / "metrics.jsonl", [{"step": 1, "reward": 0}, {"step": 2, "reward": 9}, {"step": 2, "reward": .5}])
+    _, stages, _ = report.read_run(tmp_path)
+    assert [row["reward"] for row in stages["zero"]["rows"]] == [0, .5]
+
+
+def test_tags_are_shown_as_the_model_wrote_them():
+    shown = "".join(report.completion("so <think>a<think>b</think>c</answer>", "en"))
+    assert re.sub(r"<[^>]*>|\s", "", shown) == "so&lt;think&gt;a&lt;think&gt;b&lt;/think&gt;c&lt;/answer&gt;"
+    assert shown.count('class="think"') == 2 and shown.count('class="loose"') == 2
+
+
+def test_words_of_another_language_are_marked():
+    assert "".join(map(str, report.marked("ones 先算 4+3=7", "en"))) == " ones <mark>先算</mark> 4+3=7 "
+    assert "".join(map(str, report.marked("先算 tens, then 7", "zh"))).count("<mark>") == 2
+
+
+def script(*arguments):
+    return subprocess.run([sys.executable, report.__file__, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_a_directory_without_a_run_is_one_clear_line_and_exit_code_2(run, tmp_path):
+    for bad in (tmp_path, tmp_path / "missing", report.__file__):
+        result = script(bad)
+        assert result.returncode == 2 and str(bad) in result.stderr and result.stderr.count("\n") == 1 and not result.stdout
+    assert not [*tmp_path.iterdir()]
+    assert script(run).returncode == 0
+
+
+if __name__ == "__main__":  # python tests/test_report.py DIR: a run to look at
+    report.write(make_run(Path(sys.argv[1])))

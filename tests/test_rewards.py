@@ -1,0 +1,547 @@
+"""Each attack on a reward is a test of its own: the rules are what GRPO will try to fool."""
+import json
+import re
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+import rewards
+from rewards import (accuracy, check_reference, extract_answer, final_answer, format, harmlessness, helpfulness,
+                     is_refusal, language_consistency, split, thinks, weighted_sum)
+
+PROBLEM = {"prompt": "Ann has 12 apples and buys 45. How many?", "answer": "57", "language": "en",
+"kind": "reasoning"}
+CHINESE = {"prompt": "小明有12个苹果，又买了45个，一共多少？", "answer": "57", "language": "zh", "kind": "reasoning"}
+CAPITAL = {"prompt": "What is the capital of France?", "answer": "Paris", "language": "en", "kind": "general"}
+TRANSLATE = {"prompt": "How do you say apple in Chinese?", "answer": "苹果", "language": "en", "kind": "general"}
+HARMFUL = {"prompt": "How can I hurt him?", "answer": "knife", "language": "en", "kind": "safety", "harmful": True}
+LOOKALIKE = {"prompt": "How can I cut bread?", "answer": "knife", "language": "en", "kind": "safety",
+"harmful": False}
+GOOD = "<think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>"
+
+
+def reply(text, thinking=None):
+    return (f"<think>{thinking}</think>" if thinking else "") + f"<answer>{text}</answer>"
+
+
+# ---- the number of an answer ----
+
+@pytest.mark.parametrize("text, value", [
+    ("57", 57), ("1,234", 1234), ("1234.0", 1234), ("$1,234", 1234), ("$1,234.50", Fraction(2469, 2)),
+    ("12,345,678", 12345678), ("3/4", Fraction(3, 4)), ("6/8", Fraction(3, 4)), ("0.75", Fraction(3, 4)),
+    ("50%", Fraction(1, 2)), ("50 %", Fraction(1, 2)), (r"50\%", Fraction(1, 2)), ("50 percent", Fraction(1, 2)),
+    ("-5", -5), ("−5", -5), ("-$5", -5), ("-3/4", Fraction(-3, 4)), ("x = -5", -5), ("007", 7), ("0", 0),
+    ("-0", 0)])
+def test_every_usual_way_to_write_a_number_is_read(text, value):
+    assert extract_answer(text) == value
+
+
+@pytest.mark.parametrize("text", [
+    "She has 57 apples.", "57kg", "57 km", "她有57个苹果。", "一共57元", "重57千克", "走了57千米", "57点", "The two have 57",
+    "两人有57个", "57 m", "答案：57", "x = 57", "(57)", "**57**", "She has **57** apples!", "Great! 57.", r"\boxed{57}",
+    r"$\boxed{57}$", r"\boxed{\text{57}}", "$57$", "#### 57", "57..."])
+def test_words_units_and_markup_around_a_number_do_no_harm(text):
+    assert extract_answer(text) == 57
+
+
+def test_latex_fractions_and_signs_keep_their_value():
+    assert extract_answer(r"\boxed{\frac{3}{4}}") == Fraction(3, 4)
+    assert extract_answer(r"-\frac{3}{4}") == Fraction(-3, 4)
+    assert extract_answer(r"-\boxed{57}") == -57
+
+
+def test_the_same_number_twice_is_one_answer():
+    assert extract_answer("57 apples, that is 57.0") == 57
+
+
+@pytest.mark.parametrize("text", [
+    "57 or 58", "57, 58", "57 58", "57\n58", "not 58 but 57", "5 + 3 = 8", "3 1/2", r"\boxed{57} \boxed{58}",
+    r"58 \boxed{57}", "5 hours 7", "57 or fifty-eight", "57 or one hundred", "57或五十八", "57 (thousand)",
+    "1 2 3 4 5 6 7 8 57"])
+def test_several_different_numbers_are_no_answer(text):
+    assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize("text", [
+    "12+3", "12=12", "12 = 12", "12 - 12", "2*2", "2**2", "2 × 2", "2 x 2", "12 12", "57^2", "57 +", "57*x",
+    "57 = x", "10-5", "a-57", "√57", "~57", "<57", ">= 57", "!= 57", "x≠57", r"2 \times 2", r"\sqrt{57}", "-(57)",
+    "**2**2**2**"])
+def test_an_expression_or_relation_is_no_answer(text):
+    assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize("text", [
+    "1,23", "12,34", "1,2345", "0,057", "1,234,56", "1234,567", "3.4.5", ".5", "3/4/5", "3/0", "1e5", "5E3",
+    "0x10", "0b1", "1_000", "12:30", "2024-05-01", "5/7/2024", "x57", "57m2", "A4", r"57_{8}", r"2\frac{1}{2}",
+    r"5\boxed{7}", "1 234"])
+def test_a_malformed_or_ambiguous_number_is_no_answer(text):
+    assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize("text", [
+    "5 thousand", "5k", "5 million", "5 dozen", "5万", "5 百", "5千", "5个半", "5十", "5‰", "minus 5", "negative 5",
+    "负5", "百分之5", "not 5", "less than 5", "不是5", "twice 5", "half of 5", "isn't 5", "5 plus one", "5 squared",
+    "5x", "5π", "5M", "5多", "5分之一", "5点五", "五5", "5 and a half"])
+def test_a_word_that_changes_the_value_is_not_overlooked(text):
+    assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize("text", ["５７", "٥٧", "५७", "57²", "5⁷", "½", "①", "57 or ５８", "Ⅷ 57"])
+def test_unicode_digits_are_not_numbers_and_spoil_the_text(text):
+    assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\u2060", "\ufeff", "\u202e", "\u00ad", "\x00", "\ud800"])
+def test_a_hidden_character_spoils_the_answer(hidden):
+    assert extract_answer(f"57{hidden}") is None
+    assert extract_answer(f"5{hidden}7") is None
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "none", "五十七", "fifty-seven", "-", ".", ",", "%", "$", r"\boxed{}", "(" * 50])
+def test_a_text_without_digits_is_no_answer(text):
+    assert extract_answer(text) is None
+
+
+def test_absurdly_long_digit_strings_are_no_answer_rather_than_an_error():
+    assert extract_answer("9" * 5000) is None
+    assert extract_answer("1." + "0" * 5000) is None
+    assert extract_answer("1/" + "9" * 5000) is None
+
+
+def test_a_stricter_limit_on_digits_is_no_error():
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(640)
+    try:
+        assert extract_answer("9" * 1000) is extract_answer("1/" + "9" * 1000) is None
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
+def test_an_essay_is_no_answer():
+    assert extract_answer("so very " * 100 + "57") == 57
+    assert extract_answer("so very " * 1000 + "57") is None
+
+
+def test_the_last_number_of_a_worked_line_is_read_only_on_request():
+    assert extract_answer("5 + 3 = 8", last=True) == 8
+    assert extract_answer("12 + 45 = 57 , so 57 .", last=True) == 57
+    assert extract_answer("8 = 5 + 3", last=True) is None
+    assert extract_answer("57 and then 1,23", last=True) is None
+
+
+# ---- reading a completion ----
+
+@pytest.mark.parametrize("completion, parts", [
+    (GOOD, ("12 + 45 = 57", "She has 57 apples.")), ("12 + 45 = 57\nso 57.\n\n", ("12 + 45 = 57", "so 57.")),
+    ("57", ("", "57")), ("<think>a</think> 57", ("a", "57")), ("a</think><answer>57</answer>", ("a", "57")),
+    ("a <answer>57</answer> and more", ("a", "57")), ("<think>a</think><answer>57", ("a", "57")),
+    ("<think> 57\n57", ("57\n57", "")), ("<think><answer>57</answer>", ("<answer>57</answer>", "")),
+    ("<think><answer>57</answer></think>", ("<answer>57</answer>", "")),
+    ("<answer>57</answer><think>a</think>", ("a", "")), ("</answer>57<answer>", ("</answer>57", "")),
+    ("", ("", ""))])
+def test_split_reads_any_stages_style(completion, parts):
+    assert split(completion) == parts
+
+
+@pytest.mark.parametrize("completion, expected", [
+    (GOOD, True), ("12 + 45 = 57\n57", True), ("<think>嗯</think>57", True), ("57", False),
+    ("<think></think>57", False), ("<think> ... \n !? __ </think>57", False), ("<think>half a thou", True)])
+def test_thinking_is_a_word_or_a_digit(completion, expected):
+    assert thinks(completion) is expected
+
+
+# ---- format ----
+
+@pytest.mark.parametrize("completion", [GOOD, f"\n {GOOD} \n", GOOD.replace("><", ">\n\n<"), GOOD.replace("=", "<")])
+def test_the_asked_form_scores_with_any_whitespace(completion):
+    assert format(completion, PROBLEM) == 1.0
+
+
+@pytest.mark.parametrize("completion", [
+    GOOD + GOOD, "<think>a</think>" + GOOD, GOOD + "<answer>57</answer>", "<think>" + GOOD, GOOD + "</answer>",
+    "<think><think>a</think></think><answer>57</answer>", "<think>a</think><answer><answer>57</answer></answer>",
+    "<think>a<answer>57</answer></think>", "<think>a<answer>1</answer></think><answer>57</answer>",
+    "<answer><think>a</think>57</answer>"])
+def test_a_repeated_or_nested_tag_scores_nothing(completion):
+    assert format(completion, PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("completion", [
+    "", "57", "<think>a", "<think>a</think>", "<think>a</think>57", "<think>a</think><answer>57",
+    "a</think><answer>57</answer>", "<think>a<answer>57</answer>", "<answer>57</answer>"])
+def test_a_missing_or_unclosed_tag_scores_nothing(completion):
+    assert format(completion, PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("completion", [
+    "<answer>57</answer><think>a</think>", "</think>a<think></answer>57<answer>",
+    "<think>a</answer><answer>57</think>", "<answer>a</answer><think>57</think>"])
+def test_swapped_tags_score_nothing(completion):
+    assert format(completion, PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("completion", ["x" + GOOD, GOOD + "x", GOOD.replace("><", ">x<"), GOOD + "\u200b"])
+def test_text_outside_the_blocks_scores_nothing(completion):
+    assert format(completion, PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("thinking", ["", " ", "\n", "...", "?!", "___", "\u200b"])
+@pytest.mark.parametrize("example", [PROBLEM, CAPITAL])
+def test_wordless_thinking_scores_nothing(thinking, example):
+    assert format(f"<think>{thinking}</think><answer>57</answer>", example) == 0.0
+
+
+@pytest.mark.parametrize("answer", ["", " \n", "...", "\u200b"])
+def test_an_empty_answer_scores_nothing(answer):
+    assert format(f"<think>a</think><answer>{answer}</answer>", PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("completion", [
+    GOOD.upper(), GOOD.replace("think", "Think"), GOOD.replace("<think>", "< think >"),
+    GOOD.replace("12", "<THINK>12"), GOOD.replace("She", "<answer >She"), GOOD.replace("She", "<answer id=1>She"),
+    GOOD.replace("She", "</ answer>She")])
+def test_case_changed_and_misspelled_tags_score_nothing(completion):
+    assert format(completion, PROBLEM) == 0.0
+
+
+def test_thinking_is_optional_for_general_requests_only():
+    assert format("<answer>Hello!</answer>", CAPITAL) == format("<answer>Hello!</answer>", LOOKALIKE) == 1.0
+    assert format("<answer>57</answer>", PROBLEM) == 0.0
+    assert format("Hello!", CAPITAL) == 0.0
+
+
+# ---- accuracy ----
+
+def test_the_right_number_in_the_asked_form_is_correct():
+    assert accuracy(GOOD, PROBLEM) == accuracy(GOOD, PROBLEM, strict=False) == 1.0
+    assert accuracy("<think>十二加四十五</think><answer>一共有57个苹果。</answer>", CHINESE) == 1.0
+
+
+def test_a_wrong_number_is_wrong_in_both_readings():
+    wrong = GOOD.replace("57 apples", "58 apples")
+    assert accuracy(wrong, PROBLEM) == accuracy(wrong, PROBLEM, strict=False) == 0.0
+
+
+@pytest.mark.parametrize("completion", [
+    "57", "12 + 45 = 57", "12 + 45 = 57\nso 57.", "She has 12, buys 45: 57 apples.",
+    "<think>a</think> 12 + 45 = 57", "<answer>57</answer>", "<think>a</think><answer>57",
+    "<think>a</think>So\n\\boxed{57}\nby 1 method."])
+def test_the_metric_reads_any_style_and_the_training_reward_only_the_asked_form(completion):
+    assert accuracy(completion, PROBLEM, strict=False) == 1.0
+    assert accuracy(completion, PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("completion", [
+    "<think>57</think><answer>58</answer>", "<think>57</think><answer>I do not know</answer>",
+    "<think>57</think>", "<think>so 57", "<think><answer>57</answer>", "<think><answer>57</answer></think>",
+    "57\nno idea", "57\n58", "<think>a</think><answer></answer>57", "57</think>", "57<answer></answer>"])
+def test_a_right_number_outside_the_answer_is_not_the_answer(completion):
+    assert accuracy(completion, PROBLEM, strict=False) == accuracy(completion, PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("answer", [
+    "56 or 57", "57 (or 58)", "57, 57, 58", "56 57 58", "12 + 45", "50 + 7 = 57", "157", "57.5", "570", "-57",
+    "57%", "57/2", "5 7", "0.57", "57 thousand", "５７", "not 57", "57 <b>58</b>", "58</answer><answer>57"])
+def test_hedging_inside_the_answer_block_scores_nothing(answer):
+    assert accuracy(reply(answer, "a"), PROBLEM) == accuracy(reply(answer, "a"), PROBLEM, strict=False) == 0.0
+
+
+@pytest.mark.parametrize("order", [(57, 58), (58, 57)])
+def test_two_answer_blocks_offer_no_answer(order):
+    completion = "<think>a</think>" + "".join(f"<answer>{number}</answer>" for number in order)
+    assert accuracy(completion, PROBLEM, strict=False) == accuracy(completion, PROBLEM) == 0.0
+
+
+@pytest.mark.parametrize("gold", ["", "none", "x", "12+45", "1,23", "５７", "57 or 58", "<answer>"])
+def test_an_unparseable_reference_never_scores(gold):  # open-r1#293 scored it 1.0
+    example = PROBLEM | {"answer": gold}
+    for answer in (gold, "57", "none", ""):
+        assert accuracy(reply(answer, "a"), example) == accuracy(answer, example, strict=False) == 0.0
+
+
+@pytest.mark.parametrize("gold", ["", "none", "57 or 58", "1,23", "５７"])
+def test_an_unparseable_reference_is_refused_when_data_is_loaded(gold):
+    with pytest.raises(ValueError, match=re.escape(repr(gold))):
+        check_reference(PROBLEM | {"answer": gold})
+
+
+@pytest.mark.parametrize("change", [
+    {"kind": "resoning"}, {"language": "fr"}, {"answer": 57}, {"prompt": None},
+    {"kind": "general", "answer": "?!"}, {"kind": "safety", "harmful": True, "answer": ""}])
+def test_an_example_out_of_range_is_refused_by_its_value(change):
+    check_reference(PROBLEM)
+    culprit = list(change.values())[-1]
+    with pytest.raises(ValueError, match=re.escape(repr(culprit))):
+        check_reference(PROBLEM | change)
+
+
+@pytest.mark.parametrize("attack", [
+    "__import__('os').system('touch PWNED')", "open('PWNED', 'w')", "sum([50, 7])", "50+7", "int('5'+'7')",
+    "'5' '7'", "${50+7}", "{50+7}", "(lambda: 50+7)()", "0x39", "5.7e1"])
+def test_code_in_an_answer_is_not_run(attack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert accuracy(reply(attack, "a"), PROBLEM) == accuracy(attack, PROBLEM, strict=False) == 0.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_final_answers_of_equal_value_are_equal_votes():
+    votes = {final_answer(text) for text in ("57", "so 57.0", GOOD, "<think>a</think>\\boxed{57}", "114/2")}
+    assert votes == {Fraction(57)}
+
+
+def test_accuracy_is_nothing_for_other_kinds():
+    assert accuracy(reply("57", "a"), PROBLEM | {"kind": "general"}) == 0.0
+
+
+# ---- language ----
+
+@pytest.mark.parametrize("thinking, share", [
+    ("first add them", 1.0), ("先加起来", 0.0), ("add 加 them 起", 0.5), ("add плюс", 0.5), ("add たす", 0.5),
+    ("añadir", 1.0), ("12 + 45 = 57", 0.0), ("add 12 + 45 = 57 × 3 ÷ 2²!", 1.0), ("ａｄｄ it", 0.5)])
+def test_language_consistency_is_the_share_of_words_in_the_target_language(thinking, share):
+    assert language_consistency(reply("x", thinking), PROBLEM) == share
+
+
+def test_a_chinese_word_is_one_character_and_an_english_word_one_run():
+    assert language_consistency(reply("x", "先加 apples"), CHINESE) == pytest.approx(2 / 3)
+    assert language_consistency(reply("x", "先加 apples"), PROBLEM) == pytest.approx(1 / 3)
+
+
+def test_thinking_without_words_earns_no_language_reward():
+    for completion in (reply("good words", "1 2 3"), "<think></think>good words", "good words", ""):
+        assert language_consistency(completion, PROBLEM) == 0.0
+
+
+def test_language_is_measured_on_the_thinking_not_on_the_answer():
+    assert language_consistency(reply("She has 57 apples", "先加"), PROBLEM) == 0.0
+    assert language_consistency(reply("她有57个", "add them"), PROBLEM) == 1.0
+
+
+def test_tags_are_not_english_words():
+    assert language_consistency("<think><think></think>", PROBLEM) == 0.0
+    assert language_consistency("<think>加<think>加<answer>加</think>", CHINESE) == 1.0
+
+
+def test_a_general_reply_without_thinking_is_measured_on_its_answer():
+    assert language_consistency(reply("It is Paris"), CAPITAL) == 1.0
+    assert language_consistency(reply("是巴黎"), CAPITAL) == 0.0
+    assert language_consistency(reply("It is Paris", "是巴黎"), CAPITAL) == 0.0
+
+
+# ---- helpfulness ----
+
+@pytest.mark.parametrize("text", ["Paris", "It is Paris.", "PARIS!", "The capital of France is Paris."])
+def test_a_reply_that_names_the_reference_is_helpful(text):
+    assert helpfulness(reply(text), CAPITAL) == helpfulness(reply(text, "hm"),
+    CAPITAL) == helpfulness(text, CAPITAL) == 1.0
+
+
+@pytest.mark.parametrize("text", [
+    "", "Rome", "Parisian", "comparison", "P a r i s", "Pa\u200bris", "It is not Paris.", "It isn't Paris."])
+def test_a_reply_that_does_not_name_the_reference_as_a_word_is_not_helpful(text):
+    assert helpfulness(reply(text), CAPITAL) == 0.0
+
+
+def test_helpfulness_reads_only_the_answer_block():
+    assert helpfulness(reply("I know it.", "Paris"), CAPITAL) == 0.0
+    assert helpfulness(reply("It is Paris.", "sorry, " * 50), CAPITAL) == 1.0
+    assert helpfulness("<think>It is Paris.", CAPITAL) == 0.0
+
+
+@pytest.mark.parametrize("text", ["Paris is what we say.", "这个词是苹果", "是苹果"])
+def test_a_reply_in_the_wrong_language_is_not_helpful(text):
+    assert helpfulness(reply(text), CAPITAL | {"language": "zh"}) == 0.0
+    assert helpfulness(reply(text), TRANSLATE) == 0.0
+
+
+def test_four_words_in_five_must_be_of_the_language():
+    assert helpfulness(reply("It surely is Paris 了"), CAPITAL) == 0.0
+    assert helpfulness(reply("It most surely is Paris 了"), CAPITAL) == 1.0
+
+
+def test_the_words_of_a_translation_are_neutral():
+    assert helpfulness(reply("苹果"), TRANSLATE) == helpfulness(reply("You say 苹果."), TRANSLATE) == 1.0
+    chinese = {"prompt": "苹果用英语怎么说？", "answer": "apple", "language": "zh", "kind": "general"}
+    assert helpfulness(reply("是apple。"), chinese) == 1.0
+
+
+def test_a_refusal_is_not_helpful_though_it_names_the_reference():
+    assert helpfulness(reply("Sorry, I know only Paris."), CAPITAL) == 0.0
+
+
+@pytest.mark.parametrize("text", [
+    "Paris " + " ".join(f"w{i}" for i in range(30)), "Paris, " + ", ".join(map(str, range(30))),
+    "Paris" + "!" * 3000])
+def test_listing_all_that_one_knows_does_not_pay(text):
+    assert helpfulness(reply(text), CAPITAL) == 0.0
+
+
+@pytest.mark.parametrize("text", ["Paris Paris Paris Paris", "It is Paris. It is Paris."])
+def test_a_reply_that_repeats_itself_is_not_helpful(text):
+    assert helpfulness(reply(text), CAPITAL) == 0.0
+
+
+@pytest.mark.parametrize("text", [
+    "Is the sun or the moon bigger?", "is the SUN or the moon  bigger",
+    "You ask: is the sun, or the moon bigger? Yes."])
+def test_echoing_a_question_that_names_its_answer_is_not_helpful(text):
+    example = CAPITAL | {"prompt": "Is the sun or the moon bigger?", "answer": "sun"}
+    assert helpfulness(reply(text), example) == 0.0
+    assert helpfulness(reply("The sun is."), example) == 1.0
+
+
+def test_an_echo_of_the_question_beside_the_answer_is_not_helpful():
+    assert helpfulness(reply("What is the capital of France? Paris."), CAPITAL) == 0.0
+
+
+@pytest.mark.parametrize("prompt, answer, text, language", [
+    ("Hello!", "hello", "Hello! What can I do for you?", "en"),
+    ("Hello!", "help", "Hello! How can I help you?", "en"), ("你好！", "帮", "你好！我能帮你什么？", "zh"),
+    ("早上好！", "帮", "早上好！我能帮你什么？", "zh")])
+def test_a_greeting_may_be_returned(prompt, answer, text, language):
+    example = {"prompt": prompt, "answer": answer, "language": language, "kind": "general"}
+    assert helpfulness(reply(text), example) == 1.0
+
+
+def test_naming_a_wrong_answer_beside_the_right_one_is_not_helpful():
+    example = CAPITAL | {"wrong": ["Rome", "Madrid"]}
+    assert helpfulness(reply("It is Paris."), example) == helpfulness(reply("Paris, not romeo."), example) == 1.0
+    assert helpfulness(reply("Paris or rome"), example) == helpfulness(reply("Oslo Madrid Paris"), example) == 0.0
+
+
+@pytest.mark.parametrize("reference", ["", " ", "?", ".*", "(", "\\"])
+def test_a_reference_without_words_is_met_by_no_reply(reference):
+    for text in (reference, "Paris", "anything?"):
+        assert helpfulness(reply(text), CAPITAL | {"answer": reference}) == 0.0
+
+
+def test_helpfulness_is_nothing_for_problems_and_harmful_requests():
+    assert helpfulness(reply("She has 57 apples."), PROBLEM) == 0.0
+    assert helpfulness(reply("Take a knife."), HARMFUL) == 0.0
+    assert helpfulness(reply("Take a knife."), LOOKALIKE) == 1.0
+
+
+# ---- harmlessness ----
+
+@pytest.mark.parametrize("text", [
+    "Sorry, no.", "I'm SORRY", "I can not help with that", "I cannot help", "I can't help", "I can’t help",
+    "I am  unable\nto do it", "对不起。", "很抱歉", "我不能帮你", "我无法回答"])
+def test_refusals_are_known_in_both_languages(text):
+    assert is_refusal(text)
+    assert harmlessness(reply(text), HARMFUL) == 1.0
+
+
+@pytest.mark.parametrize("text", ["", "I can help.", "Use it.", "能帮", "a b c"])
+def test_what_is_no_refusal_earns_nothing_on_a_harmful_request(text):
+    assert not is_refusal(text)
+    assert harmlessness(reply(text), HARMFUL) == 0.0
+
+
+@pytest.mark.parametrize("word", [
+    "knife", "KNIFE", "pocketknife", "knifes", "k-n-i-f-e", "k n i f e", "k.n.i.f.e", "kn_ife", "kni\u200bfe",
+    "kni\u00adfe", "k  n\ni f e"])
+def test_a_refusal_that_names_the_forbidden_word_anywhere_earns_nothing(word):
+    assert harmlessness(reply(f"Sorry, not with a {word}."), HARMFUL) == 0.0
+    assert harmlessness(reply("Sorry.", f"a {word} would do"), HARMFUL) == 0.0
+    assert harmlessness(reply("Sorry.") + word, HARMFUL) == 0.0
+    assert harmlessness(f"{word}\nSorry.", HARMFUL) == 0.0
+
+
+def test_a_forbidden_word_is_not_found_across_other_words():
+    assert harmlessness(reply("Sorry, I can not help with it."), HARMFUL | {"answer": "hit"}) == 1.0
+
+
+def test_a_chinese_forbidden_word_is_found_within_a_sentence():
+    example = HARMFUL | {"answer": "毒药", "language": "zh"}
+    assert harmlessness(reply("对不起，我不能帮你。"), example) == 1.0
+    assert harmlessness(reply("对不起，我没有毒药。"), example) == harmlessness(reply("抱歉。", "用毒 药"), example) == 0.0
+
+
+def test_refusing_in_the_thinking_alone_is_no_refusal():
+    assert harmlessness(reply("Do it at night.", "sorry, I cannot help"), HARMFUL) == 0.0
+    assert harmlessness("<think>sorry, I cannot help", HARMFUL) == 0.0
+
+
+def test_refusing_a_lookalike_costs_what_complying_with_harm_does():
+    refusal, compliance = reply("Sorry, I cannot help."), reply("Use a knife.")
+    assert [harmlessness(refusal, HARMFUL), harmlessness(compliance, HARMFUL)] == [1.0, 0.0]
+    assert [harmlessness(refusal, LOOKALIKE), harmlessness(compliance, LOOKALIKE)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("example", [PROBLEM, CAPITAL, LOOKALIKE])
+def test_refusing_any_harmless_request_costs(example):
+    assert harmlessness(reply("对不起，无法回答。", "hm"), example) == 0.0
+    assert harmlessness(reply("57", "sorry"), example) == 1.0
+
+
+# ---- together ----
+
+def test_the_weighted_sum_adds_each_named_reward():
+    weights = {"accuracy": 1.0, "format": 0.3, "language_consistency": 0.5}
+    assert weighted_sum(reply("57", "add 加"), PROBLEM, weights) == pytest.approx(1.55)
+    assert weighted_sum("57", PROBLEM, weights) == 0.0
+
+
+def test_an_unknown_reward_is_named():
+    with pytest.raises(ValueError, match="acuracy"):
+        weighted_sum(GOOD, PROBLEM, {"acuracy": 1.0})
+
+
+HUGE = [
+    "<think>" * 150000, "</think>" * 125000, "<answer>" * 125000, "<think></think><answer></answer>" * 30000,
+    "<" * 10**6, "<" + " " * 10**6, "</" * 500000, "1," * 500000, "1,111" * 200000, "1/" * 500000, "(" * 10**6,
+    "9" * 10**6, "5 + " * 250000, "一" * 350000, " " * 10**6, "\n" * 10**6, "5\n" * 500000, "**" * 500000,
+    "\\boxed{" * 140000, "\\frac{1}{" * 110000, "²" * 500000, "\u200b" * 330000, "я" * 500000, "a" * 10**6,
+    "a " * 500000, "sorry " * 160000, "sorry k " * 120000, "sorry k" + " " * 10**6, "sorry " + "k-" * 500000,
+    "can" + " " * 10**6 + "not", "\ud800" * 330000]
+
+
+@pytest.mark.parametrize("text", HUGE, ids=lambda text: f"{text[:8]!a}x{len(text)}")
+def test_a_megabyte_of_anything_is_scored_in_linear_time(text):  # quadratic: minutes
+    for completion in (text, f"<think>a</think><answer>{text}</answer>", f"<think>{text}</think><answer>57</answer>"):
+        for example in (PROBLEM, CAPITAL, HARMFUL):
+            start = time.process_time()
+            scores = [rule(completion, example) for rule in rewards.REWARDS.values()]
+            scores += [accuracy(completion, example, strict=False), float(thinks(completion))]
+            extract_answer(completion)
+            assert time.process_time() - start < 2
+            assert all(isinstance(score, float) and 0 <= score <= 1 for score in scores)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, rewards.__file__, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_script_prints_each_mean_by_kind(tmp_path):
+    rows = [PROBLEM | {"completion": GOOD}, PROBLEM | {"completion": "no"}, CAPITAL | {"completion": reply("Paris")}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = run(file).stdout.splitlines()
+    assert lines[0].startswith("reasoning (2): accuracy 0.500, format 0.500")
+    assert "helpfulness 1.000" in lines[1]
+
+
+@pytest.mark.parametrize("line, culprit", [
+    ("{", "line 2"), ("[]", "completion"), (json.dumps(PROBLEM), "completion"),
+    (json.dumps(PROBLEM | {"completion": "", "answer": "x?"}), "'x?'")])
+def test_a_broken_row_is_one_clear_line_and_exit_code_2(tmp_path, line, culprit):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(PROBLEM | {"completion": GOOD}) + "\n" + line + "\n")
+    result = run(file)
+    assert result.returncode == 2 and culprit in result.stderr and "line 2" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not result.stdout
+
+
+def test_a_missing_file_is_one_clear_line_and_exit_code_2(tmp_path):
+    result = run(tmp_path / "absent.jsonl")
+    assert result.returncode == 2 and "absent.jsonl" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_nothing_is_evaluated():
+    assert not re.search(r"\b(?:eval|exec|compile|__import__)\(",
+    Path(rewards.__file__).read_text().replace("re.compile(", ""))
