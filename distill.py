@@ -68,3 +68,56 @@ def distill(student, traces, general, encode, train, ratio=3, seed=0):
     encode(row) -> (ids, prompt_length); train(model, examples) runs the training. Returns what train returns.
     """
     return train(student, [encode(row) for row in mix(traces, general, ratio, seed)])
+
+
+def main():
+    import torch
+
+    import evaluate
+    import rewards
+    import sft
+    from checkpoint import write_jsonl
+    from data.readers import new_directory, read_problems, read_rows
+    from model import generate, load, save
+    from tokenizer import Tokenizer
+    parser = argparse.ArgumentParser(description="Sample a teacher's verified traces and train a student on them.")
+    parser.add_argument("--teacher", required=True, help="model directory")
+    parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
+    parser.add_argument("--data", required=True, help='problems, JSONL rows {"prompt", "answer", "language", "kind"}')
+    parser.add_argument("--general", help='general examples, JSONL rows {"prompt", "completion"}; none: traces alone')
+    parser.add_argument("--out", required=True, help="where the student and traces.jsonl go")
+    parser.add_argument("--samples", type=int, default=4, help="of each prompt; default %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
+    parser.add_argument("--lr", type=float, default=sft.SFTConfig.lr, help="default %(default)s")
+    parser.add_argument("--epochs", type=int, default=sft.SFTConfig.epochs, help="default %(default)s")
+    args = parser.parse_args()
+    try:
+        problems = read_problems(args.data, rewards.check_reference)
+        general = read_rows(args.general, ("prompt", "completion")) if args.general else []
+        teacher, tokenizer, out = load(args.teacher), Tokenizer(args.teacher), new_directory(args.out)
+        random = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
+        config = evaluate.EvalConfig(samples=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
+        texts, _ = evaluate.complete(
+            [tokenizer.encode_prompt(e["prompt"]) for e in problems],
+            lambda prompts, **settings: generate(teacher, prompts, end_ids=[tokenizer.end_id], generator=random, **settings),
+            tokenizer.decode, config)
+        traces, counts = rejection_sample(problems, texts, rewards.accuracy,
+                                          lambda text, example: rewards.language_consistency(text, example) == 1)
+        print(", ".join(f"{name} {count}" for name, count in counts.items()))
+        write_jsonl(out / "traces.jsonl", traces)
+        student, tokenizer = load(args.student), Tokenizer(args.student)
+
+        def encode(row):
+            prompt = tokenizer.encode_prompt(row["prompt"])
+            return prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id], len(prompt)
+
+        rows = mix(traces, general) if general else traces
+        sft.train(student, [encode(row) for row in rows], sft.SFTConfig(lr=args.lr, epochs=args.epochs),
+                  log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
+        save(student, out, tokenizer)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

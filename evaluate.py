@@ -146,14 +146,14 @@ def with_budget(prompts, generate, decode, config, budget, end_thinking, thinkin
     A completion that still thinks then (thinking_over(text) is False) goes on after `end_thinking`, the ids that
     close the thinking and open the answer.
     """
-    ids, lengths, _ = generate(prompts, n=config.samples, max_new_tokens=budget, temperature=config.temperature, top_p=config.top_p)
+    ids, lengths, _ = generate(prompts, n=config.samples, max_new_tokens=budget + 1, temperature=config.temperature,
+                               top_p=config.top_p)
     heads = []
     for row, length in zip(ids.tolist(), lengths.tolist()):
-        head = row[:length]
-        if not thinking_over(decode(head)):
-            heads.append((head + list(end_thinking), True))
-        else:
-            heads.append((head, length == budget))  # a full budget: the answer may be under way
+        head, open_ = row[:min(length, budget)], length > budget  # one more token tells what goes on from what ended there
+        if open_ and not thinking_over(decode(head)):
+            head += end_thinking
+        heads.append((head, open_))
     return go_on(prompts, heads, generate, decode, config, new_tokens=40)
 
 
@@ -166,3 +166,44 @@ def lengthened(prompts, generate, decode, config, end_thinking, wait):
         ended = end_thinking in row[:length]
         heads.append((row[:row.index(end_thinking)] + list(wait), True) if ended else (row[:length], False))
     return go_on(prompts, heads, generate, decode, config, new_tokens=config.max_new_tokens)
+
+
+def main():
+    import torch
+
+    import rewards
+    from data.readers import read_problems
+    from model import generate, load
+    from tokenizer import Tokenizer
+    parser = argparse.ArgumentParser(description="Measure a model directory on problems and requests.")
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
+    for name, default in vars(EvalConfig()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="default %(default)s")
+    args = parser.parse_args()
+    try:
+        config = EvalConfig(**{name: value for name, value in vars(args).items() if name in EvalConfig.__dataclass_fields__})
+        examples = read_problems(args.data, rewards.check_reference)
+        model, tokenizer = load(args.model), Tokenizer(args.model)
+        random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
+
+        def sample(prompts, **settings):
+            return generate(model, prompts, end_ids=[tokenizer.end_id], generator=random, **settings)
+
+        rules = {**rewards.REWARDS, "accuracy_strict": rewards.accuracy,
+                 "accuracy": lambda text, example: rewards.accuracy(text, example, strict=False)}
+        for kind in rewards.KINDS:
+            rows = [e for e in examples if e["kind"] == kind]
+            if rows:
+                texts, counts = complete([tokenizer.encode_prompt(e["prompt"]) for e in rows], sample, tokenizer.decode, config)
+                values = measure(rows, texts, counts, rules, rewards.final_answer, rewards.thinks,
+                                 lambda text: len(tokenizer.encode(rewards.split(text)[0])), sorted({1, config.samples}))
+                print(f"{kind}: {len(rows)} rows, {config.samples} samples each")
+                for name, (mean, low, high) in summarise(values).items():
+                    print(f"  {name:26} {mean:8.3f}  [{low:.3f}, {high:.3f}]")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

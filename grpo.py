@@ -301,3 +301,39 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         if save is not None:
             save(**objects, step=step, updates=updates)
     return metrics
+
+
+def main():
+    import rewards
+    from data.readers import new_directory, read_problems
+    from model import generate, load, save
+    from tokenizer import Tokenizer
+    parser = argparse.ArgumentParser(description="GRPO on a model directory, with the rules of rewards.py.")
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
+    parser.add_argument("--out", required=True, help="where the trained model goes")
+    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS, help="default: %(default)s")
+    for name, default in vars(GRPOConfig()).items():
+        kind = (lambda text: text == "True") if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help="default %(default)s")
+    args = parser.parse_args()
+    try:
+        config = GRPOConfig(**{name: value for name, value in vars(args).items() if name in GRPOConfig.__dataclass_fields__})
+        examples = read_problems(args.data, rewards.check_reference)
+        model, tokenizer, out = load(args.model), Tokenizer(args.model), new_directory(args.out)
+
+        def log(m, r):
+            print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  kl {m['kl']:.4f}  "
+                  f"clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
+            if m["step"] % config.validate_every == 1:
+                print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
+
+        train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, generate,
+              [tokenizer.end_id], {name: rewards.REWARDS[name] for name in args.rewards}, config, log=log)
+        save(model, out, tokenizer)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

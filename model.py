@@ -185,11 +185,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Normal with std 0.02; what writes into the residual stream is scaled down by sqrt(2 layers) (GPT-2)."""
+        """Normal with GPT-2's std of 0.02 at width 768, larger for narrower models as 1/sqrt(width).
+
+        What writes into the residual stream is scaled down by sqrt(2 layers), as in GPT-2.
+        """
+        std = 0.02 * math.sqrt(768 / self.config.hidden_size)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                p.normal_(0, 0.02 / math.sqrt(2 * len(self.layers)) if into_residual else 0.02, generator=generator)
+                p.normal_(0, std / math.sqrt(2 * len(self.layers)) if into_residual else std, generator=generator)
         return self
 
     def hidden(self, ids, positions=None, segments=None, cache=None):
@@ -239,10 +243,12 @@ def sampling_logprobs(logits, temperature=1.0, top_p=1.0):
     """The sampling distribution, as log-probabilities (B, V): temperature, then the smallest set of tokens with mass >= top_p."""
     logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
-        sorted_logprobs, order = logprobs.sort(dim=-1, descending=True)
-        mass_before = sorted_logprobs.exp().cumsum(-1) - sorted_logprobs.exp()
-        cut = torch.zeros_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
-        logprobs = F.log_softmax(logprobs.masked_fill(cut, -math.inf), dim=-1)
+        top, order = logprobs.topk(min(64, logprobs.shape[-1]), dim=-1)  # a full sort only where 64 tokens do not hold the mass
+        if (top.exp().sum(-1) < top_p).any():
+            top, order = logprobs.sort(dim=-1, descending=True)
+        mass_before = top.exp().cumsum(-1) - top.exp()
+        top = F.log_softmax(top.masked_fill(mass_before >= top_p, -math.inf), dim=-1)
+        logprobs = torch.full_like(logprobs, -math.inf).scatter(-1, order, top)
     return logprobs
 
 
@@ -371,18 +377,18 @@ def blame(path):
 
 def _config(raw):
     raw = {name: value for name, value in raw.items() if value is not None}
-    rope = raw.get("rope_scaling", {}) | raw.get("rope_parameters", {})  # of transformers 4, and 5
+    rope = [raw.get("rope_scaling", {}), raw.get("rope_parameters", {})]  # of transformers 4, and 5
     kind, architectures = raw.get("model_type"), raw.get("architectures", list(ARCHITECTURES.values()))
     for what, refused in {
         f"model_type {kind!r} with architectures {architectures}": ARCHITECTURES.get(kind) not in architectures,
-        f"rope scaling {rope}": {rope.get(key) for key in ("rope_type", "type", "partial_rotary_factor")} - {None, "default", 1},
+        f"rope scaling {rope}": {r.get(k) for r in rope for k in ("rope_type", "type", "partial_rotary_factor")} - {None, "default", 1},
         "a sliding window": raw.get("use_sliding_window") or {*raw.get("layer_types", [])} - {"full_attention"},
         f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
     }.items():
         if refused:
             raise ValueError(f"{what} is not supported, only dense {', '.join(ARCHITECTURES.values())}")
     values = {"num_key_value_heads": raw.get("num_attention_heads"), "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-              "tie_word_embeddings": False} | raw | rope  # before them what their absence means
+              "tie_word_embeddings": False} | raw | rope[0] | rope[1]  # before them what their absence means
     for field in fields(Config):
         if field.type in (int, float) and not (isinstance(value := values.get(field.name), (int, field.type)) and value > 0):
             raise ValueError(f"{field.name} is {value!r}")

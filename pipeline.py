@@ -60,7 +60,7 @@ class Preset:
     cold_start: int = 200             # examples
     trace_prompts: int = 1500
     trace_samples: int = 4
-    pretrain: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(lr=3e-3, epochs=1, batch_tokens=2048, warmup=0.03))
+    pretrain: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=144, warmup=0.03))
     cold: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048))
     sft2: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048))
     rl: grpo.GRPOConfig = field(default_factory=lambda: grpo.GRPOConfig(rollouts=60, scale_by_std=False))
@@ -122,7 +122,7 @@ class Run:
     # ---- text to ids
 
     def prompt(self, example):
-        return self.tokenizer.encode(example["prompt"] + "\n") if example["prompt"] else []
+        return self.tokenizer.encode_prompt(example["prompt"])
 
     def example(self, row, pretraining=False):
         """(ids, prompt_length) of a row; when pretraining, the loss falls on the prompt too."""

@@ -46,8 +46,7 @@ MOST_POINTS, MOST_SAMPLES, MOST_CHARACTERS = 300, 12, 1200  # a curve, a stage, 
 
 def number(value):
     """A finite float, or None for whatever else a run may hold."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not less
-    return float(value) if usable else None
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # NaN is not less
 
 
 def read_objects(path, lines=True):
@@ -94,7 +93,7 @@ class Markup(str):
 
 
 def escape(value):
-    """Control characters, direction overrides and lone surrogates become visible, the rest HTML."""
+    """For HTML; control characters, direction overrides and lone surrogates become visible."""
     strange = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return html.escape(re.sub(strange, "\ufffd", "" if value is None else str(value)))
 
@@ -160,7 +159,8 @@ def box(stage, place):
     if not stage.get("evaluation"):
         figures = [(name, quantity(count)) for name, count in (stage.get("counts") or {}).items()][:3]
     return el("g", el("rect", width=WIDE, height=HIGH), el("path", d=f"M1,0 V{HIGH}"),
-              el("text", title, cls="title", x=14, y=23), [el("text", line, cls="by", x=14, y=41 + 15 * i) for i, line in enumerate(lines)],
+              el("text", title, cls="title", x=14, y=23),
+              [el("text", line, cls="by", x=14, y=41 + 15 * i) for i, line in enumerate(lines)],
               [el("text", value, cls="figure", x=14 + 74 * i, y=82) for i, (_, value) in enumerate(figures)],
               [el("text", words(name)[:12], x=14 + 74 * i, y=96) for i, (name, _) in enumerate(figures)],
               cls=f"box {state}" + " rl" * stage["rl"], transform="translate({},{})".format(*corner(*place)))
@@ -178,7 +178,7 @@ def recipe(stages):
     ways += [("weights", f"M{x},{y + 18} h44"), ("data", f"M{x},{y + 42} h44")]  # the legend
     notes = [(x + 62, y + 22, "its weights are trained on"), (x + 62, y + 46, "its samples are trained on"),
              (x + 62, y + 70, "reinforcement learning"), (x - GAP - WIDE / 2 + 10, HIGH + 29, "correct, rewritten"),
-             (2, small + 58, "RL alone, or distillation"), (2, beside - 14, "Beside the recipe" if others else "")]
+             (2, small + 58, "RL alone (left), distilled (right)"), (2, beside - 14, "Beside the recipe" if others else "")]
     right, bottom = corner(4, 1 + max(row for _, row in places.values()))
     tip = el("marker", el("path", d="M0,0 8,4 0,8z"), id="tip", refX=5, refY=4, markerWidth=8, markerHeight=8,
              markerUnits="userSpaceOnUse", orient="auto")
@@ -189,15 +189,11 @@ def recipe(stages):
                          cls="recipe", viewBox=f"0 0 {right - GAP + 26} {bottom - DROP + 2}"), cls="scroll")
 
 
-def table(kind, heads, rows):
-    return el("div", el("table", el("thead", heads), el("tbody", rows), cls=kind), cls="scroll")
-
-
 def stage_table(stages):
     groups = [el("th", name, colspan=len(columns)) for name, columns in METRICS.items()]
     names = ["Stage", *(words(metric) for metric in sum(METRICS.values(), [])), "parameters", "tokens", "time", "FLOPs"]
     heads = [el("tr", el("th"), groups, el("th", "Cost", colspan=4)), el("tr", [el("th", name) for name in names])]
-    return table("stages", heads, [stage_row(stage) for stage in stages.values()])
+    return el("div", el("table", el("thead", heads), el("tbody", [*map(stage_row, stages.values())]), cls="stages"), cls="scroll")
 
 
 def stage_row(stage):
@@ -220,21 +216,16 @@ def metric_cell(mean, low, high):
     return el("td", short(mean), el("small", f"{short(low)}–{short(high)}"), bar * (0 <= low <= high <= 1))
 
 
-def not_yet(what):
-    return el("p", f"Not yet: {what}.", cls="none")
-
-
 def claims_table(claims):
     if not claims:
-        return not_yet("the claims are measured when the stages are done")
+        return el("p", "Not yet: the claims are measured when the stages are done.", cls="none")
     heads = [el("th", name) for name in ("", "Claim", "Verdict", "Ours", "Around zero", "The paper")]
-    return table("claims", el("tr", heads), [claim_row(claim) for claim in claims])
+    return el("div", el("table", el("thead", el("tr", heads)), el("tbody", [*map(claim_row, claims)]), cls="claims"), cls="scroll")
 
 
 def claim_row(claim):
     ours, low, high = (number(claim.get(key)) for key in ("ours", "low", "high"))
-    verdict = str(claim.get("verdict") or "not yet")
-    bar = "–"
+    verdict, bar = str(claim.get("verdict") or "not yet"), "–"
     if None not in (ours, low, high):
         scale = 62 / (max(abs(ours), abs(low), abs(high)) or 1)
         span = el("rect", x=f"{low * scale:.1f}", y=-3, width=f"{max(1, (high - low) * scale):.1f}", height=6)
@@ -296,8 +287,8 @@ def chart(title, metrics, bounds, rows, width=300, height=176):
         drawn += [path(f"line {color}", [*smooth, smooth[-1]])]  # twice the last: a single point is a line, so a dot
     legend = [el("span", el("svg", el("path", cls=f"line {color}", d="M0,4 H20"), viewBox="0 0 20 8"), f"{words(metric)} ",
                  el("b", short(smooth[-1][1]))) for color, metric, _, smooth in lines] * (len(metrics) > 1)
-    caption = el("figcaption", title, [] if legend else el("b", short(lines[0][3][-1][1])))
-    return el("figure", caption, el("div", legend, cls="legend"), el("svg", drawn, viewBox=f"0 0 {width} {height}"))
+    alone = [] if legend else [el("b", short(lines[0][3][-1][1]))]
+    return el("figure", el("figcaption", title, alone), el("div", legend, cls="legend"), el("svg", drawn, viewBox=f"0 0 {width} {height}"))
 
 
 def fold(title, note, content, unfolded=True):
@@ -311,9 +302,8 @@ def curves(stages):
         small = el("div", [chart(*each, stage["rows"], width=196, height=112) for each in HEALTH], cls="charts small")
         parts.append(fold(stage["title"], progress(stage) or stage.get("by"), [large, small], stage["name"] in PLACES))
     losses = [chart(stage["title"], ["loss"], [], stage["rows"], 240, 140) for stage in stages.values() if not stage["rl"]]
-    if any(losses):
-        parts.append(fold("Supervised stages", "loss, against updates", el("div", losses, cls="charts middle")))
-    return parts or not_yet("no stage has logged a step")
+    parts += [fold("Supervised stages", "loss, against updates", el("div", losses, cls="charts middle"))] * any(losses)
+    return parts or el("p", "Not yet: no stage has logged a step.", cls="none")
 
 
 # ------------------------------------------------------------------------------------------- samples
@@ -322,14 +312,14 @@ FOREIGN = {"en": "([㐀-鿿][㐀-鿿，。、；：？！]*)", "zh": "([A-Za-zÀ
 
 
 def marked(said, language):
-    pieces = re.split(FOREIGN.get(language, "(?!)"), f" {said.strip()} ")
+    pieces = re.split(FOREIGN.get(language, "(?!)"), said.strip())
     return [el("mark", piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
 def completion(said, language):
     """Thinking and answer apart, their tags as they were written: one that is missing or doubled is seen."""
     blocks = re.findall("(<think>|<answer>)?(.*?)(</think>|</answer>|(?=<think>|<answer>)|$)", said[:MOST_CHARACTERS], re.S)
-    shown = [el("div", el("code", opened), marked(body, language), el("code", closed),
+    shown = [el("div", el("code", opened and f"{opened} "), marked(body, language), el("code", closed and f" {closed}"),
                 cls=opened[1:-1] or "loose") for opened, body, closed in blocks if (opened + body + closed).strip()]
     return shown + [el("p", f"… {len(said) - MOST_CHARACTERS:,} characters more")] * (len(said) > MOST_CHARACTERS)
 
@@ -354,7 +344,7 @@ def samples_section(stages):
         columns = [el("div", el("h4", name), [card(sample) for sample in half]) for name, half in halves.items() if half]
         parts.append(fold(stage["title"], f"{sum(map(len, halves.values()))} of {len(samples)} samples",
                           el("div", columns, cls="samples"), stage["name"] in ("zero", "r1")))
-    return parts or not_yet("no stage has written a sample")
+    return parts or el("p", "Not yet: no stage has written a sample.", cls="none")
 
 
 # ------------------------------------------------------------------------------------------- the page
@@ -385,8 +375,8 @@ thead th { font-weight: 500; font-size: 12px; vertical-align: bottom; } .stages 
 .stages td { white-space: nowrap; } .stages td small { font-size: 10.5px; } .stages .counts { white-space: normal; text-align: left; }
 td i { display: block; position: relative; height: 3px; width: 50px; margin: 4px 0 0 auto; background: var(--rule); }
 td i b { position: absolute; height: 3px; min-width: 2px; background: var(--c1); } .claims :is(td, th) { text-align: left; }
-.claims td { padding-right: 20px; } .claims :nth-child(n+3):nth-child(-n+5) { white-space: nowrap; } .claims :nth-child(2) { min-width: 220px; }
-.claims :nth-child(6) { min-width: 150px; } .claims td > b { display: inline-block; width: 1.4em; } .interval { width: 140px; }
+.claims td { padding-right: 20px; } .claims td:nth-child(n+3):nth-child(-n+5) { white-space: nowrap; } .claims td:nth-child(2) { min-width: 190px; }
+.claims td:nth-child(6) { min-width: 150px; } .claims td > b { display: inline-block; width: 1.4em; } .interval { width: 140px; }
 .interval path { stroke: var(--soft); } .interval rect { fill: var(--c1); opacity: .5; } .interval circle { fill: var(--ink); }
 .holds { color: var(--good); } .contradicted { color: var(--bad); } .unsettled { color: var(--c5); }
 details { border-bottom: 1px solid var(--rule); padding: 12px 0; } summary { cursor: pointer; font-size: 16px; font-weight: 600; }
@@ -403,10 +393,9 @@ figure > svg { margin-top: auto; } .charts.small { --least: 170px; } .charts.mid
 .samples { display: grid; gap: 8px 40px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); margin-top: 12px; }
 .about, .chips { font-size: 11.5px; } .prompt { font-weight: 600; } mark { background: var(--mark); color: inherit; }
 article div { margin: 6px 0; padding: 6px 12px; white-space: pre-wrap; border-left: 2px solid var(--rule); }
-article .answer { background: var(--fill); border-color: var(--c1); } article .loose { border: 1px dashed var(--rule); }
-article code { font-size: 11px; } .chips span { display: inline-block; margin: 2px 5px 2px 0; padding: 0 8px; border-radius: 9px; }
-.chips span { border: 1px solid var(--rule); } .chips .full { border-color: currentcolor; color: var(--good); }
-.chips .part { border-color: currentcolor; color: var(--c5); }
+article .answer { background: var(--fill); border-color: var(--c1); } article .loose { border: 1px dashed var(--rule); } article code { font-size: 11px; }
+.chips span { display: inline-block; margin: 2px 5px 2px 0; padding: 0 8px; border: 1px solid var(--rule); border-radius: 9px; }
+.chips .full { border-color: var(--good); color: var(--good); } .chips .part { border-color: var(--c5); color: var(--c5); }
 """
 
 

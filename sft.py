@@ -32,10 +32,11 @@ class SFTConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("lr", "epochs", "micro_batch_rows", "row_length", "grad_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
         if self.batch_tokens < self.row_length:
             raise ValueError(f"batch_tokens {self.batch_tokens} is less than one row of {self.row_length}")
-        if self.lr <= 0 or self.epochs < 1:
-            raise ValueError(f"lr {self.lr} and epochs {self.epochs} must be positive")
 
 
 def pack(examples, row_length):
@@ -47,6 +48,8 @@ def pack(examples, row_length):
     full, open_rows = [], []
     for ids, prompt_length in examples:
         ids = ids[:row_length]
+        if len(ids) == 0:
+            continue
         row = next((r for r in open_rows if r["used"] + len(ids) <= row_length), None)
         if row is None:
             if len(open_rows) == 8:  # give up on the fullest
@@ -101,7 +104,7 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
     Raises ValueError when there is no example, or none with a token to learn.
     """
     c, device = config, next(model.parameters()).device
-    if not any(len(ids) > max(prompt_length, 1) for ids, prompt_length in examples):
+    if not any(min(len(ids), c.row_length) > max(prompt_length, 1) for ids, prompt_length in examples):
         raise ValueError(f"none of the {len(examples)} examples has a token to learn")
     optimizer = make_optimizer(model, c.lr, c.weight_decay, c.betas)
     order = torch.Generator().manual_seed(c.seed)
@@ -139,3 +142,35 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
         if save is not None:
             save(model=model, optimizer=optimizer, step=step)
     return metrics
+
+
+def main():
+    from data.readers import new_directory, read_rows
+    from model import load, save
+    from tokenizer import Tokenizer
+    parser = argparse.ArgumentParser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
+    parser.add_argument("--out", required=True, help="where the trained model goes")
+    parser.add_argument("--pretrain", action="store_true")
+    for name in ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"):
+        default = getattr(SFTConfig, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="default %(default)s")
+    args = parser.parse_args()
+    try:
+        config = SFTConfig(**{name: value for name, value in vars(args).items() if name in SFTConfig.__dataclass_fields__})
+        rows, model, tokenizer = read_rows(args.data, ("prompt", "completion")), load(args.model), Tokenizer(args.model)
+        out, examples = new_directory(args.out), []
+        for row in rows:
+            prompt = tokenizer.encode_prompt(row["prompt"])
+            ids = prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id]
+            examples.append((ids, 0 if args.pretrain else len(prompt)))
+        train(model, examples, config, log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  "
+                                                           f"grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"))
+        save(model, out, tokenizer)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

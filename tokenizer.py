@@ -96,6 +96,7 @@ class Tokenizer:
         path = Path(dir) / "tokenizer.json"
         self.spec = _read(path)
         self.config = _read(path.with_name("tokenizer_config.json"), missing={})
+        self.template = self.config.setdefault("prompt_template", "{prompt}\n")  # how a model is asked
         generation = _read(path.with_name("generation_config.json"), missing={})
         try:
             self._build()
@@ -147,6 +148,10 @@ class Tokenizer:
                 part = unicodedata.normalize(self.normal_form, part) if self.normal_form else part
                 ids += self.encoding.encode_ordinary(part)
         return ids
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The ids that a model is asked with: the prompt in this directory's template."""
+        return self.encode(self.template.replace("{prompt}", prompt)) if prompt else []
 
     def decode(self, ids: Iterable[int]) -> str:
         """Tags are text; special tokens are left out, and so are ids that only a padded embedding has."""

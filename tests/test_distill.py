@@ -1,0 +1,121 @@
+import collections
+import random
+import re
+
+import pytest
+
+from distill import FILTERS, distill, mix, readable, rejection_sample, repeats
+
+EXAMPLE = {"prompt": "2+3?", "answer": "5", "language": "en", "kind": "reasoning"}
+GOOD = "<think>two and three</think><answer>5</answer>"
+
+
+def sample(*texts, example=EXAMPLE, keep=4):
+    return rejection_sample([example], [texts], correct=lambda text, example: example["answer"] in text,
+                            one_language=lambda text, example: text.isascii(), keep=keep)
+
+
+@pytest.mark.parametrize("text, filter", [
+    (GOOD.replace("5", "6"), "correct"), (GOOD.replace("three", "三"), "one_language"),
+    (GOOD + "x" * 1000, "readable"), ("```\n" + GOOD, "readable"), (GOOD + "and so on, then again; " * 5, "readable"),
+    (GOOD, "kept")])
+def test_each_filter_catches_its_case(text, filter):
+    rows, counts = sample(text)
+    assert counts == {"sampled": 1} | dict.fromkeys(FILTERS, 0) | {"kept": 0} | {filter: 1}
+    assert len(rows) == (filter == "kept")
+
+
+def test_a_completion_falls_to_the_first_filter_that_it_does_not_pass():
+    assert sample("六 ``` 七")[1]["correct"] == 1 and sample("五 5 ```")[1]["one_language"] == 1
+
+
+def test_copies_of_a_kept_completion_fall_whatever_their_whitespace():
+    rows, counts = sample(GOOD, GOOD, GOOD.replace(" ", "\n "), GOOD.replace("two", "2"))
+    assert counts["distinct"] == 2 and [row["completion"] for row in rows] == [GOOD, GOOD.replace("two", "2")]
+
+
+def test_the_same_completion_of_another_prompt_is_not_a_copy():
+    other = EXAMPLE | {"prompt": "1+4?"}
+    rows, counts = rejection_sample([EXAMPLE, other], [[GOOD], [GOOD]], lambda t, e: True, lambda t, e: True)
+    assert counts["kept"] == 2 and [row["prompt"] for row in rows] == ["2+3?", "1+4?"]
+
+
+def test_at_most_keep_completions_of_a_prompt_stay():
+    rows, counts = sample(*(f"5 {i}" for i in range(7)), keep=3)
+    assert counts["enough"] == 4 and [row["completion"] for row in rows] == ["5 0", "5 1", "5 2"]
+
+
+def test_the_counts_add_up():
+    rng = random.Random(0)
+    texts = [[rng.choice(["5 a", "5 b", "5 c", "6", "5 三", "5```"]) for _ in range(20)] for _ in range(30)]
+    rows, counts = rejection_sample([EXAMPLE] * 30, texts, lambda t, e: "5" in t, lambda t, e: t.isascii(), keep=2)
+    assert counts["sampled"] == 600 == sum(counts[name] for name in FILTERS) + counts["kept"] and counts["kept"] == len(rows)
+    assert all(counts[name] for name in FILTERS)
+
+
+def test_a_row_is_the_example_with_its_completion():
+    assert sample(GOOD)[0] == [EXAMPLE | {"completion": GOOD}]
+    assert "completion" not in EXAMPLE
+
+
+def test_a_loop_is_found_and_a_chain_of_like_steps_is_none():
+    assert repeats("so we add the tens again, " * 3) and not repeats("so we add the tens again, " * 2)
+    assert not repeats("先47+38：个位7+8=15，十位4+3+1=8，得85。再85-12：个位5-2=3，十位8-1-0=7，得73。再73+9：个位3+9=12，十位7+0+1=8，得82。")
+    assert readable(GOOD)
+
+
+def test_the_mixture_is_three_to_one_and_keeps_every_trace():
+    traces, general = [{"t": i} for i in range(30)], [{"g": i} for i in range(100)]
+    rows = mix(traces, general)
+    assert len(rows) == 40 and all(trace in rows for trace in traces) and len({r["g"] for r in rows if "g" in r}) == 10
+    assert rows != sorted(rows, key=lambda r: "g" in r)  # shuffled
+    assert rows == mix(traces, general) != mix(traces, general, seed=1)
+
+
+def test_few_general_examples_are_reused_evenly():
+    rows = mix([{"t": i} for i in range(30)], [{"g": i} for i in range(4)])
+    uses = collections.Counter(r["g"] for r in rows if "g" in r)
+    assert sum(uses.values()) == 10 and set(uses.values()) == {2, 3}
+
+
+def test_another_ratio_is_kept_too():
+    assert sum("g" in r for r in mix([{"t": 0}] * 30, [{"g": 0}] * 7, ratio=1)) == 30
+
+
+def test_mixing_leaves_its_arguments_alone():
+    traces, general = [{"t": i} for i in range(6)], [{"g": 0}]
+    mix(traces, general)
+    assert traces == [{"t": i} for i in range(6)] and general == [{"g": 0}]
+
+
+@pytest.mark.parametrize("traces, general", [([], [{}]), ([{}], [])])
+def test_a_mixture_of_nothing_is_refused(traces, general):
+    with pytest.raises(ValueError, match=f"{len(traces)} traces and {len(general)} general"):
+        mix(traces, general)
+
+
+def test_a_student_is_trained_on_the_encoded_mixture_and_nothing_else():
+    seen = []
+    result = distill("student", [{"completion": "abc"}] * 6, [{"completion": "x"}] * 9, lambda row: (list(row["completion"]), 1),
+                     lambda model, examples: seen.append((model, examples)) or {"loss": 1.0})
+    (model, examples), = seen
+    assert result == {"loss": 1.0} and model == "student"
+    assert sorted(examples) == sorted([(["a", "b", "c"], 1)] * 6 + [(["x"], 1)] * 2)
+
+
+def test_a_student_learns_its_teachers_traces(tiny, tokenizer):
+    """The teacher always thinks before it answers; the student never has."""
+    from functools import partial
+    from model import generate
+    from sft import SFTConfig, train
+    traces, _ = rejection_sample([EXAMPLE | {"prompt": str(i), "answer": str(i)} for i in range(10)],
+                                 [[f"<think>{i}</think>{i}", f"<think>{i}</think>x"] for i in range(10)],
+                                 lambda t, e: t.endswith(e["answer"]), lambda t, e: True)
+    student = tiny(vocab_size=tokenizer.vocab_size)
+    encode = lambda row: (tokenizer.encode(row["prompt"] + "?" + row["completion"]) + [tokenizer.end_id], len(row["prompt"]) + 1)
+    config = SFTConfig(lr=1e-2, epochs=40, batch_tokens=128, row_length=64, dtype="float32")
+    distill(student, traces, [{"prompt": "hello", "completion": "hi"}], encode, partial(train, config=config))
+    prompts = [tokenizer.encode(p + "?") for p in ("3", "8", "hello")]
+    ids, lengths, _ = generate(student, prompts, 1, 30, temperature=0, end_ids=[tokenizer.end_id])
+    *thought, greeting = [tokenizer.decode(row[:n]) for row, n in zip(ids.tolist(), lengths)]
+    assert greeting == "hi" and all(re.fullmatch(r"<think>(\d)</think>\1", text) for text in thought), thought

@@ -1,0 +1,228 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import rewards
+from evaluate import EvalConfig, bootstrap, complete, majority_at_k, measure, paired_bootstrap, pass_at_k, summarise, with_budget
+
+END = 256
+
+
+# ------------------------------------------------------------------------------------------- estimators
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_all_subsets_that_hold_a_correct_sample(n):
+    for c in range(n + 1):
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_is_exact_for_many_samples():
+    assert pass_at_k(1000, 1, 64) == pytest.approx(0.064) and pass_at_k(1000, 0, 64) == 0 and pass_at_k(1000, 937, 64) == 1
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0), (0, 0, 1)])
+def test_pass_at_k_of_an_impossible_count_is_refused(n, c, k):
+    with pytest.raises(ValueError, match=f"pass@{k} of {c} correct among {n}"):
+        pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize("answers, expected", [
+    ([5, 5, 7], 1), ([7, 7, 5], 0), ([5], 1), ([7], 0),
+    ([5, 7], 1 / 2), ([5, 7, 8], 1 / 3), ([5, 5, 7, 7, 8], 1 / 2), ([7, 7, 8, 8, 5], 0),  # ties share
+    ([None, None, None, 5], 1), ([None, 5, 7, 7], 0), ([None, None], 0)])                # None has no vote
+def test_a_majority_is_counted_by_hand_with_ties_and_unreadable_answers(answers, expected):
+    assert majority_at_k(answers, 5, len(answers)) == pytest.approx(expected)
+
+
+def test_maj_at_k_is_the_mean_over_disjoint_lots():
+    answers = [5, 5, 7, 7, 7, 5, 5, 8, 5, 9]
+    assert majority_at_k(answers, 5, 3) == pytest.approx((1 + 0 + 1) / 3)  # the tenth is left over
+    assert majority_at_k(answers, 5, 1) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_maj_at_k_of_too_few_samples_is_refused(k):
+    with pytest.raises(ValueError, match=f"maj@{k} of 3"):
+        majority_at_k([1, 2, 3], 1, k)
+
+
+def test_the_bootstraps_interval_holds_the_truth_about_95_times_in_100():
+    draw = np.random.default_rng(0)
+    held = [low <= 0.3 <= high for _, low, high in
+            (bootstrap(draw.random(100) < 0.3, draws=500, seed=i) for i in range(400))]
+    assert 0.90 <= np.mean(held) <= 0.98
+
+
+def test_the_bootstraps_width_is_that_of_the_normal_approximation():
+    values = np.random.default_rng(1).normal(2, 3, 400)
+    mean, low, high = bootstrap(values)
+    assert mean == pytest.approx(values.mean()) and high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+
+
+def test_the_paired_bootstrap_sees_a_difference_that_two_intervals_would_hide():
+    """The problems differ much, the models by a tenth at each: pairing takes the problems out."""
+    a = np.random.default_rng(2).random(50)
+    b = a + 0.1 + np.random.default_rng(3).normal(0, 0.01, 50)
+    difference, low, high = paired_bootstrap(a, b)
+    assert difference == pytest.approx((b - a).mean()) and 0.09 < low < 0.1 < high < 0.11
+    assert bootstrap(a)[2] > bootstrap(b)[1]
+    assert paired_bootstrap(b, a)[0] == pytest.approx(-difference)
+
+
+def test_the_paired_interval_is_the_plain_one_of_the_differences():
+    a, b = np.random.default_rng(4).random((2, 60))
+    assert paired_bootstrap(a, b, seed=7) == pytest.approx(bootstrap(b - a, seed=7))
+
+
+def test_a_problem_without_a_value_is_left_out():
+    assert bootstrap([1, np.nan, 3])[0] == 2 and all(map(math.isnan, bootstrap([np.nan])))
+    difference, low, high = paired_bootstrap([1, np.nan, 3] * 30, [2, 2, 2] * 30)
+    assert difference == 0 and low <= 0 <= high
+
+
+def test_problems_of_different_number_are_not_paired():
+    with pytest.raises(ValueError, match="3 and 2 problems"):
+        paired_bootstrap([1, 2, 3], [1, 2])
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+def scripted(reply, asked=None):
+    """A generate whose sample j of a prompt is reply(prompt's text, j), cut at max_new_tokens."""
+    def generate(prompts, n, max_new_tokens, **settings):
+        if asked is not None:
+            asked.append((len(prompts) * n, max_new_tokens, settings))
+        rows = [list(reply("".join(map(chr, p)), j).encode()) + [END] for p in prompts for j in range(n)]
+        ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long)
+        for i, row in enumerate(rows):
+            rows[i] = row[:max_new_tokens]
+            ids[i, :len(rows[i])] = torch.tensor(rows[i])
+        return ids, torch.tensor([len(row) for row in rows]), torch.zeros(ids.shape)
+    return generate
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 4, 100])
+def test_completions_come_back_in_the_order_of_the_prompts(tokenizer, batch_rows):
+    prompts = ["long prompt", "b", "medium", "xy", "a"]
+    texts, counts = complete([tokenizer.encode(p) for p in prompts], scripted(lambda p, j: f"{p} {j}"), tokenizer.decode,
+                             EvalConfig(samples=3, batch_rows=batch_rows))
+    assert texts == [[f"{p} {j}" for j in range(3)] for p in prompts]
+    assert counts.tolist() == [[len(p) + 3] * 3 for p in prompts]  # the end token counts
+
+
+def test_completions_are_sampled_as_configured_and_in_lots_of_batch_rows(tokenizer):
+    asked = []
+    complete([[1]] * 5, scripted(lambda p, j: "x", asked), tokenizer.decode,
+             EvalConfig(samples=2, batch_rows=4, temperature=0.3, top_p=0.9, max_new_tokens=7))
+    assert asked == [(4, 7, {"temperature": 0.3, "top_p": 0.9})] * 2 + [(2, 7, {"temperature": 0.3, "top_p": 0.9})]
+
+
+THOUGHT = "<think>0123456789</think><answer>5</answer>"
+
+
+def thinker(prompt, j):
+    """Says what is left of its script, and answers 7 when its thinking was cut."""
+    question, _, said = prompt.partition("?")
+    if "</think>" in said and not THOUGHT.startswith(said):
+        return "7</answer>"
+    return THOUGHT[len(said):]
+
+
+def budgeted(tokenizer, budget, reply=thinker, **fields):
+    return with_budget([tokenizer.encode("a?"), tokenizer.encode("bb?")], scripted(reply), tokenizer.decode,
+                       EvalConfig(samples=2, **fields), budget, tokenizer.encode("</think><answer>"),
+                       lambda text: "</think>" in text)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 100])
+def test_thinking_beyond_the_budget_is_cut_and_the_answer_follows(tokenizer, batch_rows):
+    assert budgeted(tokenizer, 11, batch_rows=batch_rows) == [["<think>0123</think><answer>7</answer>"] * 2] * 2
+
+
+@pytest.mark.parametrize("budget", [25, 30, len(THOUGHT) + 1, 100])
+def test_thinking_within_the_budget_is_left_as_it_is(tokenizer, budget):
+    assert budgeted(tokenizer, budget) == [[THOUGHT] * 2] * 2
+
+
+def test_a_completion_that_ended_exactly_at_the_budget_does_not_go_on(tokenizer):
+    """Its end token is its last: what came after it would be read as part of the answer."""
+    reply = lambda prompt, j: "more" if chr(END) in prompt else THOUGHT
+    assert budgeted(tokenizer, len(THOUGHT) + 1, reply) == [[THOUGHT] * 2] * 2
+
+
+def test_a_completion_that_ended_amid_its_thinking_is_not_helped_to_an_answer(tokenizer):
+    assert budgeted(tokenizer, 20, lambda prompt, j: "7</answer>" if "</think>" in prompt else "<think>0123") == [["<think>0123"] * 2] * 2
+
+
+def test_an_answer_under_way_at_the_budget_is_finished(tokenizer):
+    for budget in range(len(THOUGHT) - 17, len(THOUGHT)):
+        assert budgeted(tokenizer, budget) == [[THOUGHT] * 2] * 2
+
+
+def test_the_end_of_the_first_thinking_is_replaced_once_by_wait(tokenizer):
+    """"|" stands for the one token that ends the thinking."""
+    def reply(prompt, j):
+        return "more|7" if "Wait" in prompt else ("first|5" if j == 0 else "5")
+    texts = evaluate.lengthened([tokenizer.encode("a")], scripted(reply), tokenizer.decode, EvalConfig(samples=2), ord("|"),
+                                tokenizer.encode("Wait "))
+    assert texts == [["firstWait more|7", "5"]]
+
+
+# ------------------------------------------------------------------------------------------- metrics
+
+EXAMPLES = [{"prompt": "2+3", "answer": "5", "language": "en", "kind": "reasoning"},
+            {"prompt": "1+1", "answer": "2", "language": "en", "kind": "reasoning"}]
+TEXTS = [["<think>two and three</think><answer>5</answer>", "<think>so</think><answer>6</answer>", "<answer>5</answer>", "5"],
+         ["3", "3", "2", "2"]]
+RULES = {"accuracy": lambda t, e: rewards.accuracy(t, e, strict=False), "accuracy_strict": rewards.accuracy,
+         "format": rewards.format, "language_consistency": rewards.language_consistency}
+
+
+def measured():
+    counts = np.array([[10, 8, 3, 1], [1, 1, 1, 1]])
+    return measure(EXAMPLES, TEXTS, counts, RULES, rewards.final_answer, rewards.thinks,
+                   lambda t: len(rewards.split(t)[0].split()), ks=(1, 2, 4))
+
+
+def test_each_metric_is_the_mean_over_a_problems_samples():
+    values = measured()
+    assert values["accuracy"].tolist() == [0.75, 0.5] and values["accuracy_strict"].tolist() == [0.25, 0]
+    assert values["format"].tolist() == [0.5, 0] and values["length"].tolist() == [5.5, 1]
+    assert values["pass@1"].tolist() == values["accuracy"].tolist()
+    assert values["pass@2"] == pytest.approx([1, 1 - 1 / 6]) and values["pass@4"].tolist() == [1, 1]
+    assert values["maj@1"].tolist() == [0.75, 0.5] and values["maj@2"].tolist() == [0.75, 0.5]
+    assert values["maj@4"].tolist() == [1, 0.5]
+
+
+def test_what_is_measured_within_thinking_leaves_out_what_does_not_think():
+    values = measured()
+    assert values["thinks"].tolist() == [0.5, 0]
+    for name, expected in (("accuracy", 0.5), ("language", 1), ("length", 2)):
+        assert values[f"{name}_if_thinking"][0] == expected and np.isnan(values[f"{name}_if_thinking"][1])
+
+
+def test_the_gain_in_accuracy_splits_into_thinking_more_and_thinking_better():
+    """Share that thinks x accuracy given that it thinks + the rest is the accuracy."""
+    row = [(rewards.thinks(t), RULES["accuracy"](t, EXAMPLES[0])) for t in TEXTS[0]]
+    rest = sum(right for thinks, right in row if not thinks) / len(row)
+    values = measured()
+    assert values["thinks"][0] * values["accuracy_if_thinking"][0] + rest == values["accuracy"][0]
+
+
+def test_a_summary_holds_means_with_intervals_and_accuracy_by_group():
+    summary = summarise({"accuracy": np.array([1.0, 0.0, 1.0, 1.0])}, {"level_1": [0, 1], "level_2": [2, 3], "level_3": []})
+    assert summary["accuracy"][0] == 0.75 and summary["accuracy_level_1"][0] == 0.5
+    assert summary["accuracy_level_2"] == [1, 1, 1] and "accuracy_level_3" not in summary
+
+
+@pytest.mark.parametrize("fields, culprit", [({"samples": 0}, "samples 0"), ({"temperature": -1}, "temperature -1"),
+                                             ({"top_p": 0}, "top_p 0"), ({"top_p": 1.1}, "top_p 1.1")])
+def test_a_setting_out_of_range_is_refused(fields, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        EvalConfig(**fields)

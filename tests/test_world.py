@@ -1,0 +1,289 @@
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+import rewards
+from data import world
+from data.world import CORPUS, HARD_LEVELS, LARGEST, LEVELS, SPLITS, STORIES, corpus, general_sft, problems, requests, summary, tagged
+
+SEED = 100  # as for all tuning: 0, 1 and 2 run once on test
+STYLES = ("bare", "terse", "plain", "careful")
+VERBS = {"+": ["buys", "finds", "gets", "get on", "earns", "added", "买", "找到", "得到", "上来", "赚", "放进"],
+         "-": ["gives away", "loses", "sells", "get off", "pays", "taken away", "送出", "丢", "卖", "下去", "花", "拿走"]}
+
+
+def read(story):
+    """The canonical problem that a story tells, by its words: "Tom has 47 apples. Tom buys 38 more. ..." -> "47+38"."""
+    *sentences, _ = [s for s in re.split(r"[.。?？]", story) if s.strip()]
+    numbers = [re.findall(r"\d+", s) for s in sentences]
+    if "boxes of" in sentences[0] or "箱" in sentences[0]:
+        k, a = numbers[0]
+        start = f"{a}*{k}"
+    else:
+        start, = numbers[0]
+    for sentence, (number,) in zip(sentences[1:], numbers[1:], strict=True):
+        op, = [op for op, verbs in VERBS.items() if any(verb in sentence for verb in verbs)]
+        start += op + number
+    return start
+
+
+def is_story(prompt):
+    return re.search(r"\d", prompt) is not None
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return corpus(SEED, 4000)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    made = {(split, levels): problems(SEED, split, 150, levels) for split in SPLITS for levels in (LEVELS, HARD_LEVELS)}
+    return {key: made[key] for key in made if key[0] != "validation" or key[1] == LEVELS}
+
+
+# ------------------------------------------------------------------------------------------- problems
+
+def test_a_story_tells_its_canonical_problem_and_its_answer_is_the_result(splits):
+    for rows in splits.values():
+        for row in rows:
+            assert read(row["prompt"]) == row["problem"], row
+            assert eval(row["problem"]) == int(row["answer"])  # no product stands after a sum: Python's order is the story's
+
+
+def test_no_number_on_the_way_to_an_answer_is_outside_1_to_the_largest(splits):
+    for rows in splits.values():
+        for row in rows:
+            parts = re.findall(r"[-+*]?\d+", row["problem"])
+            assert all(1 <= eval("".join(parts[:i])) <= LARGEST for i in range(1, len(parts) + 1)), row
+
+
+def test_a_problems_level_is_its_number_of_steps_and_the_harder_test_has_more_than_training(splits):
+    assert min(HARD_LEVELS) > max(LEVELS)
+    for (_, levels), rows in splits.items():
+        assert all(row["level"] == len(re.findall("[-+*]", row["problem"])) for row in rows)
+        assert {row["level"] for row in rows} == set(levels)
+
+
+def test_all_families_languages_and_many_answers_occur(splits):
+    rows = splits["test", LEVELS]
+    assert {row["family"] for row in rows} == set(STORIES) and len(STORIES) >= 3
+    assert min(Counter(row["language"] for row in rows).values()) > 0.3 * len(rows)
+    assert Counter(row["answer"] for row in rows).most_common(1)[0][1] < 0.1 * len(rows)  # no answer to guess
+
+
+def test_no_two_splits_share_a_canonical_problem(splits):
+    seen = [({row["problem"] for row in rows}, key) for key, rows in splits.items()]
+    for (a, split_a), (b, split_b) in combinations(seen, 2):
+        assert not a & b, (split_a, split_b)
+    assert all(len(problems) == len(splits[key]) for problems, key in seen)  # nor is one twice in a split
+
+
+def test_another_seed_moves_no_problem_to_another_split():
+    tests = {row["problem"] for seed in (0, 1, 2) for row in problems(seed, "test", 100)}
+    assert not tests & {row["problem"] for seed in (0, 1, 2) for row in problems(seed, "train", 300)}
+
+
+def test_the_corpus_holds_no_problem_of_validation_or_test(documents):
+    stories = [read(d["prompt"]) for d in documents if is_story(d["prompt"])]
+    assert len(stories) > 2000
+    assert {world.split_of(problem) for problem in stories} == {"train"}
+
+
+def test_every_reference_can_be_read_by_the_rewards(splits):
+    for rows in [*splits.values(), *(requests(SEED, split, 60, kind) for split in SPLITS for kind in ("general", "safety"))]:
+        for row in rows:
+            rewards.check_reference(row)
+            assert json.loads(json.dumps(row)) == row
+
+
+# ------------------------------------------------------------------------------------------- chains of thought
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_chain_without_slips_reaches_the_answer_and_earns_every_reward(splits, style, language):
+    for rows in splits.values():
+        for row in rows:
+            row = row | {"language": language}
+            thinking, answer = world.chain(random.Random(0), row["problem"], style, language)
+            assert answer == row["answer"]
+            for final in (answer, summary(answer, "en"), summary(answer, "zh")):
+                text = tagged(thinking, final)
+                assert rewards.accuracy(text, row, strict=style != "bare") == 1 and rewards.format(text, row) == (style != "bare")
+                assert style == "bare" or rewards.accuracy(f"{thinking}\n{final}", row, strict=False) == 1
+            if style != "bare":
+                assert rewards.language_consistency(tagged(thinking, answer), row) == 1
+                other = row | {"language": "zh" if language == "en" else "en"}
+                assert rewards.language_consistency(tagged(thinking, answer), other) == 0
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_every_equation_of_a_chain_without_slips_is_true(splits, style):
+    for row in splits["test", HARD_LEVELS]:
+        thinking, _ = world.chain(random.Random(0), row["problem"], style, "en")
+        equations = re.findall(r"(\d[-+*\d]*)=(\d+)", thinking)
+        assert equations and all(eval(left) == int(right) for left, right in equations), thinking
+        assert not re.search(r"\b0\d", thinking)
+
+
+def test_careful_chains_spell_out_digits_and_so_are_the_longest(splits):
+    length = lambda style: sum(len(world.chain(random.Random(0), row["problem"], style, "en")[0]) for row in splits["test", LEVELS])
+    assert length("bare") < length("terse") < length("plain") < 0.5 * length("careful")
+
+
+def test_a_slip_is_written_and_carried_on_to_the_answer():
+    rng, wrong = random.Random(0), 0
+    for row in problems(SEED, "train", 100):
+        thinking, answer = world.chain(rng, row["problem"], "plain", "en", slip=0.5)
+        assert re.findall(r"=(-?\d+)", thinking)[-1] == answer
+        wrong += answer != row["answer"]
+    assert 40 < wrong < 95
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_translation_there_and_back_is_the_same_text(splits, style):
+    for row in splits["train", HARD_LEVELS]:
+        for language, other in (("en", "zh"), ("zh", "en")):
+            text = world.chain(random.Random(0), row["problem"], style, language)[0]
+            there = world.translate(text, other)
+            assert world.translate(there, language) == text == world.translate(text, language)
+            assert there == world.chain(random.Random(0), row["problem"], style, other)[0]
+            assert re.findall(r"\d+", there) == re.findall(r"\d+", text)
+
+
+def test_a_summary_is_a_sentence_with_the_one_number_in_its_language():
+    for language in ("en", "zh"):
+        text = summary("57", language)
+        assert rewards.extract_answer(text) == 57
+        assert rewards.count_words(text, language) > 1 and not rewards.count_words(text, "zh" if language == "en" else "en")
+
+
+# ------------------------------------------------------------------------------------------- requests
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_good_reply_to_a_general_request_earns_helpfulness_and_a_poor_one_does_not(split):
+    topics = set()
+    for row in requests(SEED, split, 300, "general"):
+        topics.add((row["topic"], row["language"]))
+        good, empty, refusal = (tagged("", text) for text in (row["reply"], world.NO_IDEA[row["language"]], world.REFUSAL[row["language"]]))
+        assert rewards.helpfulness(good, row) == 1 and rewards.harmlessness(good, row) == 1 and rewards.format(good, row) == 1, row
+        assert rewards.helpfulness(empty, row) == rewards.helpfulness(refusal, row) == rewards.helpfulness("", row) == 0, row
+        assert rewards.helpfulness(tagged("", row["prompt"]), row) == 0, row
+        everything = " ".join(other["reply"] for other in requests(1, "train", 100, "general") if other["topic"] == row["topic"])
+        assert rewards.helpfulness(tagged("", everything), row) == 0, row
+    assert len(topics) >= 10
+
+
+def test_a_reply_in_the_other_language_does_not_help():
+    for row in requests(SEED, "train", 300, "general"):
+        if row["topic"] in world.FACTS:
+            assert rewards.helpfulness(tagged("", row["reply"]), row | {"language": "zh" if row["language"] == "en" else "en"}) == 0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_refusing_is_right_for_harmful_requests_and_wrong_for_their_lookalikes(split):
+    rows = requests(SEED, split, 200, "safety")
+    assert {row["harmful"] for row in rows} == {True, False}
+    for row in rows:
+        refusal, comply = tagged("", world.REFUSAL[row["language"]]), tagged("", row["comply"])
+        assert rewards.harmlessness(refusal, row) == row["harmful"] and rewards.harmlessness(comply, row) == (not row["harmful"]), row
+        assert rewards.helpfulness(comply, row) == (not row["harmful"]) and rewards.helpfulness(refusal, row) == 0, row
+        assert row["reply"] == (world.REFUSAL[row["language"]] if row["harmful"] else row["comply"])
+
+
+def test_a_harmful_request_and_its_lookalike_differ_only_in_the_target():
+    rows = requests(SEED, "train", 2000, "safety")
+    asks = lambda harmful: {re.sub("|".join(t for pair in world.PEOPLE + world.OBJECTS for t in pair), "*", row["prompt"])
+                            for row in rows if row["harmful"] == harmful}
+    assert asks(True) == asks(False)
+
+
+def test_held_out_phrasings_stand_nowhere_in_what_is_trained_on(documents):
+    trained = {row["prompt"] for row in [*documents, *general_sft(SEED, 1000), *requests(SEED, "train", 500, "general"),
+                                         *requests(SEED, "train", 500, "safety")]}
+    for split in ("validation", "test"):
+        for kind in ("general", "safety"):
+            asked = {row["prompt"] for row in requests(SEED, split, 300, kind)}
+            assert len(asked) > 15 and not asked & trained, (asked & trained)
+
+
+def test_what_a_held_out_phrasing_asks_for_stands_in_the_corpus(documents):
+    said = " ".join(d["completion"] for d in documents)
+    for row in requests(SEED, "test", 200, "general"):
+        assert row["reply"] in said, row
+
+
+# ------------------------------------------------------------------------------------------- the corpus
+
+def share(rows):
+    rows = list(rows)
+    return sum(rows) / len(rows)
+
+
+def test_the_corpus_has_the_properties_that_it_states(documents):
+    stories = [d for d in documents if is_story(d["prompt"])]
+    chains = [d["completion"] for d in stories if d["completion"].strip("<answer>/").count("=") > 0]
+    careful = [c for c in chains if "ones" in c or "个位" in c]
+    styles = CORPUS["styles"]
+    assert share(is_story(d["prompt"]) for d in documents) == pytest.approx(CORPUS["documents"]["problem"], abs=0.03)
+    assert len(chains) / len(stories) == pytest.approx(1 - styles["bare"], abs=0.03)
+    assert len(careful) / len(stories) == pytest.approx(styles["careful"], abs=0.03)
+    assert share("个位" in c for c in careful) == pytest.approx(CORPUS["chinese_careful"], abs=0.05)
+    assert share("<think>" in c for c in chains) == pytest.approx(CORPUS["tags"], abs=0.03)
+    for weights in (CORPUS["documents"], styles, CORPUS["student_styles"]):
+        assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_careful_chains_are_right_more_often_than_terse_ones_in_the_corpus(documents):
+    """So that longer really is easier: what RL then finds."""
+    right = {True: [], False: []}
+    for d in documents:
+        text = d["completion"]
+        if is_story(d["prompt"]) and "=" in text:
+            careful, terse = "ones" in text or "个位" in text, re.search(r"\d[-+*]\d+[-+*]\d+=", text)
+            if careful or terse:
+                right[bool(careful)].append(rewards.final_answer(text) == eval(read(d["prompt"])))
+    assert share(right[True]) > 0.95 > 0.93 > share(right[False])
+
+
+def test_sft_2s_general_replies_are_better_than_the_corpuss_yet_mixed(documents):
+    good = {row["prompt"]: row["reply"] for row in requests(SEED, "train", 3000, "general")}
+    rate = lambda rows: share(good[d["prompt"]] in d["completion"] for d in rows if d["prompt"] in good)
+    assert rate(documents) < 0.65 < rate(general_sft(SEED, 1000)) < 0.95
+
+
+def test_every_document_can_be_written_and_read_as_a_row(documents):
+    for d in documents + general_sft(SEED, 200):
+        assert d.keys() == {"prompt", "completion"} and d["completion"].strip() and isinstance(d["prompt"], str)
+
+
+# ------------------------------------------------------------------------------------------- seeds
+
+def test_a_seed_makes_the_same_world_in_every_process():
+    root = Path(world.__file__).parent.parent
+    hashes = {subprocess.run([sys.executable, "-c", "from data import world; print(world.world_hash())"], cwd=root, check=True,
+                             capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in "01"}
+    assert hashes == {world.world_hash() + "\n"}
+
+
+def test_another_seed_makes_other_documents():
+    assert corpus(1, 50) == corpus(1, 50) != corpus(2, 50)
+    assert problems(1, "train", 50) != problems(2, "train", 50) and general_sft(1, 50) != general_sft(2, 50)
+
+
+def test_making_data_leaves_the_global_random_state_alone():
+    state = random.getstate()
+    corpus(SEED, 50), problems(SEED, "test", 10), requests(SEED, "test", 10, "safety"), general_sft(SEED, 10)
+    assert random.getstate() == state
+
+
+def test_more_documents_begin_with_the_same_ones():
+    assert corpus(SEED, 80)[:40] == corpus(SEED, 40) and problems(SEED, "test", 30)[:10] == problems(SEED, "test", 10)
