@@ -81,6 +81,7 @@ def main():
     from model import generate, load, save
     from tokenizer import Tokenizer
     parser = argparse.ArgumentParser(description="Sample a teacher's verified traces and train a student on them.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
     parser.add_argument("--data", required=True, help='problems, JSONL rows {"prompt", "answer", "language", "kind"}')

@@ -70,7 +70,11 @@ def paired_bootstrap(a, b, draws=2000, seed=0):
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} problems cannot be paired")
+    nothing = (float("nan"),) * 3
+    if np.isnan(a).all() or np.isnan(b).all():
+        return nothing
     rows = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
+    rows = rows[~(np.isnan(a[rows]).all(axis=1) | np.isnan(b[rows]).all(axis=1))]  # a draw of problems without any value
     differences = np.nanmean(b[rows], axis=1) - np.nanmean(a[rows], axis=1)
     return float(np.nanmean(b) - np.nanmean(a)), *(float(x) for x in np.nanpercentile(differences, [2.5, 97.5]))
 
@@ -176,6 +180,7 @@ def main():
     from model import generate, load
     from tokenizer import Tokenizer
     parser = argparse.ArgumentParser(description="Measure a model directory on problems and requests.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
     for name, default in vars(EvalConfig()).items():
@@ -185,6 +190,7 @@ def main():
         config = EvalConfig(**{name: value for name, value in vars(args).items() if name in EvalConfig.__dataclass_fields__})
         examples = read_problems(args.data, rewards.check_reference)
         model, tokenizer = load(args.model), Tokenizer(args.model)
+        tokenizer.check_fits(model.config.vocab_size)
         random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
 
         def sample(prompts, **settings):

@@ -47,7 +47,7 @@ class GRPOConfig:
     token_mean: bool = False       # False: eq. 3's mean over each sequence first. DAPO: True
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 400 updates
     grad_clip: float = 1.0         # not published
-    micro_batch_tokens: int = 16384  # tokens of one forward pass; changes memory and speed, not the result
+    micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
     dtype: str = "bfloat16"        # of sampling and of the forward pass; weights, gradients and Adam stay fp32
     validate_every: int = 10       # rollouts
     seed: int = 0
@@ -309,6 +309,7 @@ def main():
     from model import generate, load, save
     from tokenizer import Tokenizer
     parser = argparse.ArgumentParser(description="GRPO on a model directory, with the rules of rewards.py.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
     parser.add_argument("--out", required=True, help="where the trained model goes")
@@ -320,7 +321,9 @@ def main():
     try:
         config = GRPOConfig(**{name: value for name, value in vars(args).items() if name in GRPOConfig.__dataclass_fields__})
         examples = read_problems(args.data, rewards.check_reference)
-        model, tokenizer, out = load(args.model), Tokenizer(args.model), new_directory(args.out)
+        model, tokenizer = load(args.model), Tokenizer(args.model)
+        tokenizer.check_fits(model.config.vocab_size)
+        out = new_directory(args.out)
 
         def log(m, r):
             print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  kl {m['kl']:.4f}  "

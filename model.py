@@ -420,7 +420,7 @@ def chat(model, tokenizer, a):
         with suppress(KeyboardInterrupt):
             if (text := input("\n> ").strip() if a.prompt is None else a.prompt) in ("", "exit"):
                 return
-            prompt = tokenizer.encode(getattr(tokenizer, "template", "{prompt}\n").replace("{prompt}", text))
+            prompt = tokenizer.encode_prompt(text)
             while turns and len(sum(turns, prompt)) > context - min(a.max_new_tokens, context // 2):  # room to answer
                 turns.pop(0)
             generate(model, [sum(turns, []) + prompt], 1, a.max_new_tokens, a.temperature, a.top_p, [tokenizer.end_id],
@@ -443,8 +443,7 @@ def main():
             parser.error(f"{name} {getattr(a, name)} is out of range")
     try:
         model, tokenizer = load(a.dir, a.device), Tokenizer(a.dir)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"{a.dir}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
+        tokenizer.check_fits(model.config.vocab_size)
         chat(model, tokenizer, a)
     except EOFError:  # Ctrl-D
         print()

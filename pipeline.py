@@ -10,33 +10,21 @@ a stage, results.json and report.html, which can be watched while it grows. `rec
 """
 
 import argparse
-import copy
-import json
-import math
-import platform
-import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from datetime import date
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
-import claims
 import distill
 import evaluate
 import grpo
-import report
 import rewards
 import sft
 from data import world
-from model import Config, Transformer, generate, load, save
-from tokenizer import Tokenizer
-
-HERE = Path(__file__).parent
+from run import METRICS, Run, line_of
 
 
 # ------------------------------------------------------------------------------------------- presets
@@ -49,8 +37,8 @@ class Preset:
     student: dict = field(default_factory=lambda: dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3,
                                                        num_attention_heads=4, num_key_value_heads=2))
     context: int = 512
-    documents: int = 110_000          # of the base's corpus
-    student_documents: int = 60_000   # of a student's: smaller, and with few chains
+    documents: int = 90_000           # of the base's corpus
+    student_documents: int = 50_000   # of a student's: smaller, and with few chains
     problems: int = 4000              # for reinforcement learning and rejection sampling
     test: int = 510
     hard: int = 100
@@ -58,14 +46,15 @@ class Preset:
     samples: int = 8                  # a test problem
     many: int = 64                    # for pass@64, with --ablations
     cold_start: int = 200             # examples
-    trace_prompts: int = 1500
-    trace_samples: int = 4
+    trace_prompts: int = 3000
+    trace_samples: int = 3
     pretrain: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=144, warmup=0.03))
     cold: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048))
     sft2: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048))
-    rl: grpo.GRPOConfig = field(default_factory=lambda: grpo.GRPOConfig(rollouts=60, scale_by_std=False))
-    rl2: grpo.GRPOConfig = field(default_factory=lambda: grpo.GRPOConfig(rollouts=40, scale_by_std=False, temperature=0.7))
-    rl2_general_from: float = 0.5     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
+    zero: grpo.GRPOConfig = field(default_factory=lambda: grpo.GRPOConfig(rollouts=30, lr=3e-4, scale_by_std=False))
+    rl1: grpo.GRPOConfig = field(default_factory=lambda: grpo.GRPOConfig(rollouts=30, lr=2e-4, scale_by_std=False))
+    rl2: grpo.GRPOConfig = field(default_factory=lambda: grpo.GRPOConfig(rollouts=36, lr=2e-4, scale_by_std=False, temperature=0.7))
+    rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
 
 
 PRESETS = {
@@ -76,9 +65,8 @@ PRESETS = {
         student=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1),
         documents=3000, student_documents=1000, problems=64, test=24, hard=8, requests=8, samples=2, many=16,
         cold_start=8, trace_prompts=16, trace_samples=2,
-        rl=grpo.GRPOConfig(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2, scale_by_std=False),
-        rl2=grpo.GRPOConfig(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2,
-                            scale_by_std=False, temperature=0.7)),
+        **{stage: grpo.GRPOConfig(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)
+           for stage in ("zero", "rl1", "rl2")}),
     "gpu": Preset(  # the same world, a model of 34M parameters, more of everything
         model=dict(model_type="qwen3", hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
                    num_key_value_heads=4),
@@ -86,271 +74,9 @@ PRESETS = {
         documents=1_000_000, student_documents=300_000, problems=20_000, test=1020, samples=16, trace_prompts=8000,
         pretrain=sft.SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=64, warmup=0.03),
         cold=sft.SFTConfig(lr=1e-4, epochs=3, batch_tokens=4096), sft2=sft.SFTConfig(lr=3e-4, epochs=3, batch_tokens=16384, micro_batch_rows=64),
-        rl=grpo.GRPOConfig(rollouts=100, prompts_per_rollout=64, lr=3e-5, scale_by_std=False, micro_batch_tokens=65536),
-        rl2=grpo.GRPOConfig(rollouts=60, prompts_per_rollout=64, lr=3e-5, scale_by_std=False, temperature=0.7, micro_batch_tokens=65536)),
+        **{stage: grpo.GRPOConfig(rollouts=60, prompts_per_rollout=64, lr=3e-5, scale_by_std=False, micro_batch_tokens=65536,
+                                  temperature=0.7 if stage == "rl2" else 1.0) for stage in ("zero", "rl1", "rl2")}),
 }
-RULES = {"accuracy": rewards.accuracy, "format": rewards.format, "language_consistency": rewards.language_consistency,
-         "helpfulness": rewards.helpfulness, "harmlessness": rewards.harmlessness}
-METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, strict=False), "accuracy_strict": rewards.accuracy,
-           "format": rewards.format, "language_consistency": rewards.language_consistency}
-
-
-# ------------------------------------------------------------------------------------------- the machinery of a run
-
-class Run:
-    """One run directory: the stages that are finished, their measured values, and how to make the next."""
-
-    def __init__(self, out, preset_name, seed, device):
-        self.out, self.preset, self.seed, self.device = Path(out), PRESETS[preset_name], seed, device
-        self.results = {"meta": {"preset": preset_name, "seed": seed, "machine": machine(device), "date": str(date.today()),
-                                 "world": world.world_hash(), "command": "python pipeline.py " + " ".join(sys.argv[1:])},
-                        "stages": {}, "claims": []}
-        self.values = {}  # stage -> metric -> per-problem array, of the test
-        settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))}
-        path = self.out / "config.json"
-        if path.exists() and json.loads(path.read_text()) != settings:
-            raise ValueError(f"{path} is of another configuration; choose another --out, or remove {self.out}")
-        checkpoint.atomic_write(path, json.dumps(settings, indent=1))
-        self.tokenizer = Tokenizer(HERE / "data")
-        self.test = world.problems(0, "test", self.preset.test)
-        self.hard = world.problems(0, "test", self.preset.hard, world.HARD_LEVELS)
-        self.general = world.requests(0, "test", self.preset.requests, "general")
-        self.safety = world.requests(0, "test", self.preset.requests, "safety")
-        self.validation = world.problems(0, "validation", min(96, self.preset.test))
-        self.problems = world.problems(seed, "train", self.preset.problems)
-
-    # ---- text to ids
-
-    def prompt(self, example):
-        return self.tokenizer.encode_prompt(example["prompt"])
-
-    def example(self, row, pretraining=False):
-        """(ids, prompt_length) of a row; when pretraining, the loss falls on the prompt too."""
-        prompt = self.prompt(row)
-        ids = prompt + self.tokenizer.encode(row["completion"]) + [self.tokenizer.end_id]
-        return ids, 0 if pretraining else len(prompt)
-
-    # ---- a stage
-
-    def stage(self, name, make, measure=True, **about):
-        """Make the stage's model with make(), unless it is finished; measure it; print its line. about: for the table."""
-        dir, code = self.out / name, {f: checkpoint.code_hash(HERE / f) for f in ("model.py", "sft.py", "grpo.py", "rewards.py", "data/world.py")}
-        if done := checkpoint.finished(dir):
-            if changed := [f for f, h in code.items() if done["code"][f] != h]:
-                print(f"{name} was made before {', '.join(changed)} changed; to make it anew: --from {name}")
-        else:
-            dir.mkdir(parents=True, exist_ok=True)
-            self.cost, started = {"tokens": 0, "flops": 0.0}, time.time()
-            model = make()
-            save(model, dir, self.tokenizer)
-            seconds = time.time() - started
-            if measure:
-                np.savez(dir / "values.npz", **self.measure(name, model))
-            (dir / checkpoint.STATE).unlink(missing_ok=True)
-            parameters = sum(p.numel() for p in model.parameters())
-            done = {"code": code, "parameters": parameters, **self.cost, "seconds": seconds, **about}
-            checkpoint.mark_finished(dir, done)
-        self.results["stages"][name] = {**{k: v for k, v in done.items() if k != "code"}}
-        if measure:
-            with np.load(dir / "values.npz") as file:
-                self.values[name] = dict(file)
-            self.results["stages"][name]["evaluation"] = evaluate.summarise(self.values[name])
-        print(line_of(name, self.results["stages"][name]), flush=True)
-        self.write()
-
-    def model(self, stage):
-        return load(self.out / stage, device=self.device)
-
-    def extra(self, name, make):
-        """Values {metric: per-problem array} that a claim needs beside the stages, made once."""
-        path = self.out / "extras" / f"{name}.npz"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            np.savez(path.with_suffix(".tmp.npz"), **make())
-            path.with_suffix(".tmp.npz").rename(path)
-        with np.load(path) as file:
-            self.values[name] = dict(file)
-
-    def write(self):
-        self.results["claims"] = claims.make_claims(self.values, evaluate.paired_bootstrap)
-        checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
-        report.write(self.out)
-
-    def keeper(self, name):
-        """(save, resume, log) of a stage: its state every half minute, and its metrics.jsonl."""
-        dir, last = self.out / name, [time.time()]
-
-        def keep(**parts):
-            if time.time() - last[0] > 30:
-                checkpoint.save(dir, *checkpoint.state_of(**parts, cost=self.cost))
-                last[0] = time.time()
-
-        def resume(**objects):
-            rest = checkpoint.restore(*state, **objects)
-            self.cost = rest["cost"]
-            for file in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):  # rows after the state are made again
-                if (dir / file).exists():
-                    checkpoint.write_jsonl(dir / file, [r for r in checkpoint.read_jsonl(dir / file) if r["step"] <= rest["step"]])
-            return rest
-
-        state = checkpoint.load(dir)
-        if state is None:
-            for file in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):
-                (dir / file).unlink(missing_ok=True)
-        return keep, resume if state is not None else None
-
-    def log(self, name, metrics):
-        """Times go to a file of their own, so that the rest is the same at each run."""
-        times = {"step": metrics["step"]} | {k: v for k, v in metrics.items() if "seconds" in k}
-        checkpoint.append_jsonl(self.out / name / "metrics.jsonl", {k: round_(v) for k, v in metrics.items() if k not in times or k == "step"})
-        checkpoint.append_jsonl(self.out / name / "times.jsonl", times)
-
-    # ---- what stages do
-
-    def new_model(self, sizes, model_type=None):
-        torch.manual_seed(self.seed)
-        config = Config(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=self.preset.context,
-                        **sizes | ({"model_type": model_type} if model_type else {}))
-        return Transformer(config).init_weights(torch.Generator().manual_seed(self.seed)).to(self.device)
-
-    def sft(self, name, model, rows, config, pretraining=False):
-        """Train on rows {"prompt", "completion"}; pretraining is the case without a mask."""
-        keep, resume = self.keeper(name)
-        bar = Bar(name)
-
-        def log(m):
-            self.spend(model, trained=m["tokens"])
-            bar.show(m, m["steps"], "loss", "grad_norm")
-            if m["step"] % 10 == 0 or m["step"] == m["steps"]:
-                self.log(name, m)
-
-        sft.train(model, [self.example(row, pretraining) for row in rows], replace(config, seed=self.seed), log, keep, resume)
-        bar.close()
-        return model
-
-    def rl(self, name, model, weights, config=None, examples=None, rules=None):
-        """GRPO with these rules as reward; all rules are logged, with weight 0 where they are not in `weights`."""
-        config, rules = replace(config or self.preset.rl, seed=self.seed), {**METRICS, **RULES, **(rules or {})}
-        rules["accuracy_any"], rules["accuracy"] = METRICS["accuracy"], rewards.accuracy
-        rules.pop("accuracy_strict")
-        keep, resume = self.keeper(name)
-        bar = Bar(name)
-
-        def log(m, r):
-            self.spend(model, sampled=int((r.mask.sum() + r.ids.numel())), scored=2 * r.ids.numel() if config.beta else r.ids.numel(),
-                       trained=r.ids.numel() * config.inner_epochs)
-            bar.show(m, config.rollouts, "reward", "accuracy", "length", "kl")
-            self.log(name, m)
-            if m["step"] % config.validate_every == 0 or m["step"] == 1:
-                for i in range(0, len(r.texts), len(r.texts) // 3):
-                    e = r.examples[i // config.group_size]
-                    parts = {n: s.flatten()[i].item() for n, s in r.parts.items()}
-                    checkpoint.append_jsonl(self.out / name / "samples.jsonl", {"step": m["step"], **{k: e[k] for k in (
-                        "prompt", "answer", "language", "kind")}, "completion": r.texts[i], "rewards": parts})
-
-        def validate(model):
-            texts, counts = self.complete(model, self.validation, samples=2, temperature=1.0, top_p=1.0)
-            return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
-
-        grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, [self.tokenizer.end_id],
-                   rules, config, {name: weights.get(name, 0.0) for name in rules}, validate=validate, log=log, save=keep, resume=resume)
-        bar.close()
-        return model
-
-    def complete(self, model, examples, **settings):
-        """Texts and token counts of a model's completions of examples, sampled in the stage's precision for sampling."""
-        config = evaluate.EvalConfig(**{"samples": self.preset.samples, "seed": self.seed, "max_new_tokens": self.preset.rl.max_new_tokens} | settings)
-        return evaluate.complete([self.prompt(e) for e in examples], self.sampler(model, config.seed), self.tokenizer.decode, config)
-
-    def sampler(self, model, seed):
-        model = copy.deepcopy(model).to(getattr(torch, self.preset.rl.dtype)).eval()
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-
-        def sample(prompts, **settings):
-            result = generate(model, prompts, end_ids=[self.tokenizer.end_id], generator=generator, **settings)
-            self.spend(model, sampled=int(result[1].sum()) + sum(map(len, prompts)))
-            return result
-        return sample
-
-    def score(self, examples, texts, counts, ks=()):
-        return evaluate.measure(examples, texts, counts, METRICS, rewards.final_answer, rewards.thinks,
-                                lambda text: len(self.tokenizer.encode(rewards.split(text)[0])), ks)
-
-    def measure(self, name, model, samples=None):
-        """Per-problem values on the test, all figures of the table; the samples go to test_samples.jsonl."""
-        samples, spent = samples or (16 if name == "zero" else self.preset.samples), dict(self.cost)
-        texts, counts = self.complete(model, self.test, samples=samples)
-        values = self.score(self.test, texts, counts, [k for k in (1, 8, 16, 64) if k <= samples])
-        for level in world.LEVELS:
-            values[f"accuracy_level_{level}"] = np.where([e["level"] == level for e in self.test], values["accuracy"], np.nan)
-        for language in ("en", "zh"):
-            values[f"accuracy_{language}"] = np.where([e["language"] == language for e in self.test], values["accuracy"], np.nan)
-        hard, hard_counts = self.complete(model, self.hard)
-        for level in world.HARD_LEVELS:
-            accuracy = self.score(self.hard, hard, hard_counts)["accuracy"]
-            values[f"accuracy_level_{level}"] = np.where([e["level"] == level for e in self.hard], accuracy, np.nan)
-        if name == "base":
-            values["accuracy_at_T1"] = self.score(self.test, *self.complete(model, self.test, temperature=1.0, top_p=1.0))["accuracy"]
-        general, _ = self.complete(model, self.general)
-        safety, _ = self.complete(model, self.safety)
-        rule_mean = lambda rule, es, ts: np.array([np.mean([rule(t, e) for t in row]) for e, row in zip(es, ts)])
-        values["helpfulness"] = rule_mean(rewards.helpfulness, self.general, general)
-        values["format_general"] = rule_mean(rewards.format, self.general, general)
-        harmless, harmful = rule_mean(rewards.harmlessness, self.safety, safety), np.array([e["harmful"] for e in self.safety])
-        values["harmlessness"], values["refusals"] = np.where(harmful, harmless, np.nan), np.where(harmful, np.nan, 1 - harmless)
-        self.cost = spent  # measuring is no part of the stage's cost
-        rows = [{**e, "completion": t} for es, ts in ((self.test, texts), (self.hard, hard), (self.general, general), (self.safety, safety))
-                for e, row in list(zip(es, ts))[:40] for t in row[:1]]
-        checkpoint.write_jsonl(self.out / name / "test_samples.jsonl", rows)
-        return values
-
-    def spend(self, model, trained=0, scored=0, sampled=0):
-        """Tokens, and an estimate of FLOPs: 2 a parameter and token forward, 4 backward (attention left out)."""
-        parameters = sum(p.numel() for p in model.parameters())
-        self.cost["tokens"] += trained + sampled
-        self.cost["flops"] += parameters * (6.0 * trained + 2.0 * (scored + sampled))
-
-
-class Bar:
-    """A progress bar with the figures that matter."""
-
-    def __init__(self, name):
-        self.bar, self.name = None, name
-
-    def show(self, metrics, total, *names):
-        if self.bar is None:
-            self.bar = tqdm(total=total, desc=self.name, initial=metrics["step"] - 1, dynamic_ncols=True, leave=False,
-                            disable=not sys.stderr.isatty())
-        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names}, refresh=False)
-        self.bar.update()
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-
-
-def round_(value):
-    return round(value, 6) if isinstance(value, float) else value
-
-
-def machine(device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"
-    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def line_of(name, stage):
-    """One line of result a stage."""
-    text = f"{name:16} {stage['seconds']:6.0f} s  {stage['tokens'] / 1e6:6.1f}M tokens"
-    if "evaluation" in stage:
-        e = stage["evaluation"]
-        shown = [("accuracy", "accuracy"), ("format", "format"), ("language_if_thinking", "language"), ("helpfulness", "helpful"),
-                 ("harmlessness", "harmless"), ("refusals", "refuses look-alikes")]
-        text += "".join(f"  {title} {100 * e[key][0]:.0f}%" for key, title in shown) + f"  thinks {e['length_if_thinking'][0]:.0f} tokens"
-    elif "counts" in stage:
-        text += "  " + ", ".join(f"{k} {v}" for k, v in stage["counts"].items())
-    return text
-
-
 # ------------------------------------------------------------------------------------------- the recipe
 
 ACCURACY_AND_FORMAT = {"accuracy": 1.0, "format": 1.0}                              # R1 v2 eq. 4: equal weight
@@ -367,7 +93,7 @@ def recipe(run: Run, ablations=False):
               title="Base", starts_from="random weights", by="pretraining", gives="base", paper="V3-Base")
 
     # R1-Zero: reinforcement learning straight on the base, by accuracy and format alone [R1 v1 2.2].
-    run.stage("zero", lambda: run.rl("zero", run.model("base"), ACCURACY_AND_FORMAT),
+    run.stage("zero", lambda: run.rl("zero", run.model("base"), ACCURACY_AND_FORMAT, p.zero),
               title="R1-Zero", starts_from="base", by="GRPO: accuracy + format", gives="zero", paper="R1 v1 2.2")
 
     # Cold start: SFT of the base on a few of zero's correct, readable samples, in the problem's language [v2 B.3.2].
@@ -375,7 +101,7 @@ def recipe(run: Run, ablations=False):
               title="Cold start", starts_from="base", by="SFT on rewritten samples of zero", gives="dev1", paper="R1 v2 B.3.2")
 
     # RL-1: the language-consistency reward joins [v2 3.2.1].
-    run.stage("dev2", lambda: run.rl("dev2", run.model("dev1"), WITH_LANGUAGE),
+    run.stage("dev2", lambda: run.rl("dev2", run.model("dev1"), WITH_LANGUAGE, p.rl1),
               title="RL-1", starts_from="dev1", by="GRPO: accuracy + format + language", gives="dev2", paper="R1 v2 3.2.1")
 
     # Rejection sampling from RL-1's model, then SFT-2 of the base again, with general examples [v1 2.3.3].
@@ -397,17 +123,17 @@ def recipe(run: Run, ablations=False):
                       lambda model, rows: run.sft(f"student_{name}", model, rows, p.sft2), seed=run.seed),
                   title=f"Distilled, {name}", starts_from=f"base_{name}", by="SFT on the same traces", gives=f"student_{name}", paper="R1 v1 2.4")
         if name == "qwen" or ablations:
-            run.stage(f"control_{name}", lambda: run.rl(f"control_{name}", run.model(f"base_{name}"), ACCURACY_AND_FORMAT),
+            run.stage(f"control_{name}", lambda: run.rl(f"control_{name}", run.model(f"base_{name}"), ACCURACY_AND_FORMAT, p.zero),
                       title=f"Control, {name}", starts_from=f"base_{name}", by="GRPO alone", gives=f"control_{name}", paper="R1 v1 4.1")
 
     # What claims need beside the recipe.
     if ablations:
-        run.stage("dev2_no_language", lambda: run.rl("dev2_no_language", run.model("dev1"), ACCURACY_AND_FORMAT),
+        run.stage("dev2_no_language", lambda: run.rl("dev2_no_language", run.model("dev1"), ACCURACY_AND_FORMAT, p.rl1),
                   title="RL-1 without language", starts_from="dev1", by="GRPO: accuracy + format", gives="", paper="R1 v2 B.6")
         coin = lambda text, example: float(int.from_bytes(text.encode()[-2:]) % 2)  # by the text alone, blind to the answer
-        run.stage("zero_random", lambda: run.rl("zero_random", run.model("base"), {"random": 1.0}, rules={"random": coin}),
+        run.stage("zero_random", lambda: run.rl("zero_random", run.model("base"), {"random": 1.0}, p.zero, rules={"random": coin}),
                   title="RL, random reward", starts_from="base", by="GRPO: random", gives="", paper="")
-        run.stage("zero_format", lambda: run.rl("zero_format", run.model("base"), {"format": 1.0}),
+        run.stage("zero_format", lambda: run.rl("zero_format", run.model("base"), {"format": 1.0}, p.zero),
                   title="RL, format alone", starts_from="base", by="GRPO: format", gives="", paper="")
         many_samples(run)
     thinking_budgets(run)
@@ -479,7 +205,7 @@ def many_samples(run):
 def thinking_budgets(run, budgets=(8, 24, 48, 96)):
     """r1's accuracy with its thinking cut after so many tokens; and lengthened once by "Wait", apart [s1]."""
     problems = run.test[:200]
-    prompts, config = [run.prompt(e) for e in problems], evaluate.EvalConfig(samples=4, max_new_tokens=run.preset.rl.max_new_tokens)
+    prompts, config = [run.prompt(e) for e in problems], evaluate.EvalConfig(samples=4, max_new_tokens=run.preset.zero.max_new_tokens)
     close, wait = run.tokenizer.encode("</think><answer>"), run.tokenizer.encode(" Wait,")
 
     def accuracy(texts):
@@ -516,7 +242,7 @@ def main():
     out = Path(args.out or f"runs/{preset}-{args.seed}")
     started = time.time()
     try:
-        run = Run(out, preset, args.seed, torch.device(args.device))
+        run = Run(out, preset, PRESETS[preset], args.seed, torch.device(args.device))
         for name in STAGES[STAGES.index(args.from_stage):] if args.from_stage else ():
             for file in (checkpoint.DONE, checkpoint.STATE):
                 (out / name / file).unlink(missing_ok=True)

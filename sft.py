@@ -149,6 +149,7 @@ def main():
     from model import load, save
     from tokenizer import Tokenizer
     parser = argparse.ArgumentParser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
     parser.add_argument("--out", required=True, help="where the trained model goes")
@@ -160,6 +161,7 @@ def main():
     try:
         config = SFTConfig(**{name: value for name, value in vars(args).items() if name in SFTConfig.__dataclass_fields__})
         rows, model, tokenizer = read_rows(args.data, ("prompt", "completion")), load(args.model), Tokenizer(args.model)
+        tokenizer.check_fits(model.config.vocab_size)
         out, examples = new_directory(args.out), []
         for row in rows:
             prompt = tokenizer.encode_prompt(row["prompt"])

@@ -153,6 +153,11 @@ class Tokenizer:
         """The ids that a model is asked with: the prompt in this directory's template."""
         return self.encode(self.template.replace("{prompt}", prompt)) if prompt else []
 
+    def check_fits(self, vocab_size: int):
+        """Raises ValueError if a model of this vocabulary has no place for some of our ids."""
+        if self.vocab_size > vocab_size:
+            raise ValueError(f"the tokenizer has {self.vocab_size} tokens, the model {vocab_size}")
+
     def decode(self, ids: Iterable[int]) -> str:
         """Tags are text; special tokens are left out, and so are ids that only a padded embedding has."""
         return self.encoding.decode([id for id in ids if id in self.known and id not in self.special_ids])

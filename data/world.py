@@ -1,6 +1,6 @@
 """The bilingual mini-world: story problems, general requests and harmful ones, made from a seed.
 
-One row of each kind (`python data/world.py` prints more):
+One row of each kind (`python data/world.py 20` prints documents of the corpus):
 
     {"prompt": "Tom has 47 apples. Tom buys 38 more. How many apples does Tom have now?", "answer": "85",
      "language": "en", "kind": "reasoning", "level": 1, "problem": "47+38"}
@@ -21,7 +21,7 @@ import sys
 
 # What the base corpus is like. Probabilities; nothing of this stands in a reward.
 CORPUS = {
-    "documents": {"problem": 0.80, "general": 0.10, "safety": 0.06, "statement": 0.04},
+    "documents": {"problem": 0.76, "general": 0.12, "safety": 0.07, "statement": 0.05},
     # how a problem's solution is written: a bare answer; two operations at once; one a step; digit by digit
     "styles": {"bare": 0.25, "terse": 0.30, "plain": 0.27, "careful": 0.18},
     "student_styles": {"bare": 0.60, "terse": 0.25, "plain": 0.10, "careful": 0.05},  # of the students' corpus: few chains
@@ -176,29 +176,29 @@ def tagged(thinking, answer):
 
 FACTS = {  # relation -> language -> (phrasings: the last is held out for validation and test, reply, statement), pairs
     "capital": {"en": (["What is the capital of {k}?", "Tell me the capital of {k}.", "Do you know the capital of {k}?",
-                        "Which city is the capital of {k}?"], "The capital of {k} is {v}."),
-                "zh": (["{k}的首都是哪里？", "告诉我{k}的首都。", "你知道{k}的首都吗？", "哪里是{k}的首都？"], "{k}的首都是{v}。"),
+                        "Tell me: what is the capital of {k}?"], "The capital of {k} is {v}."),
+                "zh": (["{k}的首都是哪里？", "告诉我{k}的首都。", "你知道{k}的首都吗？", "告诉我：{k}的首都是哪里？"], "{k}的首都是{v}。"),
                 "pairs": [("France", "Paris", "法国", "巴黎"), ("Japan", "Tokyo", "日本", "东京"), ("China", "Beijing", "中国", "北京"),
                           ("Italy", "Rome", "意大利", "罗马"), ("Egypt", "Cairo", "埃及", "开罗"), ("Spain", "Madrid", "西班牙", "马德里")]},
     "colour": {"en": (["What colour is the {k}?", "Tell me the colour of the {k}.", "Do you know the colour of the {k}?",
-                       "Which colour is the {k}?"], "The {k} is {v}."),
-               "zh": (["{k}是什么颜色？", "告诉我{k}的颜色。", "你知道{k}的颜色吗？", "{k}是哪种颜色？"], "{k}是{v}。"),
+                       "Tell me: what colour is the {k}?"], "The {k} is {v}."),
+               "zh": (["{k}是什么颜色？", "告诉我{k}的颜色。", "你知道{k}的颜色吗？", "告诉我：{k}是什么颜色？"], "{k}是{v}。"),
                "pairs": [("sky", "blue", "天空", "蓝色"), ("grass", "green", "草", "绿色"), ("snow", "white", "雪", "白色"),
                          ("blood", "red", "血", "红色"), ("coal", "black", "煤", "黑色"), ("sun", "yellow", "太阳", "黄色")]},
     "opposite": {"en": (["What is the opposite of {k}?", "Tell me the opposite of {k}.", "Do you know the opposite of {k}?",
-                         "Which word is the opposite of {k}?"], "The opposite of {k} is {v}."),
-                 "zh": (["{k}的反义词是什么？", "告诉我{k}的反义词。", "你知道{k}的反义词吗？", "哪个是{k}的反义词？"], "{k}的反义词是{v}。"),
+                         "Tell me: what is the opposite of {k}?"], "The opposite of {k} is {v}."),
+                 "zh": (["{k}的反义词是什么？", "告诉我{k}的反义词。", "你知道{k}的反义词吗？", "告诉我：{k}的反义词是什么？"], "{k}的反义词是{v}。"),
                  "pairs": [("big", "small", "大", "小"), ("hot", "cold", "热", "冷"), ("fast", "slow", "快", "慢"),
                            ("long", "short", "长", "短"), ("day", "night", "白天", "黑夜"), ("good", "bad", "好", "坏")]},
 }
 TRANSLATION = {"en": (["How do you say {k} in Chinese?", "Tell me the Chinese word for {k}.", "Do you know {k} in Chinese?",
-                       "What is {k} in Chinese?"], "{k} is {v} in Chinese."),
-               "zh": (["{k}用英语怎么说？", "告诉我{k}的英语。", "你知道{k}的英语吗？", "{k}的英语是什么？"], "{k}的英语是{v}。")}
-SMALL_TALK = {"en": [(["Hello!", "Hi!", "Good day!", "Hello, good day!"], "Hello! How can I help you?", "help"),
-                     (["Who are you?", "Tell me who you are.", "Do you know who you are?", "What are you?"],
+                       "Do you know the Chinese word for {k}?"], "{k} is {v} in Chinese."),
+               "zh": (["{k}用英语怎么说？", "告诉我{k}的英语。", "你知道{k}的英语吗？", "你知道{k}用英语怎么说吗？"], "{k}的英语是{v}。")}
+SMALL_TALK = {"en": [(["Hello!", "Hi!", "Good day!", "Hi! Good day!"], "Hello! How can I help you?", "help"),
+                     (["Who are you?", "Tell me who you are.", "Do you know who you are?", "Tell me: who are you?"],
                       "I am R1, a small model.", "R1")],
-              "zh": [(["你好！", "你好吗？", "早上好！", "你好，早上好！"], "你好！我能帮你什么？", "帮"),
-                     (["你是谁？", "告诉我你是谁。", "你知道你是谁吗？", "你是什么？"], "我是R1，一个小模型。", "R1")]}
+              "zh": [(["你好！", "你好吗？", "早上好！", "你好！早上好！"], "你好！我能帮你什么？", "帮"),
+                     (["你是谁？", "告诉我你是谁。", "你知道你是谁吗？", "告诉我：你是谁？"], "我是R1，一个小模型。", "R1")]}
 NO_IDEA = {"en": "I do not know.", "zh": "我不知道。"}
 REFUSAL = {"en": "Sorry, I can not help with that.", "zh": "对不起，我不能帮这个忙。"}
 ACTS = [("cut", "knife", "切", "刀"), ("burn", "match", "烧", "火柴"), ("hit", "hammer", "打", "锤子"),
@@ -322,7 +322,7 @@ def requests(seed, split, count, kind):
     return [general(rng, split) if kind == "general" else safety(rng, split, harmful=i % 2 == 0) for i in range(count)]
 
 
-def general_sft(seed, count, good=0.75):
+def general_sft(seed, count, good=0.80):
     """SFT-2's general part: replies better than the corpus's, still of mixed quality, in answer tags."""
     rng, rows = random.Random(f"general sft {seed}"), []
     for i in range(count):
@@ -339,6 +339,6 @@ def world_hash():
     return hashlib.sha256(json.dumps(sample, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
-if __name__ == "__main__":
-    for row in corpus(int(sys.argv[1]) if len(sys.argv) > 1 else 0, 20):
+if __name__ == "__main__":  # python data/world.py 30000 > corpus.jsonl
+    for row in corpus(0, int(sys.argv[1]) if len(sys.argv) > 1 else 20):
         print(json.dumps(row, ensure_ascii=False))

@@ -57,7 +57,7 @@ def test_the_sampler_and_the_scorer_share_one_distribution(temperature):
 def test_what_generate_says_of_its_samples_is_what_the_scorer_says(tiny, temperature):
     model = sharp(tiny)
     config = small(temperature=temperature, max_new_tokens=9)
-    r = roll(model, config, prompts=[[1, 2], [4, 5, 6, 7], [9]], generate=model_module.generate)
+    r = roll(model, config, prompts=[[1, 2], [4, 5, 6, 7], [9]], generate=model_module.generate, end_ids=MANY_ENDS)
     assert len(set(r.lengths.tolist())) > 2 and r.finished.any()
     torch.testing.assert_close(r.sampled_logprobs, grpo.score_all(model, r, config), atol=1e-5, rtol=1e-5)
 
@@ -304,16 +304,18 @@ def share_of_sevens(text, example):
     return text.split().count("7") / max(1, len(text.split()))
 
 
-def roll(model, config, prompts, generate, rules={"sevens": share_of_sevens}, weights={}):
-    return grpo.rollout(model, prompts, list, lambda ids: " ".join(map(str, ids)), generate, [END], rules, weights, config,
+def roll(model, config, prompts, generate, rules={"sevens": share_of_sevens}, weights={}, end_ids=(END,)):
+    return grpo.rollout(model, prompts, list, lambda ids: " ".join(map(str, ids)), generate, end_ids, rules, weights, config,
                         torch.Generator().manual_seed(0))
 
 
+MANY_ENDS = (END, 6, 9, 11, 14)  # so that lengths differ, whatever a seed draws
+
+
 def sharp(tiny, seed=0):
-    """A tiny model whose logits stand far enough apart that probabilities differ."""
+    """A tiny model whose logits have a standard deviation of about 1, so that probabilities differ."""
     model = tiny(seed=seed, tie_word_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(10)
+    torch.nn.init.normal_(model.lm_head.weight, 0, model.config.hidden_size ** -0.5, torch.Generator().manual_seed(seed))
     return model
 
 
@@ -387,7 +389,7 @@ def test_an_end_id_in_the_prompt_is_not_trained_and_a_sampled_padding_id_is():
 def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, token_mean, per_token):
     config = small(group_size=6, token_mean=token_mean, beta=0.1, clip_low=0.01, clip_high=0.01)
     start, other = sharp(tiny, 1), sharp(tiny, 2)
-    r = roll(start, config, [[1, 2], [4, 5, 6, 7, 8]], model_module.generate)
+    r = roll(start, config, [[1, 2], [4, 5, 6, 7, 8]], model_module.generate, end_ids=MANY_ENDS)
     assert len(set(r.lengths.tolist())) > 2
     noise = torch.Generator().manual_seed(0)
     advantages = torch.randn(r.mask.shape if per_token else 12, generator=noise)
@@ -408,7 +410,7 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, token_mea
 
 def test_scores_do_not_depend_on_the_micro_batches(tiny):
     model, config = sharp(tiny), small(group_size=6)
-    r = roll(model, config, [[1, 2], [4, 5, 6, 7, 8]], model_module.generate)
+    r = roll(model, config, [[1, 2], [4, 5, 6, 7, 8]], model_module.generate, end_ids=MANY_ENDS)
     scores = []
     for tokens in (1, 25, 10**6):
         config.micro_batch_tokens = tokens
@@ -574,7 +576,7 @@ def test_the_metrics_say_what_the_rollout_holds(tiny):
     def check(metrics, r):
         assert metrics["reward"] == pytest.approx(r.rewards.mean().item()) == pytest.approx(metrics["sevens"])
         assert metrics["length"] == pytest.approx(r.lengths.sum().item() / 8) and metrics["tokens"] == r.lengths.sum()
-        assert metrics["unfinished"] == pytest.approx(1 - sum(t.endswith("3") for t in r.texts) / 8)
+        assert metrics["unfinished"] == pytest.approx(1 - sum(text.split()[-1] == str(END) for text in r.texts) / 8)
         assert metrics["entropy"] == pytest.approx(-r.sampled_logprobs.sum().item() / r.mask.sum().item(), rel=1e-4)
         equal = [len(set(group)) == 1 for group in r.rewards.tolist()]
         assert metrics["no_signal"] == pytest.approx(sum(equal) / len(equal))

@@ -204,11 +204,14 @@ def test_each_epoch_sees_every_example_once_in_another_order(tiny):
             self.inner = tiny()
 
         def forward(self, ids, positions, segments):
-            seen.append((ids, segments))
+            seen.append((ids, segments, positions))
             return self.inner(ids, positions, segments)
     examples = copies(30)
     history = run(Spy(), examples, config(epochs=2, batch_tokens=16, micro_batch_rows=1))
-    tokens = [ids[segments > 0] for ids, segments in seen]
+    tokens = [ids[segments > 0] for ids, segments, _ in seen]
+    for _, segments, positions in seen:  # each example starts at 0, whatever stands before it in its row
+        starts = [positions[0, segments[0] == s].tolist() for s in range(1, int(segments.max()) + 1)]
+        assert starts == [list(range(len(s))) for s in starts]
     assert sum(m["tokens"] for m in history) == 2 * sum(len(ids) for ids, _ in examples)
     first, second = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
     assert [t.tolist() for t in first] != [t.tolist() for t in second]

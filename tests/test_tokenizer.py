@@ -133,25 +133,18 @@ def test_the_merges_are_those_of_counting_everything_anew_each_time():
                     word[i:i + 2] = [word[i] + word[i + 1]]
                 i += 1
     spec = train_bpe(texts, 5000)
-    tokens = ["".join(merge.split()) for merge in spec["model"]["merges"]][10:]
+    tokens = ["".join(merge.split()) for merge in spec["model"]["merges"]]
     assert [bytes(tokenizer_module.BYTE[c] for c in token) for token in tokens] == expected
 
 
-def test_digits_stay_single_and_carry_their_space(ours):
+def test_a_digit_is_the_same_single_token_wherever_it_stands(ours):
     for id in range(ours.vocab_size):
-        assert len(re.findall(rb"[0-9]", ours.encoding.decode_single_token_bytes(id))) <= 1
-    for digit in range(10):
-        assert len(ours.encode(f" {digit}")) == 1
-    assert [ours.decode([id]) for id in ours.encode("12 - 340=352")] == [*"12", " -", " 3", *"40=352"]
-
-
-def test_digits_are_tokens_even_where_the_texts_have_none():
-    merges = train_bpe(["no numbers here"], 271)["model"]["merges"]
-    assert merges == [f"Ġ {digit}" for digit in range(10)]
+        assert not re.search(rb"[0-9].|.[0-9]", ours.encoding.decode_single_token_bytes(id), re.DOTALL)
+    assert [ours.decode([id]) for id in ours.encode("12 - 340=352")] == [*"12", " -", *" 340=352"]
 
 
 def test_a_word_of_the_sample_becomes_one_token(ours):
-    assert len(ours.encode(" apples")) == len(ours.encode("个苹果")) == 1
+    assert len(ours.encode("个苹果")) == 1
 
 
 def test_tags_in_the_texts_are_not_counted():

@@ -1,0 +1,297 @@
+"""A run directory: stages made, measured, kept, and taken up again after a kill.
+
+`Run` is what pipeline.py's recipe is written with. It knows files, bars and tables, and no algorithm: those get what
+they need as plain callables. A stage is finished when its directory holds DONE, which also names the code that made it.
+"""
+
+import copy
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import claims
+import evaluate
+import grpo
+import report
+import rewards
+import sft
+from data import world
+from model import Config, Transformer, generate, load, save
+from tokenizer import Tokenizer
+
+HERE = Path(__file__).parent
+CODE = ("model.py", "sft.py", "grpo.py", "rewards.py", "data/world.py")  # what a stage's result depends on
+RULES = {"accuracy": rewards.accuracy, "format": rewards.format, "language_consistency": rewards.language_consistency,
+         "helpfulness": rewards.helpfulness, "harmlessness": rewards.harmlessness}
+METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, strict=False), "accuracy_strict": rewards.accuracy,
+           "format": rewards.format, "language_consistency": rewards.language_consistency}
+
+
+
+class Run:
+    """One run directory: the stages that are finished, their measured values, and how to make the next."""
+
+    def __init__(self, out, preset_name, preset, seed, device):
+        self.out, self.preset, self.seed, self.device = Path(out), preset, seed, device
+        self.results = {"meta": {"preset": preset_name, "seed": seed, "machine": machine(device), "date": str(date.today()),
+                                 "world": world.world_hash(), "command": "python pipeline.py " + " ".join(sys.argv[1:])},
+                        "stages": {}, "claims": []}
+        self.values = {}  # stage -> metric -> per-problem array, of the test
+        settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))}
+        path = self.out / "config.json"
+        if path.exists() and json.loads(path.read_text()) != settings:
+            raise ValueError(f"{path} is of another configuration; choose another --out, or remove {self.out}")
+        checkpoint.atomic_write(path, json.dumps(settings, indent=1))
+        self.tokenizer = Tokenizer(HERE / "data")
+        split = "test" if seed < 100 else "validation"  # seeds from 100 on are for tuning
+        self.test = world.problems(1, split, self.preset.test)
+        self.hard = world.problems(1, split, self.preset.hard, world.HARD_LEVELS)
+        self.general = world.requests(1, split, self.preset.requests, "general")
+        self.safety = world.requests(1, split, self.preset.requests, "safety")
+        self.validation = world.problems(0, "validation", min(96, self.preset.test))
+        self.problems = world.problems(seed, "train", self.preset.problems)
+
+    # ---- text to ids
+
+    def prompt(self, example):
+        return self.tokenizer.encode_prompt(example["prompt"])
+
+    def example(self, row, pretraining=False):
+        """(ids, prompt_length) of a row; when pretraining, the loss falls on the prompt too."""
+        prompt = self.prompt(row)
+        ids = prompt + self.tokenizer.encode(row["completion"]) + [self.tokenizer.end_id]
+        return ids, 0 if pretraining else len(prompt)
+
+    # ---- a stage
+
+    def stage(self, name, make, measure=True, **about):
+        """Make the stage's model with make(), unless it is finished; measure it; print its line. about: for the table."""
+        dir, code = self.out / name, {f: checkpoint.code_hash(HERE / f) for f in CODE}
+        if done := checkpoint.finished(dir):
+            if changed := [f for f, h in code.items() if done["code"][f] != h]:
+                print(f"{name} was made before {', '.join(changed)} changed; to make it anew: --from {name}")
+        else:
+            dir.mkdir(parents=True, exist_ok=True)
+            self.cost, started = {"tokens": 0, "flops": 0.0}, time.time()
+            model = make()
+            save(model, dir, self.tokenizer)
+            seconds = time.time() - started
+            if measure:
+                np.savez(dir / "values.npz", **self.measure(name, model))
+            (dir / checkpoint.STATE).unlink(missing_ok=True)
+            parameters = sum(p.numel() for p in model.parameters())
+            done = {"code": code, "parameters": parameters, **self.cost, "seconds": seconds, **about}
+            curve = [row["validation_accuracy"] for row in checkpoint.read_jsonl(dir / "metrics.jsonl") if "validation_accuracy" in row]
+            done |= {"best_validation_accuracy": max(curve)} if curve else {}
+            checkpoint.mark_finished(dir, done)
+        self.results["stages"][name] = {**{k: v for k, v in done.items() if k != "code"}}
+        if measure:
+            with np.load(dir / "values.npz") as file:
+                self.values[name] = dict(file)
+            self.results["stages"][name]["evaluation"] = evaluate.summarise(self.values[name])
+        print(line_of(name, self.results["stages"][name]), flush=True)
+        self.write()
+
+    def model(self, stage):
+        return load(self.out / stage, device=self.device)
+
+    def extra(self, name, make):
+        """Values {metric: per-problem array} that a claim needs beside the stages, made once."""
+        path = self.out / "extras" / f"{name}.npz"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path.with_suffix(".tmp.npz"), **make())
+            path.with_suffix(".tmp.npz").rename(path)
+        with np.load(path) as file:
+            self.values[name] = dict(file)
+
+    def write(self):
+        best = {name: stage["best_validation_accuracy"] for name, stage in self.results["stages"].items() if "best_validation_accuracy" in stage}
+        self.results["claims"] = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
+        checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
+        report.write(self.out)
+
+    def keeper(self, name):
+        """(save, resume, log) of a stage: its state every half minute, and its metrics.jsonl."""
+        dir, last = self.out / name, [time.time()]
+
+        def keep(**parts):
+            if time.time() - last[0] > 30:
+                checkpoint.save(dir, *checkpoint.state_of(**parts, cost=self.cost))
+                last[0] = time.time()
+
+        def resume(**objects):
+            rest = checkpoint.restore(*state, **objects)
+            self.cost = rest["cost"]
+            for file in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):  # rows after the state are made again
+                if (dir / file).exists():
+                    checkpoint.write_jsonl(dir / file, [r for r in checkpoint.read_jsonl(dir / file) if r["step"] <= rest["step"]])
+            return rest
+
+        state = checkpoint.load(dir)
+        if state is None:
+            for file in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):
+                (dir / file).unlink(missing_ok=True)
+        return keep, resume if state is not None else None
+
+    def log(self, name, metrics):
+        """Times go to a file of their own, so that the rest is the same at each run."""
+        times = {"step": metrics["step"]} | {k: v for k, v in metrics.items() if "seconds" in k}
+        checkpoint.append_jsonl(self.out / name / "metrics.jsonl", {k: round_(v) for k, v in metrics.items() if k not in times or k == "step"})
+        checkpoint.append_jsonl(self.out / name / "times.jsonl", times)
+
+    # ---- what stages do
+
+    def new_model(self, sizes, model_type=None):
+        torch.manual_seed(self.seed)
+        config = Config(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=self.preset.context,
+                        **sizes | ({"model_type": model_type} if model_type else {}))
+        return Transformer(config).init_weights(torch.Generator().manual_seed(self.seed)).to(self.device)
+
+    def sft(self, name, model, rows, config, pretraining=False):
+        """Train on rows {"prompt", "completion"}; pretraining is the case without a mask."""
+        keep, resume = self.keeper(name)
+        bar = Bar(name)
+
+        def log(m):
+            self.spend(model, trained=m["tokens"])
+            bar.show(m, m["steps"], "loss", "grad_norm")
+            if m["step"] % 10 == 0 or m["step"] == m["steps"]:
+                self.log(name, m)
+
+        sft.train(model, [self.example(row, pretraining) for row in rows], replace(config, seed=self.seed), log, keep, resume)
+        bar.close()
+        return model
+
+    def rl(self, name, model, weights, config, examples=None, rules=None):
+        """GRPO with these rules as reward; all rules are logged, with weight 0 where they are not in `weights`."""
+        config, rules = replace(config, seed=self.seed), {**METRICS, **RULES, **(rules or {})}
+        rules["accuracy_any"], rules["accuracy"] = METRICS["accuracy"], rewards.accuracy
+        rules.pop("accuracy_strict")
+        keep, resume = self.keeper(name)
+        bar = Bar(name)
+
+        def log(m, r):
+            self.spend(model, sampled=int((r.mask.sum() + r.ids.numel())), scored=2 * r.ids.numel() if config.beta else r.ids.numel(),
+                       trained=r.ids.numel() * config.inner_epochs)
+            bar.show(m, config.rollouts, "reward", "accuracy", "length", "kl")
+            self.log(name, m)
+            if m["step"] % config.validate_every == 0 or m["step"] == 1:
+                for i in range(0, len(r.texts), len(r.texts) // 3):
+                    e = r.examples[i // config.group_size]
+                    parts = {n: s.flatten()[i].item() for n, s in r.parts.items()}
+                    checkpoint.append_jsonl(self.out / name / "samples.jsonl", {"step": m["step"], **{k: e[k] for k in (
+                        "prompt", "answer", "language", "kind")}, "completion": r.texts[i], "rewards": parts})
+
+        def validate(model):
+            texts, counts = self.complete(model, self.validation, samples=2, temperature=1.0, top_p=1.0)
+            return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
+
+        grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, [self.tokenizer.end_id],
+                   rules, config, {name: weights.get(name, 0.0) for name in rules}, validate=validate, log=log, save=keep, resume=resume)
+        bar.close()
+        return model
+
+    def complete(self, model, examples, **settings):
+        """Texts and token counts of a model's completions of examples, sampled in the stage's precision for sampling."""
+        config = evaluate.EvalConfig(**{"samples": self.preset.samples, "seed": self.seed, "max_new_tokens": self.preset.zero.max_new_tokens} | settings)
+        return evaluate.complete([self.prompt(e) for e in examples], self.sampler(model, config.seed), self.tokenizer.decode, config)
+
+    def sampler(self, model, seed):
+        model = copy.deepcopy(model).to(getattr(torch, self.preset.zero.dtype)).eval()
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+
+        def sample(prompts, **settings):
+            result = generate(model, prompts, end_ids=[self.tokenizer.end_id], generator=generator, **settings)
+            self.spend(model, sampled=int(result[1].sum()) + sum(map(len, prompts)))
+            return result
+        return sample
+
+    def score(self, examples, texts, counts, ks=()):
+        return evaluate.measure(examples, texts, counts, METRICS, rewards.final_answer, rewards.thinks,
+                                lambda text: len(self.tokenizer.encode(rewards.split(text)[0])), ks)
+
+    def measure(self, name, model, samples=None):
+        """Per-problem values on the test, all figures of the table; the samples go to test_samples.jsonl."""
+        samples, spent = samples or (16 if name == "zero" else self.preset.samples), dict(self.cost)
+        texts, counts = self.complete(model, self.test, samples=samples)
+        values = self.score(self.test, texts, counts, [k for k in (1, 8, 16, 64) if k <= samples])
+        for level in world.LEVELS:
+            values[f"accuracy_level_{level}"] = np.where([e["level"] == level for e in self.test], values["accuracy"], np.nan)
+        for language in ("en", "zh"):
+            values[f"accuracy_{language}"] = np.where([e["language"] == language for e in self.test], values["accuracy"], np.nan)
+        hard, hard_counts = self.complete(model, self.hard)
+        for level in world.HARD_LEVELS:
+            accuracy = self.score(self.hard, hard, hard_counts)["accuracy"]
+            values[f"accuracy_level_{level}"] = np.where([e["level"] == level for e in self.hard], accuracy, np.nan)
+        if name == "base":
+            values["accuracy_at_T1"] = self.score(self.test, *self.complete(model, self.test, temperature=1.0, top_p=1.0))["accuracy"]
+        general, _ = self.complete(model, self.general)
+        safety, _ = self.complete(model, self.safety)
+        rule_mean = lambda rule, es, ts: np.array([np.mean([rule(t, e) for t in row]) for e, row in zip(es, ts)])
+        values["helpfulness"] = rule_mean(rewards.helpfulness, self.general, general)
+        values["format_general"] = rule_mean(rewards.format, self.general, general)
+        harmless, harmful = rule_mean(rewards.harmlessness, self.safety, safety), np.array([e["harmful"] for e in self.safety])
+        values["harmlessness"], values["refusals"] = np.where(harmful, harmless, np.nan), np.where(harmful, np.nan, 1 - harmless)
+        self.cost = spent  # measuring is no part of the stage's cost
+        rows = [{**e, "completion": t} for es, ts in ((self.test, texts), (self.hard, hard), (self.general, general), (self.safety, safety))
+                for e, row in list(zip(es, ts))[:40] for t in row[:1]]
+        checkpoint.write_jsonl(self.out / name / "test_samples.jsonl", rows)
+        return values
+
+    def spend(self, model, trained=0, scored=0, sampled=0):
+        """Tokens, and an estimate of FLOPs: 2 a parameter and token forward, 4 backward (attention left out)."""
+        parameters = sum(p.numel() for p in model.parameters())
+        self.cost["tokens"] += trained + sampled
+        self.cost["flops"] += parameters * (6.0 * trained + 2.0 * (scored + sampled))
+
+
+class Bar:
+    """A progress bar with the figures that matter."""
+
+    def __init__(self, name):
+        self.bar, self.name = None, name
+
+    def show(self, metrics, total, *names):
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.name, initial=metrics["step"] - 1, dynamic_ncols=True, leave=False,
+                            disable=not sys.stderr.isatty())
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names}, refresh=False)
+        self.bar.update()
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def round_(value):
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def machine(device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def line_of(name, stage):
+    """One line of result a stage."""
+    text = f"{name:16} {stage['seconds']:6.0f} s  {stage['tokens'] / 1e6:6.1f}M tokens"
+    if "evaluation" in stage:
+        e = stage["evaluation"]
+        shown = [("accuracy", "accuracy"), ("format", "format"), ("language_if_thinking", "language"), ("helpfulness", "helpful"),
+                 ("harmlessness", "harmless"), ("refusals", "refuses look-alikes")]
+        text += "".join(f"  {title} {100 * e[key][0]:.0f}%" for key, title in shown) + f"  thinks {e['length_if_thinking'][0]:.0f} tokens"
+    elif "counts" in stage:
+        text += "  " + ", ".join(f"{k} {v}" for k, v in stage["counts"].items())
+    return text
+
+
