@@ -127,6 +127,7 @@ class Run:
         def keep(**parts):
             if time.time() - last[0] > 30:
                 checkpoint.save(dir, *checkpoint.state_of(**parts, cost=self.cost))
+                report.write(self.out)
                 last[0] = time.time()
 
         def resume(**objects):
