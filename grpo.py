@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 
-@dataclass
+@dataclass(frozen=True)
 class GRPOConfig:
     rollouts: int = 60             # R1-Zero: 10,400 updates of 512 completions
     prompts_per_rollout: int = 16  # R1: 512 questions a rollout

@@ -42,9 +42,9 @@ class Run:
 
     def __init__(self, out, preset_name, preset, seed, device):
         self.out, self.preset, self.seed, self.device = Path(out), preset, seed, device
-        self.results = {"meta": {"preset": preset_name, "seed": seed, "machine": machine(device), "date": str(date.today()),
-                                 "world": world.world_hash(), "command": "python pipeline.py " + " ".join(sys.argv[1:])},
-                        "stages": {}, "claims": []}
+        meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "date": str(date.today()),
+                "world": world.world_hash(), "command": "python pipeline.py " + " ".join(sys.argv[1:])}
+        self.results = {"meta": meta, "stages": {}, "claims": []}
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))}
         path = self.out / "config.json"
@@ -73,8 +73,8 @@ class Run:
 
     # ---- a stage
 
-    def stage(self, name, make, measure=True, **about):
-        """Make the stage's model with make(), unless it is finished; measure it; print its line. about: for the table."""
+    def stage(self, name, title, starts_from, by, paper, make):
+        """Make the stage's model with make(), unless it is finished; measure it; print its line. The rest is for tables."""
         dir, code = self.out / name, {f: checkpoint.code_hash(HERE / f) for f in CODE}
         if done := checkpoint.finished(dir):
             if changed := [f for f, h in code.items() if done["code"][f] != h]:
@@ -85,19 +85,18 @@ class Run:
             model = make()
             save(model, dir, self.tokenizer)
             seconds = time.time() - started
-            if measure:
-                np.savez(dir / "values.npz", **self.measure(name, model))
+            np.savez(dir / "values.npz", **self.measure(name, model))
             (dir / checkpoint.STATE).unlink(missing_ok=True)
             parameters = sum(p.numel() for p in model.parameters())
-            done = {"code": code, "parameters": parameters, **self.cost, "seconds": seconds, **about}
-            curve = [row["validation_accuracy"] for row in checkpoint.read_jsonl(dir / "metrics.jsonl") if "validation_accuracy" in row]
-            done |= {"best_validation_accuracy": max(curve)} if curve else {}
+            done = {"title": title, "starts_from": starts_from, "by": by, "paper": paper, "parameters": parameters,
+                    **self.cost, "seconds": seconds, "code": code}
+            curve = [row.get("validation_accuracy", 0) for row in checkpoint.read_jsonl(dir / "metrics.jsonl")]
+            done |= {"best_validation_accuracy": max(curve)} if any(curve) else {}
             checkpoint.mark_finished(dir, done)
-        self.results["stages"][name] = {**{k: v for k, v in done.items() if k != "code"}}
-        if measure:
-            with np.load(dir / "values.npz") as file:
-                self.values[name] = dict(file)
-            self.results["stages"][name]["evaluation"] = evaluate.summarise(self.values[name])
+        with np.load(dir / "values.npz") as file:
+            self.values[name] = dict(file)
+        evaluation = evaluate.summarise(self.values[name])
+        self.results["stages"][name] = {k: v for k, v in done.items() if k != "code"} | {"evaluation": evaluation}
         print(line_of(name, self.results["stages"][name]), flush=True)
         self.write()
 
@@ -115,7 +114,7 @@ class Run:
             self.values[name] = dict(file)
 
     def write(self):
-        best = {name: stage["best_validation_accuracy"] for name, stage in self.results["stages"].items() if "best_validation_accuracy" in stage}
+        best = {name: stage.get("best_validation_accuracy", 0.0) for name, stage in self.results["stages"].items()}
         self.results["claims"] = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
         checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
         report.write(self.out)
@@ -134,8 +133,8 @@ class Run:
             rest = checkpoint.restore(*state, **objects)
             self.cost = rest["cost"]
             for file in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):  # rows after the state are made again
-                if (dir / file).exists():
-                    checkpoint.write_jsonl(dir / file, [r for r in checkpoint.read_jsonl(dir / file) if r["step"] <= rest["step"]])
+                rows = checkpoint.read_jsonl(dir / file) if (dir / file).exists() else []
+                checkpoint.write_jsonl(dir / file, [row for row in rows if row["step"] <= rest["step"]])
             return rest
 
         state = checkpoint.load(dir)
@@ -146,9 +145,10 @@ class Run:
 
     def log(self, name, metrics):
         """Times go to a file of their own, so that the rest is the same at each run."""
-        times = {"step": metrics["step"]} | {k: v for k, v in metrics.items() if "seconds" in k}
-        checkpoint.append_jsonl(self.out / name / "metrics.jsonl", {k: round_(v) for k, v in metrics.items() if k not in times or k == "step"})
-        checkpoint.append_jsonl(self.out / name / "times.jsonl", times)
+        times = {key: value for key, value in metrics.items() if "seconds" in key}
+        rest = {key: round(value, 6) for key, value in metrics.items() if key not in times}
+        checkpoint.append_jsonl(self.out / name / "metrics.jsonl", rest)
+        checkpoint.append_jsonl(self.out / name / "times.jsonl", {"step": metrics["step"], **times})
 
     # ---- what stages do
 
@@ -182,30 +182,34 @@ class Run:
         bar = Bar(name)
 
         def log(m, r):
-            self.spend(model, sampled=int((r.mask.sum() + r.ids.numel())), scored=2 * r.ids.numel() if config.beta else r.ids.numel(),
-                       trained=r.ids.numel() * config.inner_epochs)
+            tokens = int(r.mask.sum()) + sum(len(self.prompt(e)) for e in r.examples) * config.group_size
+            self.spend(model, sampled=tokens, scored=tokens * (2 if config.beta else 1), trained=tokens * config.inner_epochs)
             bar.show(m, config.rollouts, "reward", "accuracy", "length", "kl")
             self.log(name, m)
             if m["step"] % config.validate_every == 0 or m["step"] == 1:
                 for i in range(0, len(r.texts), len(r.texts) // 3):
                     e = r.examples[i // config.group_size]
                     parts = {n: s.flatten()[i].item() for n, s in r.parts.items()}
-                    checkpoint.append_jsonl(self.out / name / "samples.jsonl", {"step": m["step"], **{k: e[k] for k in (
-                        "prompt", "answer", "language", "kind")}, "completion": r.texts[i], "rewards": parts})
+                    row = {key: e[key] for key in ("prompt", "answer", "language", "kind")}
+                    checkpoint.append_jsonl(self.out / name / "samples.jsonl", {
+                        "step": m["step"], **row, "completion": r.texts[i], "rewards": parts})
 
         def validate(model):
             texts, counts = self.complete(model, self.validation, samples=2, temperature=1.0, top_p=1.0)
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
+        weights = {name: weights.get(name, 0.0) for name in rules}
         grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, [self.tokenizer.end_id],
-                   rules, config, {name: weights.get(name, 0.0) for name in rules}, validate=validate, log=log, save=keep, resume=resume)
+                   rules, config, weights, validate=validate, log=log, save=keep, resume=resume)
         bar.close()
         return model
 
     def complete(self, model, examples, **settings):
         """Texts and token counts of a model's completions of examples, sampled in the stage's precision for sampling."""
-        config = evaluate.EvalConfig(**{"samples": self.preset.samples, "seed": self.seed, "max_new_tokens": self.preset.zero.max_new_tokens} | settings)
-        return evaluate.complete([self.prompt(e) for e in examples], self.sampler(model, config.seed), self.tokenizer.decode, config)
+        config = evaluate.EvalConfig(**{"samples": self.preset.samples, "seed": self.seed,
+                                        "max_new_tokens": self.preset.zero.max_new_tokens} | settings)
+        prompts = [self.prompt(example) for example in examples]
+        return evaluate.complete(prompts, self.sampler(model, config.seed), self.tokenizer.decode, config)
 
     def sampler(self, model, seed):
         model = copy.deepcopy(model).to(getattr(torch, self.preset.zero.dtype)).eval()
@@ -221,32 +225,39 @@ class Run:
         return evaluate.measure(examples, texts, counts, METRICS, rewards.final_answer, rewards.thinks,
                                 lambda text: len(self.tokenizer.encode(rewards.split(text)[0])), ks)
 
-    def measure(self, name, model, samples=None):
-        """Per-problem values on the test, all figures of the table; the samples go to test_samples.jsonl."""
-        samples, spent = samples or (16 if name == "zero" else self.preset.samples), dict(self.cost)
+    def measure(self, name, model):
+        """Per-problem values {metric: (N,)} for the table and the claims; one sample a problem goes to test_samples.jsonl."""
+        samples, spent = 16 if name == "zero" else self.preset.samples, dict(self.cost)  # 16: for maj@16
         texts, counts = self.complete(model, self.test, samples=samples)
-        values = self.score(self.test, texts, counts, [k for k in (1, 8, 16, 64) if k <= samples])
-        for level in world.LEVELS:
-            values[f"accuracy_level_{level}"] = np.where([e["level"] == level for e in self.test], values["accuracy"], np.nan)
-        for language in ("en", "zh"):
-            values[f"accuracy_{language}"] = np.where([e["language"] == language for e in self.test], values["accuracy"], np.nan)
+        values = self.score(self.test, texts, counts, [k for k in (1, 8, 16) if k <= samples])
         hard, hard_counts = self.complete(model, self.hard)
+        hard_accuracy = self.score(self.hard, hard, hard_counts)["accuracy"]
+
+        def part(name, examples, accuracy, chosen):
+            values[f"accuracy_{name}"] = np.where([chosen(e) for e in examples], accuracy, np.nan)
+
+        for level in world.LEVELS:
+            part(f"level_{level}", self.test, values["accuracy"], lambda e: e["level"] == level)
         for level in world.HARD_LEVELS:
-            accuracy = self.score(self.hard, hard, hard_counts)["accuracy"]
-            values[f"accuracy_level_{level}"] = np.where([e["level"] == level for e in self.hard], accuracy, np.nan)
+            part(f"level_{level}", self.hard, hard_accuracy, lambda e: e["level"] == level)
+        for language in ("en", "zh"):
+            part(language, self.test, values["accuracy"], lambda e: e["language"] == language)
         if name == "base":
-            values["accuracy_at_T1"] = self.score(self.test, *self.complete(model, self.test, temperature=1.0, top_p=1.0))["accuracy"]
-        general, _ = self.complete(model, self.general)
-        safety, _ = self.complete(model, self.safety)
-        rule_mean = lambda rule, es, ts: np.array([np.mean([rule(t, e) for t in row]) for e, row in zip(es, ts)])
-        values["helpfulness"] = rule_mean(rewards.helpfulness, self.general, general)
-        values["format_general"] = rule_mean(rewards.format, self.general, general)
-        harmless, harmful = rule_mean(rewards.harmlessness, self.safety, safety), np.array([e["harmful"] for e in self.safety])
-        values["harmlessness"], values["refusals"] = np.where(harmful, harmless, np.nan), np.where(harmful, np.nan, 1 - harmless)
+            at_one = self.complete(model, self.test, temperature=1.0, top_p=1.0)
+            values["accuracy_at_T1"] = self.score(self.test, *at_one)["accuracy"]
+
+        def means(rule, examples, texts):
+            return np.array([np.mean([rule(text, e) for text in row]) for e, row in zip(examples, texts)])
+
+        general, safety = self.complete(model, self.general)[0], self.complete(model, self.safety)[0]
+        values["helpfulness"] = means(rewards.helpfulness, self.general, general)
+        values["format_general"] = means(rewards.format, self.general, general)
+        harmless, harmful = means(rewards.harmlessness, self.safety, safety), [e["harmful"] for e in self.safety]
+        values["harmlessness"] = np.where(harmful, harmless, np.nan)
+        values["refusals"] = np.where(harmful, np.nan, 1 - harmless)
+        pairs = [*zip(self.test, texts), *zip(self.hard, hard), *zip(self.general, general), *zip(self.safety, safety)]
+        checkpoint.write_jsonl(self.out / name / "test_samples.jsonl", [{**e, "completion": row[0]} for e, row in pairs])
         self.cost = spent  # measuring is no part of the stage's cost
-        rows = [{**e, "completion": t} for es, ts in ((self.test, texts), (self.hard, hard), (self.general, general), (self.safety, safety))
-                for e, row in list(zip(es, ts))[:40] for t in row[:1]]
-        checkpoint.write_jsonl(self.out / name / "test_samples.jsonl", rows)
         return values
 
     def spend(self, model, trained=0, scored=0, sampled=0):
@@ -274,12 +285,9 @@ class Bar:
             self.bar.close()
 
 
-def round_(value):
-    return round(value, 6) if isinstance(value, float) else value
-
-
 def machine(device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"
+    threads = f"{torch.get_num_threads()} threads, {platform.machine()}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -288,9 +296,10 @@ def line_of(name, stage):
     text = f"{name:16} {stage['seconds']:6.0f} s  {stage['tokens'] / 1e6:6.1f}M tokens"
     if "evaluation" in stage:
         e = stage["evaluation"]
-        shown = [("accuracy", "accuracy"), ("format", "format"), ("language_if_thinking", "language"), ("helpfulness", "helpful"),
-                 ("harmlessness", "harmless"), ("refusals", "refuses look-alikes")]
-        text += "".join(f"  {title} {100 * e[key][0]:.0f}%" for key, title in shown) + f"  thinks {e['length_if_thinking'][0]:.0f} tokens"
+        shown = {"accuracy": "accuracy", "format": "format", "language_if_thinking": "language", "helpfulness": "helpful",
+                 "harmlessness": "harmless", "refusals": "refuses look-alikes"}
+        text += "".join(f"  {title} {100 * e[key][0]:.0f}%" for key, title in shown.items())
+        text += f"  thinks {e['length_if_thinking'][0]:.0f} tokens"
     elif "counts" in stage:
         text += "  " + ", ".join(f"{k} {v}" for k, v in stage["counts"].items())
     return text

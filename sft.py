@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 
-@dataclass
+@dataclass(frozen=True)
 class SFTConfig:
     lr: float = 1e-3            # R1: 5e-5 at 671B [v2 B.4.2]; small models take larger steps
     min_lr_ratio: float = 0.1   # cosine down to a tenth, as R1

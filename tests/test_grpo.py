@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import random
-from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -455,6 +454,11 @@ def test_on_the_first_update_the_ratio_is_one_and_the_loss_zero_while_the_gradie
     assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["clip_fraction"] == 0
     assert first["loss"] == pytest.approx(0, abs=1e-6) and first["kl"] == pytest.approx(0, abs=1e-9)
     assert first["grad_norm"] > 0.01 and first["sampler_gap"] < 1e-5
+
+
+def test_the_old_policy_stays_fixed_during_a_rollouts_updates_so_that_the_clip_acts(tiny):
+    one, four = (run(tiny(), small(rollouts=1, group_size=16, minibatches=n, lr=0.02))[0] for n in (1, 4))
+    assert one["clip_fraction"] == 0 < four["clip_fraction"] and abs(four["ratio"] - 1) > 1e-3
 
 
 def test_the_ratio_is_one_in_a_model_with_dropout_too(tiny):
