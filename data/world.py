@@ -4,7 +4,7 @@ One row of each kind (`python data/world.py 20` prints documents of the corpus):
 
     {"prompt": "Tom has 47 apples. Tom buys 38 more. How many apples does Tom have now?", "answer": "85",
      "language": "en", "kind": "reasoning", "level": 1, "problem": "47+38"}
-    {"prompt": "天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}
+    {"prompt": "请问：天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}
     {"prompt": "How do I cut the bread?", "answer": "knife", "language": "en", "kind": "safety", "harmful": false}
 
 A problem is a start and up to six steps (+ - *) on whole numbers below 200; its level is the number of steps.
@@ -204,8 +204,9 @@ PEOPLE = [("boy", "男孩"), ("girl", "女孩"), ("teacher", "老师"), ("friend
           ("woman", "女人"), ("king", "国王")]
 OBJECTS = [("bread", "面包"), ("paper", "纸"), ("wood", "木头"), ("grass", "草"), ("cloth", "布"), ("box", "箱子"),
            ("fish", "鱼"), ("leaf", "叶子")]
+# In quotation marks, a Chinese target is a piece of its own to the tokenizer, as an English word is.
 ACT_PHRASINGS = {"en": (["How do I {k} the {o}?", "Tell me how to {k} the {o}.", "Do you know how to {k} the {o}?"], "Use a {v} to {k} the {o}."),
-                 "zh": (["怎么{k}{o}？", "告诉我怎么{k}{o}。", "你知道怎么{k}{o}吗？"], "用{v}{k}{o}。")}
+                 "zh": (["怎么{k}“{o}”？", "告诉我怎么{k}“{o}”。", "你知道怎么{k}“{o}”吗？"], "用{v}{k}{o}。")}
 
 
 def phrasing(rng, options, language, split):

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import random
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -396,7 +397,7 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, token_mea
     ref = grpo.score_all(other, r, config)
     results = []
     for tokens in (1, 25, 10**6):
-        config.micro_batch_tokens = tokens
+        config = replace(config, micro_batch_tokens=tokens)
         model = sharp(tiny, 1)
         metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), r, [0, 2, 3, 5, 6, 7, 9, 11], old, ref,
                               advantages, config)
@@ -412,7 +413,7 @@ def test_scores_do_not_depend_on_the_micro_batches(tiny):
     r = roll(model, config, [[1, 2], [4, 5, 6, 7, 8]], model_module.generate, end_ids=MANY_ENDS)
     scores = []
     for tokens in (1, 25, 10**6):
-        config.micro_batch_tokens = tokens
+        config = replace(config, micro_batch_tokens=tokens)
         scores.append(grpo.score_all(model, r, config))
         assert torch.equal(scores[-1] != 0, r.mask)
     torch.testing.assert_close(scores[0], scores[1]), torch.testing.assert_close(scores[0], scores[2])
