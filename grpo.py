@@ -3,8 +3,8 @@
 DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, in the token-level form; the loop's schedule is R1's:
 one rollout makes many groups, is split into mini-batches, and pi_old stays fixed meanwhile. One rollout:
 
-  1. sample G completions of each prompt from pi_old, the current policy
-  2. score each by rules: reward = sum of weight * rule
+  1. sample G completions of each prompt from the current policy, which is pi_old until the next rollout
+  2. judge each by rules: reward = sum of weight * rule
   3. advantage of a completion = its reward minus its group's mean (divided by the group's std)
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
@@ -12,12 +12,13 @@ one rollout makes many groups, is split into mini-batches, and pi_old stays fixe
 On-policy the loss's *value* is about 0 (the advantages of a group sum to 0) while its gradient is not: watch the
 reward, the KL, the clip fraction, the entropy and the gradient norm, not the loss.
 
-A truncated completion keeps its reward and its gradient, as in the paper: it has no end token and unclosed tags,
-so the rules score it low. The sampled end token is part of the action, so it has its gradient too.
+A truncated completion keeps its reward and its gradient (the papers do not say): it has no end token and unclosed
+tags, so the rules score it low. The sampled end token is part of the action, so it has its gradient too.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # rows {"prompt", "answer", "language", "kind"}
 
-Shapes: N prompts, G completions each, B = N*G rows (prompt-major), T positions, V vocabulary.
+Shapes: N prompts, G completions each, B = N*G rows (prompt-major), V vocabulary; ids are (B, T+1), and what predicts
+them is (B, T): position t predicts ids[:, t+1].
 """
 
 import argparse
@@ -53,8 +54,8 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "max_new_tokens", "reference_every",
-                     "grad_clip", "micro_batch_tokens", "validate_every"):
+        for name in ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "max_new_tokens",
+                     "reference_every", "grad_clip", "micro_batch_tokens", "validate_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
         for name in ("warmup", "clip_low", "clip_high", "beta"):
@@ -96,7 +97,8 @@ def token_logprobs(logits, ids, temperature=1.0):
 def kl_divergence(logprobs, ref_logprobs):
     """The k3 estimator of KL(pi || pi_ref), per token, never negative. (B, T), (B, T) -> (B, T)   [DeepSeekMath eq. 4]
 
-    The log-ratio is clamped at +-10: exp would overflow beyond 88 and the squared gradient norm long before.
+    The log-ratio is clamped at +-10: exp overflows beyond 88, and the squared gradient norm beyond 44. A token that
+    has drifted further keeps the value at the clamp and gives no gradient.
     """
     log_ratio = (ref_logprobs - logprobs).clamp(-10, 10)
     return torch.exp(log_ratio) - log_ratio - 1
@@ -116,9 +118,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     mask = mask.to(logprobs.dtype)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)  # padding may hold anything, even inf
-    ratio = torch.exp(log_ratio.clamp(-20, 20))
+    ratio = torch.exp(log_ratio.clamp(-20, 20))  # finite under any drift
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    objective = torch.min(ratio * advantages, clipped * advantages)  # (B, T): the lesser, so a clip never helps
+    objective = torch.min(ratio * advantages, clipped * advantages)  # (B, T) for A < 0 too: a pessimistic bound
     kl = torch.zeros_like(objective)
     if ref_logprobs is not None:
         kl = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs), 0)
@@ -130,8 +132,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         loss = (token_loss.sum(1) / lengths.clamp(min=1)).sum() / (normaliser or len(mask))
     with torch.no_grad():
         tokens = lengths.sum().clamp(min=1)
-        acts = clipped * advantages < ratio * advantages  # where the clip decides, the token has no policy gradient
-        metrics = {"kl": (kl * mask).sum() / tokens, "clip_fraction": (acts * mask).sum() / tokens,
+        clip_decides = clipped * advantages < ratio * advantages  # such a token has no policy gradient
+        metrics = {"kl": (kl * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
                    "ratio": (ratio * mask).sum() / tokens}
     return loss, {name: value.item() for name, value in metrics.items()}
 
@@ -143,18 +145,19 @@ class Rollout:
     """Completions of one batch of prompts and what they earned; row i*G + j is completion j of prompt i."""
     examples: list             # N examples
     texts: list                # B completions, decoded
-    ids: torch.Tensor          # (B, T) prompt + completion, right-padded
-    mask: torch.Tensor         # (B, T-1) True where position t predicts a sampled token, that is ids[:, t+1]
+    ids: torch.Tensor          # (B, T+1) prompt + completion, right-padded
+    mask: torch.Tensor         # (B, T) True where position t predicts a sampled token
+    ends: list                 # B, tokens of prompt + completion
     lengths: torch.Tensor      # (B,) tokens of the completion
     finished: torch.Tensor     # (B,) whether it ended by itself
-    sampled_logprobs: torch.Tensor  # (B, T-1) the sampler's own, 0 elsewhere
+    sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
 
 
 @torch.no_grad()
 def rollout(model, examples, encode, decode, generate, end_ids, rewards, weights, config, generator):
-    """Sample config.group_size completions of each example and score them. Arguments as in `train`."""
+    """Sample config.group_size completions of each example and judge them. Arguments as in `train`."""
     c, device = config, next(model.parameters()).device
     prompts = [encode(example) for example in examples]
     completions, lengths, logprobs = generate(model, prompts, n=c.group_size, max_new_tokens=c.max_new_tokens,
@@ -175,45 +178,44 @@ def rollout(model, examples, encode, decode, generate, end_ids, rewards, weights
     parts = {name: torch.tensor([rule(text, examples[row // c.group_size]) for row, text in enumerate(texts)],
                                 dtype=torch.float32, device=device).view(-1, c.group_size) for name, rule in rewards.items()}
     total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())
-    return Rollout(examples, texts, ids, mask, lengths, finished, sampled_logprobs, parts, total)
+    ends = (prompt_lengths + lengths).tolist()
+    return Rollout(examples, texts, ids, mask, ends, lengths, finished, sampled_logprobs, parts, total)
 
 
-def micro_batches(rows, lengths, budget):
+def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into lots of at most `budget` tokens with their padding."""
-    rows = sorted(rows, key=lambda r: -lengths[r])
+    rows = sorted(rows, key=lambda r: -ends[r])
     while rows:
-        count = max(1, budget // lengths[rows[0]])
+        count = max(1, budget // ends[rows[0]])
         yield rows[:count]
         rows = rows[count:]
 
 
-def score(model, r: Rollout, rows, config):
-    """Log-probabilities (len(rows), t) of the sampled tokens of these rows, t cut to the longest."""
-    t = int(r.mask[rows].nonzero()[:, 1].max()) + 1
-    ids = r.ids[rows, :t + 1]
+def logprobs_of(model, r: Rollout, rows, config):
+    """Log-probabilities (len(rows), t) of these rows' tokens, t cut to the longest row; only r.mask's are meant."""
+    ids = r.ids[rows, :max(r.ends[row] for row in rows)]
     with torch.autocast(ids.device.type, dtype=getattr(torch, config.dtype), enabled=config.dtype != "float32"):
         logits = model(ids[:, :-1])
     return token_logprobs(logits, ids[:, 1:], config.temperature)
 
 
 @torch.no_grad()
-def score_all(model, r: Rollout, config):
+def all_logprobs(model, r: Rollout, config):
+    """Log-probabilities (B, T) of the rollout's sampled tokens, 0 elsewhere: pi_old's, and the reference's."""
     out = torch.zeros(r.mask.shape, device=r.mask.device)
-    totals = (r.mask * torch.arange(1, r.mask.shape[1] + 1, device=r.mask.device)).amax(1).tolist()
-    for rows in micro_batches(range(len(totals)), totals, config.micro_batch_tokens):
-        logprobs = score(model, r, rows, config)
+    for rows in micro_batches(range(len(r.ends)), r.ends, config.micro_batch_tokens):
+        logprobs = logprobs_of(model, r, rows, config)
         out[rows, :logprobs.shape[1]] = logprobs
     return out * r.mask
 
 
 def update(model, optimizer, r: Rollout, rows, old_logprobs, ref_logprobs, advantages, config):
     """One Adam step on these rows of a rollout; its metrics."""
-    c, totals = config, {}
-    ends = (r.mask * torch.arange(1, r.mask.shape[1] + 1, device=r.mask.device)).amax(1).tolist()
+    c, sums = config, {}
     tokens = int(r.mask[rows].sum())
     normaliser = tokens if c.token_mean else len(rows)  # of the whole update, before micro-batches
-    for lot in micro_batches(rows, ends, c.micro_batch_tokens):
-        logprobs = score(model, r, lot, c)
+    for lot in micro_batches(rows, r.ends, c.micro_batch_tokens):
+        logprobs = logprobs_of(model, r, lot, c)
         t = logprobs.shape[1]
         loss, metrics = policy_loss(
             logprobs, old_logprobs[lot, :t], None if ref_logprobs is None else ref_logprobs[lot, :t],
@@ -222,12 +224,12 @@ def update(model, optimizer, r: Rollout, rows, old_logprobs, ref_logprobs, advan
         loss.backward()
         share = int(r.mask[lot].sum()) / tokens
         for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + value * share
-        totals["loss"] = totals.get("loss", 0.0) + loss.item()
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
+            sums[name] = sums.get(name, 0.0) + value * share
+        sums["loss"] = sums.get("loss", 0.0) + loss.item()
+    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return totals
+    return sums
 
 
 def train(model, examples, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None, credit=None,
@@ -236,7 +238,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
 
     model(ids (B, T)) -> logits (B, T, V). encode(example) -> prompt ids; decode(ids) -> text.
     generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator) -> completion ids (N*n, L), lengths
-    (N*n,) and log-probabilities (N*n, L) of the sampled tokens; a completion ends with the first of end_ids.
+    (N*n,) and log-probabilities (N*n, L) of the sampled tokens; a completion ends at its first token of end_ids.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; with weight 0 a
     rule is logged only. credit(rollout) -> advantages (B,) or (B, T) in place of the group advantages.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) after each rollout.
@@ -249,6 +251,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     reference = copy.deepcopy(model).requires_grad_(False) if c.beta else None
     generator = torch.Generator(device=device).manual_seed(c.seed)
     shuffler = torch.Generator().manual_seed(c.seed)
+    # a state to save: objects, which `resume` fills in place, and counters, which it returns
     objects = {"model": model, "optimizer": optimizer, "generator": generator, "shuffler": shuffler}
     objects |= {"reference": reference} if c.beta else {}
     counters = {"step": 0, "updates": 0} if resume is None else resume(**objects)
@@ -258,16 +261,16 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         first = step * c.prompts_per_rollout
         batch = [examples[i % len(examples)] for i in range(first, first + c.prompts_per_rollout)]
 
-        # 1, 2: sample groups from the current policy and score them
+        # 1, 2: sample groups from the current policy and judge them
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
-        sampler = copy.deepcopy(model).to(getattr(torch, c.dtype))
+        sampler = copy.deepcopy(model).to(getattr(torch, c.dtype))  # cast once, not at each token
         r = rollout(sampler, batch, encode, decode, generate, end_ids, rewards, weights, c, generator)
         sampled = time.time()
 
         # 3: advantages, and the log-probabilities that stay fixed during the updates
         advantages = group_advantages(r.rewards, c.scale_by_std).flatten() if credit is None else credit(r)
-        old_logprobs = score_all(model, r, c)
-        ref_logprobs = score_all(reference, r, c) if c.beta else None
+        old_logprobs = all_logprobs(model, r, c)
+        ref_logprobs = all_logprobs(reference, r, c) if c.beta else None
 
         # 4: updates
         history = []
@@ -285,11 +288,14 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
             reference.load_state_dict(model.state_dict())
 
         # what tells a healthy run from a sick one
+        gap = (r.sampled_logprobs - old_logprobs).abs().sum() / r.mask.sum()
+        group_std = r.rewards.std(1)
         metrics = {"step": step, "reward": r.rewards.mean().item(), "length": r.lengths.float().mean().item(),
                    "unfinished": 1 - r.finished.float().mean().item(),
-                   "no_signal": (r.rewards.std(1) < 1e-6).float().mean().item(), "group_std": r.rewards.std(1).mean().item(),
+                   "group_std": group_std.mean().item(),
+                   "no_signal": (group_std < 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
                    "entropy": -(old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
-                   "sampler_gap": ((r.sampled_logprobs - old_logprobs).abs().sum() / r.mask.sum()).item()}
+                   "sampler_gap": gap.item()}  # bf16's rounding: below 0.01; more means two different distributions
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
         metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}
         metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started,
@@ -313,10 +319,11 @@ def main():
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
     parser.add_argument("--out", required=True, help="where the trained model goes")
-    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS, help="default: %(default)s")
+    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS,
+                        help="default: %(default)s")
     for name, default in vars(GRPOConfig()).items():
-        kind = (lambda text: text == "True") if isinstance(default, bool) else type(default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help="default %(default)s")
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help="default %(default)s", **kind)
     args = parser.parse_args()
     try:
         config = GRPOConfig(**{name: value for name, value in vars(args).items() if name in GRPOConfig.__dataclass_fields__})
@@ -326,8 +333,8 @@ def main():
         out = new_directory(args.out)
 
         def log(m, r):
-            print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  kl {m['kl']:.4f}  "
-                  f"clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
+            print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
+                  f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
             if m["step"] % config.validate_every == 1:
                 print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 

@@ -59,7 +59,7 @@ def test_what_generate_says_of_its_samples_is_what_the_scorer_says(tiny, tempera
     config = small(temperature=temperature, max_new_tokens=9)
     r = roll(model, config, prompts=[[1, 2], [4, 5, 6, 7], [9]], generate=model_module.generate, end_ids=MANY_ENDS)
     assert len(set(r.lengths.tolist())) > 2 and r.finished.any()
-    torch.testing.assert_close(r.sampled_logprobs, grpo.score_all(model, r, config), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(r.sampled_logprobs, grpo.all_logprobs(model, r, config), atol=1e-5, rtol=1e-5)
 
 
 def test_token_logprobs_do_the_softmax_in_fp32_even_for_bf16_logits():
@@ -365,7 +365,7 @@ def moved(r, advantages, **fields):
     """By how much one step of plain gradient descent moves each position's logits, and the step's metrics."""
     model, config = Positional(), small(beta=0.0, **fields)
     before = model.logits.detach().clone()
-    old = grpo.score_all(model, r, config)
+    old = grpo.all_logprobs(model, r, config)
     metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), r, list(range(len(r.texts))), old, None,
                           advantages, config)
     return (model.logits.detach() - before), metrics
@@ -393,8 +393,8 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, token_mea
     assert len(set(r.lengths.tolist())) > 2
     noise = torch.Generator().manual_seed(0)
     advantages = torch.randn(r.mask.shape if per_token else 12, generator=noise)
-    old = grpo.score_all(start, r, config) + 0.02 * torch.randn(r.mask.shape, generator=noise)
-    ref = grpo.score_all(other, r, config)
+    old = grpo.all_logprobs(start, r, config) + 0.02 * torch.randn(r.mask.shape, generator=noise)
+    ref = grpo.all_logprobs(other, r, config)
     results = []
     for tokens in (1, 25, 10**6):
         config = replace(config, micro_batch_tokens=tokens)
@@ -414,7 +414,7 @@ def test_scores_do_not_depend_on_the_micro_batches(tiny):
     scores = []
     for tokens in (1, 25, 10**6):
         config = replace(config, micro_batch_tokens=tokens)
-        scores.append(grpo.score_all(model, r, config))
+        scores.append(grpo.all_logprobs(model, r, config))
         assert torch.equal(scores[-1] != 0, r.mask)
     torch.testing.assert_close(scores[0], scores[1]), torch.testing.assert_close(scores[0], scores[2])
 
