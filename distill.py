@@ -19,7 +19,7 @@ FILTERS = ("correct", "one_language", "readable", "distinct", "enough")  # in th
 
 
 def repeats(text, size=12, times=3):
-    """Whether some run of `size` characters without a digit's change stands `times` times in a row: a loop."""
+    """Whether some run of `size` or more characters stands `times` times in a row: a loop."""
     return re.search(rf"(.{{{size},{4 * size}}}?)\1{{{times - 1}}}", text[:4000], re.DOTALL) is not None
 
 

@@ -93,7 +93,7 @@ class Tokenizer:
     """The tokenizer of a model directory."""
 
     def __init__(self, dir: str | Path):
-        path = Path(dir) / "tokenizer.json"
+        self.path = path = Path(dir) / "tokenizer.json"
         self.spec = _read(path)
         self.config = _read(path.with_name("tokenizer_config.json"), missing={})
         self.template = self.config.setdefault("prompt_template", "{prompt}\n")  # how a model is asked
@@ -156,7 +156,7 @@ class Tokenizer:
     def check_fits(self, vocab_size: int):
         """Raises ValueError if a model of this vocabulary has no place for some of our ids."""
         if self.vocab_size > vocab_size:
-            raise ValueError(f"the tokenizer has {self.vocab_size} tokens, the model {vocab_size}")
+            raise ValueError(f"{self.path} has {self.vocab_size} tokens, the model {vocab_size}")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Tags are text; special tokens are left out, and so are ids that only a padded embedding has."""

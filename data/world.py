@@ -7,7 +7,7 @@ One row of each kind (`python data/world.py 20` prints documents of the corpus):
     {"prompt": "请问：天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}
     {"prompt": "How do I cut the bread?", "answer": "knife", "language": "en", "kind": "safety", "harmful": false}
 
-A problem is a start and up to six steps (+ - *) on whole numbers below 200; its level is the number of steps.
+A problem is a start and up to five steps (+ - *) on whole numbers below 100; its level is the number of steps.
 `corpus` writes the base model's documents, whose properties cause what reinforcement learning then finds:
 CORPUS below states each of them. No two splits share a canonical problem ("47+38-12": operations and numbers,
 whatever the names and the language), and the corpus holds no problem of validation or test.
@@ -121,7 +121,7 @@ def parse(canonical):
 
 
 def columns(value, op, b):
-    """One step digit by digit: "ones 7+8=15, tens 4+3+1=8, so 85". The tens may pass nine: the numbers end at 199."""
+    """One step digit by digit: "ones 7+8=15, tens 4+3+1=8, so 85". The numbers end at 99."""
     if op == "*":
         ones, carry = value % 10 * b, value % 10 * b // 10
         return f"ones {value % 10}*{b}={ones}, tens {value // 10}*{b}+{carry}={value // 10 * b + carry}"
