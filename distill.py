@@ -52,6 +52,12 @@ def rejection_sample(examples, texts, correct, one_language, keep=4, readable=re
     return rows, counts
 
 
+def explain(counts):
+    """"sampled 6000, fell to: correct 622, ..., kept 2020"."""
+    fell = ", ".join(f"{name} {counts[name]}" for name in FILTERS)
+    return f"sampled {counts['sampled']}, fell to: {fell}; kept {counts['kept']}"
+
+
 def mix(traces, general, ratio=3, seed=0):
     """Traces and general examples, `ratio` to 1, shuffled; the general ones are reused or left over as the ratio asks."""
     if not traces or not general:
@@ -104,7 +110,7 @@ def main():
             tokenizer.decode, config)
         traces, counts = rejection_sample(problems, texts, rewards.accuracy,
                                           lambda text, example: rewards.language_consistency(text, example) == 1)
-        print(", ".join(f"{name} {count}" for name, count in counts.items()))
+        print(explain(counts))
         write_jsonl(out / "traces.jsonl", traces)
         student, tokenizer = load(args.student), Tokenizer(args.student)
 

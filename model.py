@@ -10,13 +10,10 @@ written here opens in `transformers`, and a dense Llama, Qwen2 or Qwen3 director
 Shapes: B rows, T positions, D hidden size, H heads, K key/value heads, d head size, V vocabulary.
 """
 
-import argparse
 import json
 import math
 import os
-import re
-import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -317,7 +314,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     return ids, lengths, logprobs
 
 
-# ------------------------------------------------------------------------------------------- weights in and out, and a chat
+# ------------------------------------------------------------------------------------------- weights in and out
 
 def save(model, dir, tokenizer=None):
     """Writes a model directory that `transformers` opens too; each file aside, then renamed: whole or not there."""
@@ -395,61 +392,6 @@ def _config(raw):
     return Config(**{field.name: values[field.name] for field in fields(Config) if field.name in values})
 
 
-def visible(text, dim="", normal="", last=True):
-    """An answer as its reader sees it: thinking dimmed and apart, no tags. Unless last, without what may still change."""
-    tag = "</?(?:think|answer)>"
-    text = re.sub(rf"(?:\s|{tag}{'' if last else '|�|<[/a-z]*$'})+$", "", text)  # � is half a character, </thi half a tag
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text).lstrip()  # a model must not command the terminal
-    between = lambda m: "\n\n" * (m.start() > 0) + (dim if m[0].rstrip().endswith("<think>") else normal)
-    return re.sub(rf"\s*(?:{tag}\s*)+", between, text) + (normal + "\n") * last
-
-
-def chat(model, tokenizer, a):
-    """Answers a.prompt, or what is typed: earlier turns stay in sight while they fit; Ctrl-C ends an answer."""
-    context, turns = model.config.max_position_embeddings, []
-    style = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(a.seed)
-
-    def show(*new):
-        before = visible(tokenizer.decode(answer), *style, last=False)
-        answer.extend(new)
-        print(visible(tokenizer.decode(answer), *style, last=not new)[len(before):], end="", flush=True)
-
-    while a.prompt is None or not turns:
-        prompt, answer = [], []
-        with suppress(KeyboardInterrupt):
-            if (text := input("\n> ").strip() if a.prompt is None else a.prompt) in ("", "exit"):
-                return
-            prompt = tokenizer.encode_prompt(text)
-            while turns and len(sum(turns, prompt)) > context - min(a.max_new_tokens, context // 2):  # room to answer
-                turns.pop(0)
-            generate(model, [sum(turns, []) + prompt], 1, a.max_new_tokens, a.temperature, a.top_p, [tokenizer.end_id],
-                     generator, on_token=show)
-        show()
-        turns += [prompt + [id for id in answer if id != tokenizer.end_id] + [tokenizer.end_id]] if prompt else []
-
-
-def main():
-    from tokenizer import Tokenizer
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("dir")
-    for name, kind, default in (("prompt", str, None), ("temperature", float, 0.6), ("top-p", float, 0.95),
-                                ("max-new-tokens", int, 2048), ("seed", int, 0), ("device", str, None)):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default: {default}")
-    a = parser.parse_args()
-    for name, good in (("temperature", a.temperature >= 0), ("top_p", 0 < a.top_p <= 1), ("max_new_tokens", a.max_new_tokens > 0)):
-        if not good:
-            parser.error(f"{name} {getattr(a, name)} is out of range")
-    try:
-        model, tokenizer = load(a.dir, a.device), Tokenizer(a.dir)
-        tokenizer.check_fits(model.config.vocab_size)
-        chat(model, tokenizer, a)
-    except EOFError:  # Ctrl-D
-        print()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
 if __name__ == "__main__":
+    from chat import main  # the terminal's side of it
     main()

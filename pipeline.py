@@ -149,7 +149,7 @@ def cold_start_examples(run):
     problems = run.problems[:4 * p.cold_start]
     texts, _ = run.complete(model, problems, samples=4, temperature=1.0, top_p=1.0)
     rows, counts = distill.rejection_sample(problems, texts, rewards.accuracy, one_language, keep=1)
-    print(f"{'cold start':16} " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+    print(f"{'cold start':16} {distill.explain(counts)}", flush=True)
     nothing = [{**problems[0], "completion": "<think>1</think>"}]  # of a smoke run, whose zero is never right
     rows = rows[:p.cold_start] or nothing
     for row in rows:
@@ -265,6 +265,9 @@ def main():
 
 
 def print_tables(run):
+    print("\nstages")
+    for name, stage in run.results["stages"].items():
+        print(line_of(name, stage))
     print("\nclaims")
     for c in run.results["claims"]:
         figure = f"{c['ours']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}] {c['unit']}"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import checkpoint
 import claims
+import distill
 import evaluate
 import grpo
 import report
@@ -293,7 +294,7 @@ def machine(device):
 
 def line_of(name, stage):
     """One line of result a stage."""
-    text = f"{name:16} {stage['seconds']:6.0f} s  {stage['tokens'] / 1e6:6.1f}M tokens"
+    text = f"{name:16} {stage['seconds']:6.0f} s  {stage['tokens'] / 1e6:5.1f}M tokens  {stage['flops']:.1e} FLOPs"
     if "evaluation" in stage:
         e = stage["evaluation"]
         shown = {"accuracy": "accuracy", "format": "format", "language_if_thinking": "language", "helpfulness": "helpful",
@@ -301,7 +302,7 @@ def line_of(name, stage):
         text += "".join(f"  {title} {100 * e[key][0]:.0f}%" for key, title in shown.items())
         text += f"  thinks {e['length_if_thinking'][0]:.0f} tokens"
     elif "counts" in stage:
-        text += "  " + ", ".join(f"{k} {v}" for k, v in stage["counts"].items())
+        text += "  " + distill.explain(stage["counts"])
     return text
 
 

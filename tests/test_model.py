@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import Config, KVCache, RMSNorm, Transformer, attend, generate, load, rotate, sampling_logprobs, save, visible
+import chat as chat_module
+from chat import visible
+from model import Config, KVCache, RMSNorm, Transformer, attend, generate, load, rotate, sampling_logprobs, save
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = sorted((ROOT / "tests" / "fixtures").glob("model_*"))
@@ -514,7 +516,7 @@ def test_a_prompt_with_sampling_is_answered_alike_with_the_same_seed(tmp_path, c
     said = []
     for seed in "112":
         monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path), "--prompt", "2 + 3?", "--max-new-tokens", "12", "--seed", seed])
-        model_module.main()
+        chat_module.main()
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2] and said[0].endswith("\n")
 
@@ -527,7 +529,7 @@ def test_several_turns_are_kept_and_the_oldest_dropped_where_the_context_ends(tm
     monkeypatch.setattr(model_module, "generate", spy)
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     monkeypatch.setattr(sys, "argv", ["model.py", str(dir), "--temperature", "0", "--max-new-tokens", "16", "--device", "cpu"])
-    model_module.main()
+    chat_module.main()
     asked = [tokenizer.encode(f"{text}\n") for text in ("one", "two", "three", "four")]
     turns = [ids + thoughtful(tokenizer) for ids in asked]
     for i, ids in enumerate(seen):
@@ -582,7 +584,7 @@ def test_a_mistake_is_answered_in_one_line_that_names_it_with_exit_code_2(tmp_pa
     ):
         monkeypatch.setattr(sys, "argv", ["model.py", *map(str, args)])
         with pytest.raises(SystemExit) as end:
-            model_module.main()
+            chat_module.main()
         out, error = capsys.readouterr()
         assert (end.value.code, out, error.count("\n")) == (2, "", 1) and named in error, (args, error)
     assert run("model.py", tmp_path / "nothing").returncode == 2
