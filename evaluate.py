@@ -123,8 +123,8 @@ def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking
 
 
 def summarise(values, groups=None):
-    """{metric: [mean, low, high]}; groups {name: indices of problems} adds "accuracy_<name>"."""
-    summary = {name: list(bootstrap(v)) for name, v in values.items()}
+    """{metric: [mean, low, high]} of the metrics with a value; groups {name: problems' indices} adds "accuracy_<name>"."""
+    summary = {name: list(bootstrap(v)) for name, v in values.items() if not np.isnan(v).all()}
     for name, rows in (groups or {}).items():
         if len(rows):
             summary[f"accuracy_{name}"] = list(bootstrap(values["accuracy"][rows]))

@@ -299,8 +299,8 @@ def line_of(name, stage):
         e = stage["evaluation"]
         shown = {"accuracy": "accuracy", "format": "format", "language_if_thinking": "language", "helpfulness": "helpful",
                  "harmlessness": "harmless", "refusals": "refuses look-alikes"}
-        text += "".join(f"  {title} {100 * e[key][0]:.0f}%" for key, title in shown.items())
-        text += f"  thinks {e['length_if_thinking'][0]:.0f} tokens"
+        text += "".join(f"  {title} {100 * e[key][0]:.0f}%" for key, title in shown.items() if key in e)
+        text += f"  thinks {e['length_if_thinking'][0]:.0f} tokens" if "length_if_thinking" in e else ""
     elif "counts" in stage:
         text += "  " + distill.explain(stage["counts"])
     return text
