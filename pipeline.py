@@ -118,7 +118,7 @@ def recipe(run: Run, ablations=False):
         "r1", run.model("dev3"), ALL_RULES, p.rl2, rl2_prompts(run)))
 
     # Distillation: SFT of smaller bases on the same traces; the control is RL alone on the same small base.
-    for name, model_type in (("qwen", "qwen2"), ("llama", "llama")):
+    for name, model_type in (("qwen", "qwen3"), ("llama", "llama")):
         base, student, control = f"base_{name}", f"student_{name}", f"control_{name}"
         run.stage(base, f"Small base, {name}", "random weights", "pretraining, few chains", "", lambda: run.sft(
             base, run.new_model(p.student, model_type), student_corpus(run), p.pretrain, pretraining=True))
