@@ -157,7 +157,8 @@ def box(stage, place):
     lines = textwrap.wrap(progress(stage) or str(stage.get("by") or ""), 32, max_lines=2, placeholder="…")
     figures = [(metric, short(figure(stage, metric)[0], 2)) for metric in ("accuracy", "format", "language_if_thinking")]
     if not stage.get("evaluation"):
-        figures = [(name, quantity(count)) for name, count in (stage.get("counts") or {}).items()][:3]
+        counts = (stage.get("counts") or {}).items()
+        figures = [(name, quantity(count)) for name, count in counts if name in ("sampled", "kept")]
     return el("g", el("rect", width=WIDE, height=HIGH), el("path", d=f"M1,0 V{HIGH}"),
               el("text", title, cls="title", x=14, y=23),
               [el("text", line, cls="by", x=14, y=41 + 15 * i) for i, line in enumerate(lines)],
@@ -197,16 +198,15 @@ def stage_table(stages):
 
 
 def stage_row(stage):
-    counts = ", ".join(f"{words(name)} {number(count) or 0:,.0f}" for name, count in (stage.get("counts") or {}).items())
+    counts = [f"{words(name)} {number(count) or 0:,.0f}" for name, count in (stage.get("counts") or {}).items()]
+    counts = f"{counts[0]}; fell to {', '.join(counts[1:-1])}; {counts[-1]}" if len(counts) > 2 else ", ".join(counts)
     origin = [f"from {stage['starts_from']}" if stage.get("starts_from") else "", stage.get("paper"), progress(stage)]
     cells = [metric_cell(*figure(stage, metric)) for metric in sum(METRICS.values(), [])]
     if not stage.get("evaluation"):
         cells, counts = [el("td", counts or "–", cls="counts", colspan=len(cells))], ""
-    costs = [quantity(stage.get("parameters")), quantity(stage.get("tokens")), duration(stage.get("seconds")),
-             quantity(stage.get("flops"))]
+    costs = [*map(quantity, (stage.get("parameters"), stage.get("tokens"))), duration(stage.get("seconds")), quantity(stage.get("flops"))]
     about = el("small", " · ".join(str(each) for each in [*origin, counts] if each))
-    return el("tr", el("th", stage["title"], about), cells, [el("td", cost) for cost in costs],
-              cls=None if stage["finished"] else "open")
+    return el("tr", el("th", stage["title"], about), cells, [el("td", cost) for cost in costs], cls=None if stage["finished"] else "open")
 
 
 def metric_cell(mean, low, high):

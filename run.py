@@ -115,7 +115,9 @@ class Run:
             self.values[name] = dict(file)
 
     def write(self):
-        best = {name: stage.get("best_validation_accuracy", 0.0) for name, stage in self.results["stages"].items()}
+        stages = self.results["stages"]
+        self.results["meta"]["seconds"] = sum(stage["seconds"] for stage in stages.values())  # measuring left out
+        best = {name: stage.get("best_validation_accuracy", 0.0) for name, stage in stages.items()}
         self.results["claims"] = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
         checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
         report.write(self.out)
