@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization: reinforcement learning from rule-based rewards, without a critic.
 
 DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, in the token-level form; the loop's schedule is R1's:
-one rollout makes many groups, is split into mini-batches, and pi_old stays fixed meanwhile. One rollout:
+one rollout makes many groups, is split at random into mini-batches, and pi_old stays fixed meanwhile. One rollout:
 
   1. sample G completions of each prompt from the current policy, which is pi_old until the next rollout
   2. judge each by rules: reward = sum of weight * rule
@@ -9,11 +9,11 @@ one rollout makes many groups, is split into mini-batches, and pi_old stays fixe
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-On-policy the loss's *value* is about 0 (the advantages of a group sum to 0) while its gradient is not: watch the
-reward, the KL, the clip fraction, the entropy and the gradient norm, not the loss.
+On-policy the policy term's *value* is about 0 (the advantages of a group sum to 0) while its gradient is not: watch the
+reward, the KL (to the latest reference: a sawtooth), the clip fraction, the entropy and the gradient norm, not the loss.
 
 A truncated completion keeps its reward and its gradient (the papers do not say): it has no end token and unclosed
-tags, so the rules score it low. The sampled end token is part of the action, so it has its gradient too.
+tags, so the rules mostly score it low. The sampled end token is part of the action, so it has its gradient too.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # rows {"prompt", "answer", "language", "kind"}
 
@@ -32,25 +32,25 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    rollouts: int = 60             # R1-Zero: 10,400 updates of 512 completions
+    rollouts: int = 60             # R1-Zero: 650, that is 10,400 updates of 512 completions
     prompts_per_rollout: int = 16  # R1: 512 questions a rollout
     group_size: int = 16           # G. R1: 16, DeepSeekMath: 64
     minibatches: int = 4           # updates a rollout. R1: 16
     inner_epochs: int = 1          # mu. R1: 1
     lr: float = 1e-4               # R1: 3e-6 at 671B
     warmup: int = 20               # updates; not published
-    temperature: float = 1.0       # R1-Zero, RL-1: 1; RL-2: 0.7
+    temperature: float = 1.0       # R1-Zero and R1's first RL stage: 1; its second: 0.7
     max_new_tokens: int = 160
     clip_low: float = 0.2          # ratio >= 1 - clip_low. R1: eps = 10, which is no lower clip
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     scale_by_std: bool = True      # Dr. GRPO: False
     token_mean: bool = False       # False: eq. 3's mean over each sequence first. DAPO: True
-    reference_every: int = 20      # rollouts until the reference is replaced. R1: 400 updates
+    reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
     dtype: str = "bfloat16"        # of sampling and of the forward pass; weights, gradients and Adam stay fp32
-    validate_every: int = 10       # rollouts
+    validate_every: int = 10       # rollouts; the script prints a sample then
     seed: int = 0
 
     def __post_init__(self):
@@ -97,16 +97,16 @@ def token_logprobs(logits, ids, temperature=1.0):
 def kl_divergence(logprobs, ref_logprobs):
     """The k3 estimator of KL(pi || pi_ref), per token, never negative. (B, T), (B, T) -> (B, T)   [DeepSeekMath eq. 4]
 
-    The log-ratio is clamped at +-10: exp overflows beyond 88, and the squared gradient norm beyond 44. A token that
-    has drifted further keeps the value at the clamp and gives no gradient.
+    The log-ratio is clamped above, at 10: exp overflows beyond 88, its squared gradient beyond 44, and 10 leaves room.
+    A token that has become that unlikely gives no gradient; below, where the policy has grown, the pull is never cut.
     """
-    log_ratio = (ref_logprobs - logprobs).clamp(-10, 10)
+    log_ratio = (ref_logprobs - logprobs).clamp(max=10)
     return torch.exp(log_ratio) - log_ratio - 1
 
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2, beta=0.001,
                 token_mean=False, normaliser=None):
-    """DeepSeekMath eq. 3, negated: -mean of min(ratio A, clip(ratio) A) - beta KL.
+    """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL].
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
@@ -120,7 +120,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)  # padding may hold anything, even inf
     ratio = torch.exp(log_ratio.clamp(-20, 20))  # finite under any drift
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    objective = torch.min(ratio * advantages, clipped * advantages)  # (B, T) for A < 0 too: a pessimistic bound
+    objective = torch.min(ratio * advantages, clipped * advantages)  # (B, T); beyond the clip nothing is gained, for any A
     kl = torch.zeros_like(objective)
     if ref_logprobs is not None:
         kl = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs), 0)
@@ -147,10 +147,10 @@ class Rollout:
     texts: list                # B completions, decoded
     ids: torch.Tensor          # (B, T+1) prompt + completion, right-padded
     mask: torch.Tensor         # (B, T) True where position t predicts a sampled token
-    ends: list                 # B, tokens of prompt + completion
+    ends: list                 # B, where the row ends in ids: tokens of prompt + completion
     lengths: torch.Tensor      # (B,) tokens of the completion
     finished: torch.Tensor     # (B,) whether it ended by itself
-    sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
+    sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere; to watch, never in the loss
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
 
@@ -183,7 +183,7 @@ def rollout(model, examples, encode, decode, generate, end_ids, rewards, weights
 
 
 def micro_batches(rows, ends, budget):
-    """Split row numbers, longest first, into lots of at most `budget` tokens with their padding."""
+    """Split row numbers, longest first, into lots of at most `budget` tokens with their padding (a longer row alone)."""
     rows = sorted(rows, key=lambda r: -ends[r])
     while rows:
         count = max(1, budget // ends[rows[0]])
@@ -192,7 +192,7 @@ def micro_batches(rows, ends, budget):
 
 
 def logprobs_of(model, r: Rollout, rows, config):
-    """Log-probabilities (len(rows), t) of these rows' tokens, t cut to the longest row; only r.mask's are meant."""
+    """Log-probabilities (len(rows), t) of these rows' tokens, t cut to the longest row; meaningful where r.mask is True."""
     ids = r.ids[rows, :max(r.ends[row] for row in rows)]
     with torch.autocast(ids.device.type, dtype=getattr(torch, config.dtype), enabled=config.dtype != "float32"):
         logits = model(ids[:, :-1])
@@ -206,7 +206,7 @@ def all_logprobs(model, r: Rollout, config):
     for rows in micro_batches(range(len(r.ends)), r.ends, config.micro_batch_tokens):
         logprobs = logprobs_of(model, r, rows, config)
         out[rows, :logprobs.shape[1]] = logprobs
-    return out * r.mask
+    return torch.where(r.mask, out, 0)
 
 
 def update(model, optimizer, r: Rollout, rows, old_logprobs, ref_logprobs, advantages, config):
@@ -238,7 +238,9 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
 
     model(ids (B, T)) -> logits (B, T, V). encode(example) -> prompt ids; decode(ids) -> text.
     generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator) -> completion ids (N*n, L), lengths
-    (N*n,) and log-probabilities (N*n, L) of the sampled tokens; a completion ends at its first token of end_ids.
+    (N*n,), and log-probabilities (N*n, L) of the sampled tokens under softmax(logits / temperature), uncut; a completion
+    ends at its first token of end_ids, which counts; prompts and completions hold a token at least. The model's weights
+    should be fp32.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; with weight 0 a
     rule is logged only. credit(rollout) -> advantages (B,) or (B, T) in place of the group advantages.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) after each rollout.
@@ -246,16 +248,20 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     and returns the rest of it.
     """
     c, weights = config, weights or {}
+    if not examples or not rewards or weights.keys() - rewards.keys():
+        raise ValueError(f"{len(examples)} examples, rewards {[*rewards]}, weights for {[*weights]}: there must be examples "
+                         "and rewards, and weights of those rewards only")
     device = next(model.parameters()).device
+    # plain Adam, as weight_decay is 0; the papers do not give the betas
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-    reference = copy.deepcopy(model).requires_grad_(False) if c.beta else None
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if c.beta else None
     generator = torch.Generator(device=device).manual_seed(c.seed)
     shuffler = torch.Generator().manual_seed(c.seed)
     # a state to save: objects, which `resume` fills in place, and counters, which it returns
     objects = {"model": model, "optimizer": optimizer, "generator": generator, "shuffler": shuffler}
     objects |= {"reference": reference} if c.beta else {}
     counters = {"step": 0, "updates": 0} if resume is None else resume(**objects)
-    step, updates, metrics = counters["step"], counters["updates"], {}
+    step, updates, metrics = counters["step"], counters["updates"], {}  # step counts rollouts, updates Adam's steps
     while step < c.rollouts:
         started = time.time()
         first = step * c.prompts_per_rollout
@@ -265,9 +271,11 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         sampler = copy.deepcopy(model).to(getattr(torch, c.dtype))  # cast once, not at each token
         r = rollout(sampler, batch, encode, decode, generate, end_ids, rewards, weights, c, generator)
+        del sampler
         sampled = time.time()
 
-        # 3: advantages, and the log-probabilities that stay fixed during the updates
+        # 3: advantages, and the log-probabilities that stay fixed during the updates; pi_old's by the forward pass that
+        # trains, not the sampler's: so the ratio starts at exactly 1 and measures the updates alone
         advantages = group_advantages(r.rewards, c.scale_by_std).flatten() if credit is None else credit(r)
         old_logprobs = all_logprobs(model, r, c)
         ref_logprobs = all_logprobs(reference, r, c) if c.beta else None
@@ -310,7 +318,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
 
 
 def main():
-    import rewards
+    import rewards  # here, so that the algorithm imports without the rest of the project
     from data.readers import new_directory, read_problems
     from model import generate, load, save
     from tokenizer import Tokenizer
@@ -335,7 +343,7 @@ def main():
         def log(m, r):
             print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
                   f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
-            if m["step"] % config.validate_every == 1:
+            if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
                 print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 
         train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, generate,
