@@ -392,6 +392,10 @@ def _config(raw):
     return Config(**{field.name: values[field.name] for field in fields(Config) if field.name in values})
 
 
+def main():
+    import chat  # the terminal's side of it
+    chat.main()
+
+
 if __name__ == "__main__":
-    from chat import main  # the terminal's side of it
     main()
