@@ -21,19 +21,23 @@ Shapes: N prompts, G completions each, B = N*G rows (prompt-major), V vocabulary
 them is (B, T): position t predicts ids[:, t+1].
 """
 
-import argparse
 import copy
+import itertools
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+
+CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "dtype": ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
     rollouts: int = 60             # R1-Zero: 650, that is 10,400 updates of 512 completions
-    prompts_per_rollout: int = 16  # R1: 512 questions a rollout
+    prompts_per_rollout: int = 16  # N. R1: 512 questions a rollout
     group_size: int = 16           # G. R1: 16, DeepSeekMath: 64
     minibatches: int = 4           # updates a rollout. R1: 16
     inner_epochs: int = 1          # mu. R1: 1
@@ -41,12 +45,20 @@ class GRPOConfig:
     warmup: int = 20               # updates; not published
     temperature: float = 1.0       # R1-Zero and R1's first RL stage: 1; its second: 0.7
     max_new_tokens: int = 160
+    scale_by_std: bool = True      # Dr. GRPO: False
+    leave_one_out: bool = False    # RLOO: True
     clip_low: float = 0.2          # ratio >= 1 - clip_low. R1: eps = 10, which is no lower clip
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
+    sequence_ratio: bool = False   # GSPO: True
+    detach_ratio: bool = False     # CISPO: True
+    mean: str = "sequence"         # eq. 3: of each sequence first. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
-    scale_by_std: bool = True      # Dr. GRPO: False
-    token_mean: bool = False       # False: eq. 3's mean over each sequence first. DAPO: True
+    kl: str = "k3"                 # eq. 4; or "k2"
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
+    resample: int = 0              # DAPO's dynamic sampling: draw groups without signal again, so many times at most
+    length_buffer: int = 0         # DAPO's soft length penalty: over the last so many of max_new_tokens
+    importance_cap: float = 0.0    # above 0: weights min(pi_old / pi_sampler, cap) mend a sampler that rounds otherwise
+    sample_budget: int = 0         # above 0: stop after so many completions, discarded ones counted
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
     dtype: str = "bfloat16"        # of sampling and of the forward pass; weights, gradients and Adam stay fp32
@@ -54,15 +66,16 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            allowed = CHOICES.get(name)
+            if allowed and value not in allowed:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
+            if not allowed and not value >= 0:
+                raise ValueError(f"{name} {value} must not be negative")
         for name in ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "max_new_tokens",
                      "reference_every", "grad_clip", "micro_batch_tokens", "validate_every"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        for name in ("warmup", "clip_low", "clip_high", "beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
         if self.group_size < 2:
             raise ValueError(f"group_size {self.group_size}: the advantage compares completions, so it takes 2 or more")
         if self.temperature <= 0:
@@ -72,19 +85,29 @@ class GRPOConfig:
                              "completions of a rollout")
 
 
-# ------------------------------------------------------------------------------------------- the algorithm
+# ------------------------------------------------------------------------------------------- advantages
 
-def group_advantages(rewards, scale_by_std=True):
+def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
     """Outcome supervision: (r - mean) / std within each group [DeepSeekMath 4.1.2]. rewards (N, G) -> (N, G).
 
     The paper gives neither the std's degrees of freedom nor an epsilon: here the sample std (G - 1), as TRL, and
     1e-4. A group of equal rewards has no signal: its advantages are 0.
+    leave_one_out: against the mean of the *other* completions [RLOO], which is G / (G - 1) times r - mean.
     """
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if leave_one_out:
+        advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
     if scale_by_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
     return advantages
 
+
+def length_penalty(lengths, max_length, buffer):
+    """DAPO's soft penalty: 0 up to max_length - buffer tokens, from there in a line to -1 at max_length. (B,) -> (B,)"""
+    return -((lengths - (max_length - buffer)) / buffer).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------- the loss
 
 def token_logprobs(logits, ids, temperature=1.0):
     """Log-probability of each id under softmax(logits / temperature). logits (B, T, V), ids (B, T) -> (B, T).
@@ -94,55 +117,97 @@ def token_logprobs(logits, ids, temperature=1.0):
     return -F.cross_entropy((logits.float() / temperature).flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
 
 
-def kl_divergence(logprobs, ref_logprobs):
-    """The k3 estimator of KL(pi || pi_ref), per token, never negative. (B, T), (B, T) -> (B, T)   [DeepSeekMath eq. 4]
+def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
+    """An estimate of the KL between policy and reference, per token. (B, T), (B, T) -> (B, T)
 
-    The log-ratio is clamped above, at 10: exp overflows beyond 88, its squared gradient beyond 44, and 10 leaves room.
+    k3  pi_ref/pi - log(pi_ref/pi) - 1, never negative [DeepSeekMath eq. 4]; as a loss it descends KL(pi_ref || pi)
+    k2  log(pi_ref/pi)^2 / 2, never negative; as a loss it descends KL(pi || pi_ref)
+    k1  log(pi/pi_ref), unbiased for KL(pi || pi_ref) and only to watch: as a loss its gradient is 0 in expectation
+    k3's log-ratio is clamped above, at 10: exp overflows beyond 88, its squared gradient beyond 44, and 10 leaves room.
     A token that has become that unlikely gives no gradient; below, where the policy has grown, the pull is never cut.
     """
-    log_ratio = (ref_logprobs - logprobs).clamp(max=10)
+    log_ratio = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    log_ratio = log_ratio.clamp(max=10)
     return torch.exp(log_ratio) - log_ratio - 1
 
 
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2, beta=0.001,
-                token_mean=False, normaliser=None):
-    """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL].
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2, sequence_ratio=False,
+                detach_ratio=False, mean="sequence", beta=0.001, kl="k3", importance=None, normaliser=None):
+    """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL]; with other switches, its relatives:
+
+    method         advantages        ratio                            clip_low, clip_high  mean      beta
+    GRPO           (r - mean) / std                                   0.2, 0.2             sequence  0.04
+    Dr. GRPO       r - mean                                           0.2, 0.2             constant  0
+    DAPO           (r - mean) / std                                   0.2, 0.28            token     0
+    GSPO           (r - mean) / std  sequence_ratio                   3e-4, 4e-4           sequence  0
+    CISPO          (r - mean) / std  detach_ratio                     1, 4                 token     0
+    RLOO           leave one out     detach_ratio (of 1: no clip)     0, 0                 constant  0
+    REINFORCE      r - mean          detach_ratio (of 1: no clip)     0, 0                 constant  0
+    PPO            GAE (ppo.py)                                       0.2, 0.2             token     0
+    PRIME          prime.py                                           0.2, 0.2             token     0
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
-    advantages (B,) or (B, T). token_mean: one mean over all tokens, instead of eq. 3's mean of each sequence first.
-    normaliser: the whole update's number of sequences (tokens, with token_mean) where this is one micro-batch of
-    several; by default this batch's own.
+    advantages (B,) or (B, T). sequence_ratio: one ratio a sequence, the geometric mean of its tokens' [GSPO].
+    detach_ratio: the clipped ratio is a constant weight on A log pi, so no token loses its gradient [CISPO].
+    mean: of each sequence, then over sequences [eq. 3]; "token": one over all tokens [DAPO]; "constant": the sum over a
+    constant budget of tokens [Dr. GRPO]. importance (B, T): weights on the policy's term, for a sampler that differs.
+    normaliser: what the whole update is divided by, where this is one micro-batch of several: its number of sequences,
+    of tokens, or the budget; by default this batch's own (the budget: all B * T).
     Returns the scalar loss and metrics as means over this batch's tokens.
     """
-    mask = mask.to(logprobs.dtype)
+    mask, lengths = mask.to(logprobs.dtype), mask.sum(1).clamp(min=1)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)  # padding may hold anything, even inf
+    if sequence_ratio:
+        log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
     ratio = torch.exp(log_ratio.clamp(-20, 20))  # finite under any drift
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    objective = torch.min(ratio * advantages, clipped * advantages)  # (B, T); beyond the clip nothing is gained, for any A
-    kl = torch.zeros_like(objective)
-    if ref_logprobs is not None:
-        kl = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs), 0)
-    token_loss = torch.where(mask > 0, beta * kl - objective, 0)  # the KL stands in the loss, not in the reward
-    lengths = mask.sum(1)
-    if token_mean:
-        loss = token_loss.sum() / (normaliser or lengths.sum().clamp(min=1))
+    if detach_ratio:
+        objective = clipped.detach() * advantages * torch.where(mask > 0, logprobs, 0)  # CISPO eq. 4
     else:
-        loss = (token_loss.sum(1) / lengths.clamp(min=1)).sum() / (normaliser or len(mask))
+        objective = torch.min(ratio * advantages, clipped * advantages)  # beyond the clip nothing is gained, for any A
+    if importance is not None:
+        objective = objective * importance
+    penalty = torch.zeros_like(objective)
+    if ref_logprobs is not None:
+        penalty = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs, kl), 0)
+    token_loss = torch.where(mask > 0, beta * penalty - objective, 0)  # (B, T); the KL stands in the loss, not in the reward
+    if mean == "sequence":
+        token_loss = token_loss / lengths[:, None]
+    own = {"sequence": len(mask), "token": mask.sum().clamp(min=1), "constant": mask.numel()}[mean]
+    loss = token_loss.sum() / (normaliser or own)
     with torch.no_grad():
-        tokens = lengths.sum().clamp(min=1)
-        clip_decides = clipped * advantages < ratio * advantages  # such a token has no policy gradient
-        metrics = {"kl": (kl * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
+        tokens = mask.sum().clamp(min=1)
+        clip_decides = ratio != clipped if detach_ratio else clipped * advantages < ratio * advantages
+        metrics = {"kl": (penalty * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
                    "ratio": (ratio * mask).sum() / tokens}
+        if ref_logprobs is not None:
+            metrics["k1"] = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs, "k1"), 0).sum() / tokens
     return loss, {name: value.item() for name, value in metrics.items()}
 
 
-# ------------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------------------- the rollout
+
+@dataclass
+class Group:
+    """The G completions of one prompt and what they earned."""
+    example: dict
+    prompt: list               # ids
+    completions: list          # G tensors of ids
+    logprobs: list             # G tensors, the sampler's own
+    texts: list                # G completions, decoded
+    parts: dict                # rule -> (G,) scores, unweighted
+    rewards: torch.Tensor      # (G,)
+
 
 @dataclass
 class Rollout:
-    """Completions of one batch of prompts and what they earned; row i*G + j is completion j of prompt i."""
+    """The groups of one step as tensors; row i*G + j is completion j of prompt i."""
     examples: list             # N examples
     texts: list                # B completions, decoded
     ids: torch.Tensor          # (B, T+1) prompt + completion, right-padded
@@ -150,37 +215,77 @@ class Rollout:
     ends: list                 # B, where the row ends in ids: tokens of prompt + completion
     lengths: torch.Tensor      # (B,) tokens of the completion
     finished: torch.Tensor     # (B,) whether it ended by itself
-    sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere; to watch, never in the loss
+    sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
+    old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, by the forward pass that trains
+    ref_logprobs: torch.Tensor | None = None  # (B, T) under the reference, where there is one
 
 
 @torch.no_grad()
-def rollout(model, examples, encode, decode, generate, end_ids, rewards, weights, config, generator):
-    """Sample config.group_size completions of each example and judge them. Arguments as in `train`."""
-    c, device = config, next(model.parameters()).device
+def sample_groups(model, examples, encode, decode, generate, end_ids, rewards, weights, config, generator):
+    """config.group_size completions of each example, judged: a list of Groups. Arguments as in `train`."""
+    c, groups = config, []
     prompts = [encode(example) for example in examples]
-    completions, lengths, logprobs = generate(model, prompts, n=c.group_size, max_new_tokens=c.max_new_tokens,
-                                              temperature=c.temperature, end_ids=end_ids, generator=generator)
-    last = completions.gather(1, lengths[:, None] - 1)[:, 0]
-    finished = torch.isin(last, torch.tensor(list(end_ids), device=device))
-    prompt_lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(c.group_size)  # (B,)
-    ids = torch.zeros(len(lengths), int((prompt_lengths + lengths).max()), dtype=torch.long, device=device)
-    sampled_logprobs = torch.zeros(ids[:, 1:].shape, device=device)
-    texts = []
-    for row, (length, start) in enumerate(zip(lengths.tolist(), prompt_lengths.tolist())):
-        ids[row, :start] = torch.tensor(prompts[row // c.group_size], device=device)
-        ids[row, start:start + length] = completions[row, :length]
-        sampled_logprobs[row, start - 1:start - 1 + length] = logprobs[row, :length]
-        texts.append(decode(completions[row, :length].tolist()))
-    target = torch.arange(1, ids.shape[1], device=device)  # lengths make the mask: a token's value says nothing
-    mask = (target >= prompt_lengths[:, None]) & (target < (prompt_lengths + lengths)[:, None])
-    parts = {name: torch.tensor([rule(text, examples[row // c.group_size]) for row, text in enumerate(texts)],
-                                dtype=torch.float32, device=device).view(-1, c.group_size) for name, rule in rewards.items()}
-    total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())
-    ends = (prompt_lengths + lengths).tolist()
-    return Rollout(examples, texts, ids, mask, ends, lengths, finished, sampled_logprobs, parts, total)
+    ids, lengths, logprobs = generate(model, prompts, n=c.group_size, max_new_tokens=c.max_new_tokens,
+                                      temperature=c.temperature, end_ids=end_ids, generator=generator)
+    for i, (example, prompt) in enumerate(zip(examples, prompts)):
+        rows = range(i * c.group_size, (i + 1) * c.group_size)
+        own = lengths[rows.start:rows.stop].tolist()
+        completions = [ids[row, :length] for row, length in zip(rows, own)]
+        texts = [decode(completion.tolist()) for completion in completions]
+        parts = {name: torch.tensor([rule(text, example) for text in texts], dtype=torch.float32)
+                 for name, rule in rewards.items()}
+        total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())
+        if c.length_buffer:
+            total = total + length_penalty(torch.tensor(own), c.max_new_tokens, c.length_buffer)
+        sampled = [logprobs[row, :length] for row, length in zip(rows, own)]
+        groups.append(Group(example, list(prompt), completions, sampled, texts, parts, total))
+    return groups
 
+
+def collate(groups, end_ids):
+    """A list of Groups as one Rollout."""
+    completions = [completion for group in groups for completion in group.completions]
+    device, G = completions[0].device, len(groups[0].completions)
+    prompts = [torch.tensor(group.prompt, device=device) for group in groups for _ in range(G)]
+    starts = torch.tensor([len(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(o) for o in completions], device=device)
+    ids = pad_sequence([torch.cat(row) for row in zip(prompts, completions)], batch_first=True)  # (B, T+1)
+    target = torch.arange(1, ids.shape[1], device=device)  # lengths make the mask: a token's value says nothing
+    mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
+    sampled_logprobs = torch.zeros(mask.shape, device=device)
+    sampled_logprobs[mask] = torch.cat([logprobs for group in groups for logprobs in group.logprobs])
+    last = torch.stack([completion[-1] for completion in completions])
+    finished = torch.isin(last, torch.tensor(list(end_ids), device=device))
+    parts = {name: torch.stack([group.parts[name] for group in groups]).to(device) for name in groups[0].parts}
+    rewards = torch.stack([group.rewards for group in groups]).to(device)
+    return Rollout([group.example for group in groups], [text for group in groups for text in group.texts], ids, mask,
+                   (starts + lengths).tolist(), lengths, finished, sampled_logprobs, parts, rewards)
+
+
+def has_signal(group):
+    """Whether the rewards of a group differ: equal ones have no advantage [DAPO: neither all right nor all wrong]."""
+    return bool(group.rewards.std() > 1e-6)
+
+
+def rollout(draw, prompts, config, keep=None):
+    """A step's groups, and how many were discarded. draw(examples) -> Groups; prompts: an iterator of examples.
+
+    With keep(group) -> bool, groups that it refuses are replaced by those of the next prompts, in config.resample rounds
+    at most [DAPO's dynamic sampling]; what is still refused then is left out, unless nothing else is there.
+    """
+    N, drawn, kept = config.prompts_per_rollout, [], []
+    for _ in range(1 + config.resample):
+        new = draw([next(prompts) for _ in range(N - len(kept))])
+        drawn, kept = drawn + new, kept + [group for group in new if keep is None or keep(group)]
+        if len(kept) == N:
+            break
+    kept = kept or drawn[:N]
+    return kept, len(drawn) - len(kept)
+
+
+# ------------------------------------------------------------------------------------------- the loop
 
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into lots of at most `budget` tokens with their padding (a longer row alone)."""
@@ -209,18 +314,22 @@ def all_logprobs(model, r: Rollout, config):
     return torch.where(r.mask, out, 0)
 
 
-def update(model, optimizer, r: Rollout, rows, old_logprobs, ref_logprobs, advantages, config):
+def update(model, optimizer, r: Rollout, rows, advantages, importance, config):
     """One Adam step on these rows of a rollout; its metrics."""
     c, sums = config, {}
     tokens = int(r.mask[rows].sum())
-    normaliser = tokens if c.token_mean else len(rows)  # of the whole update, before micro-batches
+    # of the whole update, before micro-batches
+    normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
     for lot in micro_batches(rows, r.ends, c.micro_batch_tokens):
         logprobs = logprobs_of(model, r, lot, c)
-        t = logprobs.shape[1]
+
+        def cut(x):
+            return x if x is None else x[lot] if x.dim() == 1 else x[lot, :logprobs.shape[1]]
+
         loss, metrics = policy_loss(
-            logprobs, old_logprobs[lot, :t], None if ref_logprobs is None else ref_logprobs[lot, :t],
-            advantages[lot] if advantages.dim() == 1 else advantages[lot, :t], r.mask[lot, :t],
-            clip_low=c.clip_low, clip_high=c.clip_high, beta=c.beta, token_mean=c.token_mean, normaliser=normaliser)
+            logprobs, cut(r.old_logprobs), cut(r.ref_logprobs) if c.beta else None, cut(advantages), cut(r.mask),
+            clip_low=c.clip_low, clip_high=c.clip_high, sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio,
+            mean=c.mean, beta=c.beta, kl=c.kl, importance=cut(importance), normaliser=normaliser)
         loss.backward()
         share = int(r.mask[lot].sum()) / tokens
         for name, value in metrics.items():
@@ -233,7 +342,7 @@ def update(model, optimizer, r: Rollout, rows, old_logprobs, ref_logprobs, advan
 
 
 def train(model, examples, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None, credit=None,
-          validate=None, log=None, save=None, resume=None):
+          keep=None, validate=None, log=None, save=None, resume=None):
     """Reinforcement learning of `model` on `examples`, in place; they are taken in order, and again from the start.
 
     model(ids (B, T)) -> logits (B, T, V). encode(example) -> prompt ids; decode(ids) -> text.
@@ -242,7 +351,11 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     ends at its first token of end_ids, which counts; prompts and completions hold a token at least. The model's weights
     should be fp32.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; with weight 0 a
-    rule is logged only. credit(rollout) -> advantages (B,) or (B, T) in place of the group advantages.
+    rule is logged only.
+    credit: an object in place of the group advantages (ppo.py, prime.py): advantages(rollout) -> (B,) or (B, T);
+    learn(rollout, rows) -> metrics, after the policy's update on these rows; objects, {name: module, optimizer or
+    generator} to be saved with the run; and needs_reference, whether it reads rollout.ref_logprobs.
+    keep(group) -> whether a group is learnt from; by default all, and with config.resample those with a signal.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) after each rollout.
     save(**state) is offered the state after each rollout; resume(**objects) puts such a state back into the objects
     and returns the rest of it.
@@ -251,34 +364,44 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     if not examples or not rewards or weights.keys() - rewards.keys():
         raise ValueError(f"{len(examples)} examples, rewards {[*rewards]}, weights for {[*weights]}: there must be examples "
                          "and rewards, and weights of those rewards only")
-    device = next(model.parameters()).device
+    device, keep = next(model.parameters()).device, keep or (has_signal if c.resample else None)
     # plain Adam, as weight_decay is 0; the papers do not give the betas
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if c.beta else None
+    needs_reference = c.beta > 0 or getattr(credit, "needs_reference", False)
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if needs_reference else None
     generator = torch.Generator(device=device).manual_seed(c.seed)
     shuffler = torch.Generator().manual_seed(c.seed)
     # a state to save: objects, which `resume` fills in place, and counters, which it returns
     objects = {"model": model, "optimizer": optimizer, "generator": generator, "shuffler": shuffler}
-    objects |= {"reference": reference} if c.beta else {}
-    counters = {"step": 0, "updates": 0} if resume is None else resume(**objects)
-    step, updates, metrics = counters["step"], counters["updates"], {}  # step counts rollouts, updates Adam's steps
-    while step < c.rollouts:
+    objects |= ({"reference": reference} if needs_reference else {}) | getattr(credit, "objects", {})
+    counters = {"step": 0, "updates": 0, "prompts": 0, "samples": 0} if resume is None else resume(**objects)
+    step, updates, taken, samples = (counters[name] for name in ("step", "updates", "prompts", "samples"))
+    metrics = {}  # step counts rollouts, updates Adam's steps, taken prompts, samples completions
+    while step < c.rollouts and not (c.sample_budget and samples >= c.sample_budget):
         started = time.time()
-        first = step * c.prompts_per_rollout
-        batch = [examples[i % len(examples)] for i in range(first, first + c.prompts_per_rollout)]
 
         # 1, 2: sample groups from the current policy and judge them
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         sampler = copy.deepcopy(model).to(getattr(torch, c.dtype))  # cast once, not at each token
-        r = rollout(sampler, batch, encode, decode, generate, end_ids, rewards, weights, c, generator)
+        groups, discarded = rollout(
+            lambda batch: sample_groups(sampler, batch, encode, decode, generate, end_ids, rewards, weights, c, generator),
+            (examples[i % len(examples)] for i in itertools.count(taken)), c, keep)
         del sampler
+        r = collate(groups, end_ids)
+        taken += len(groups) + discarded
+        samples += (len(groups) + discarded) * c.group_size
         sampled = time.time()
 
-        # 3: advantages, and the log-probabilities that stay fixed during the updates; pi_old's by the forward pass that
+        # 3: the log-probabilities that stay fixed during the updates, and advantages; pi_old's by the forward pass that
         # trains, not the sampler's: so the ratio starts at exactly 1 and measures the updates alone
-        advantages = group_advantages(r.rewards, c.scale_by_std).flatten() if credit is None else credit(r)
-        old_logprobs = all_logprobs(model, r, c)
-        ref_logprobs = all_logprobs(reference, r, c) if c.beta else None
+        r.old_logprobs = all_logprobs(model, r, c)
+        r.ref_logprobs = all_logprobs(reference, r, c) if needs_reference else None
+        if credit is None:
+            advantages = group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten()
+        else:
+            advantages = credit.advantages(r)
+        gap = r.sampled_logprobs - r.old_logprobs  # what the sampler rounds otherwise
+        importance = torch.exp(-gap.clamp(min=-20)).clamp(max=c.importance_cap) if c.importance_cap else None
 
         # 4: updates
         history = []
@@ -288,7 +411,9 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
                 updates += 1
                 for group in optimizer.param_groups:
                     group["lr"] = c.lr * min(1.0, updates / max(1, c.warmup))
-                history.append(update(model, optimizer, r, rows.tolist(), old_logprobs, ref_logprobs, advantages, c))
+                history.append(update(model, optimizer, r, rows.tolist(), advantages, importance, c))
+                if credit is not None:
+                    history[-1] |= credit.learn(r, rows.tolist())
         step += 1
 
         # 5: the reference follows
@@ -296,14 +421,14 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
             reference.load_state_dict(model.state_dict())
 
         # what tells a healthy run from a sick one
-        gap = (r.sampled_logprobs - old_logprobs).abs().sum() / r.mask.sum()
         group_std = r.rewards.std(1)
         metrics = {"step": step, "reward": r.rewards.mean().item(), "length": r.lengths.float().mean().item(),
                    "unfinished": 1 - r.finished.float().mean().item(),
                    "group_std": group_std.mean().item(),
                    "no_signal": (group_std < 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
-                   "entropy": -(old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
-                   "sampler_gap": gap.item()}  # bf16's rounding: below 0.01; more means two different distributions
+                   "samples": samples, "discarded": discarded,  # completions so far; groups of this rollout
+                   "entropy": -(r.old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
+                   "sampler_gap": (gap.abs().sum() / r.mask.sum()).item()}  # bf16's rounding: below 0.01
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
         metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}
         metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started,
@@ -313,44 +438,13 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         if log is not None:
             log(metrics, r)
         if save is not None:
-            save(**objects, step=step, updates=updates)
+            save(**objects, step=step, updates=updates, prompts=taken, samples=samples)
     return metrics
 
 
 def main():
-    import rewards  # here, so that the algorithm imports without the rest of the project
-    from data.readers import new_directory, read_problems
-    from model import generate, load, save
-    from tokenizer import Tokenizer
-    parser = argparse.ArgumentParser(description="GRPO on a model directory, with the rules of rewards.py.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
-    parser.add_argument("--out", required=True, help="where the trained model goes")
-    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS,
-                        help="default: %(default)s")
-    for name, default in vars(GRPOConfig()).items():
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help="default %(default)s", **kind)
-    args = parser.parse_args()
-    try:
-        config = GRPOConfig(**{name: value for name, value in vars(args).items() if name in GRPOConfig.__dataclass_fields__})
-        examples = read_problems(args.data, rewards.check_reference)
-        model, tokenizer = load(args.model), Tokenizer(args.model)
-        tokenizer.check_fits(model.config.vocab_size)
-        out = new_directory(args.out)
-
-        def log(m, r):
-            print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
-                  f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
-            if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
-                print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
-
-        train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, generate,
-              [tokenizer.end_id], {name: rewards.REWARDS[name] for name in args.rewards}, config, log=log)
-        save(model, out, tokenizer)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    import command  # here, so that the algorithm imports without the rest of the project
+    command.reinforce("GRPO on a model directory, with the rules of rewards.py.", train, GRPOConfig)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What the scripts' command lines share: one-line errors, a dataclass's fields as options, and the wiring of an RL run."""
+
+import argparse
+
+import torch
+
+import rewards
+from data.readers import new_directory, read_problems
+from model import generate, load, save
+from tokenizer import Tokenizer
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line that names the culprit, without the usage; exit code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def add_fields(self, config_class, names=None):
+        """An option for each field of a dataclass of hyperparameters (or only for `names`)."""
+        for name, default in vars(config_class()).items():
+            kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+            if names is None or name in names:
+                self.add_argument(f"--{name.replace('_', '-')}", default=default, help="default %(default)s", **kind)
+
+
+def fields_of(args, config_class):
+    """The dataclass that the options describe; it raises ValueError where one is out of range."""
+    return config_class(**{name: value for name, value in vars(args).items() if name in config_class.__dataclass_fields__})
+
+
+def open_model(dir, dtype=None):
+    """Model and tokenizer of a directory, which must fit one another."""
+    model, tokenizer = load(dir, dtype=dtype), Tokenizer(dir)
+    tokenizer.check_fits(model.config.vocab_size)
+    return model, tokenizer
+
+
+def reinforce(description, train, config_class, credit_class=None, credit_config=None):
+    """The script of grpo.py, and of the files that put another credit in place of the group advantages.
+
+    credit_class(model, config, credit_config's fields) makes the object that `train` takes as credit.
+    """
+    parser = Parser(description=description)
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
+    parser.add_argument("--out", required=True, help="where the trained model goes")
+    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS,
+                        help="default: %(default)s")
+    parser.add_fields(config_class)
+    if credit_config is not None:
+        parser.add_argument_group(credit_class.__name__)
+        parser.add_fields(credit_config, set(vars(credit_config())) - set(vars(config_class())))
+    args = parser.parse_args()
+    try:
+        config = fields_of(args, config_class)
+        examples = read_problems(args.data, rewards.check_reference)
+        model, tokenizer = open_model(args.model, torch.float32)
+        out = new_directory(args.out)
+        credit = None if credit_class is None else credit_class(model, config, fields_of(args, credit_config))
+
+        def log(m, r):
+            print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
+                  f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
+            if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
+                print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
+
+        train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, generate,
+              [tokenizer.end_id], {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
+              keep=getattr(credit, "keep", None), log=log)
+        save(model, out, tokenizer)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
