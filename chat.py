@@ -4,7 +4,6 @@
     python model.py DIR --prompt "What is 2+3?"  # one answer
 """
 
-import argparse
 import re
 import sys
 from contextlib import suppress
@@ -48,10 +47,8 @@ def chat(model, tokenizer, a):
 
 
 def main():
-    from model import load
-    from tokenizer import Tokenizer
-    parser = argparse.ArgumentParser(description="Talk to a model directory; Ctrl-C ends an answer, Ctrl-D the program.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    from command import Parser, open_model
+    parser = Parser(description="Talk to a model directory; Ctrl-C ends an answer, Ctrl-D the program.")
     parser.add_argument("dir")
     for name, kind, default in (("prompt", str, None), ("temperature", float, 0.6), ("top-p", float, 0.95),
                                 ("max-new-tokens", int, 2048), ("seed", int, 0), ("device", str, None)):
@@ -61,8 +58,7 @@ def main():
         if not good:
             parser.error(f"{name} {getattr(a, name)} is out of range")
     try:
-        model, tokenizer = load(a.dir, a.device), Tokenizer(a.dir)
-        tokenizer.check_fits(model.config.vocab_size)
+        model, tokenizer = open_model(a.dir, device=a.device)
         chat(model, tokenizer, a)
     except EOFError:  # Ctrl-D
         print()

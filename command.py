@@ -5,6 +5,7 @@ import argparse
 import torch
 
 import rewards
+from configs import METHODS, PUBLISHED
 from data.readers import new_directory, read_problems
 from model import generate, load, save
 from tokenizer import Tokenizer
@@ -28,9 +29,9 @@ def fields_of(args, config_class):
     return config_class(**{name: value for name, value in vars(args).items() if name in config_class.__dataclass_fields__})
 
 
-def open_model(dir, dtype=None):
+def open_model(dir, dtype=None, device=None):
     """Model and tokenizer of a directory, which must fit one another."""
-    model, tokenizer = load(dir, dtype=dtype), Tokenizer(dir)
+    model, tokenizer = load(dir, device, dtype), Tokenizer(dir)
     tokenizer.check_fits(model.config.vocab_size)
     return model, tokenizer
 
@@ -50,6 +51,9 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
     if credit_config is not None:
         parser.add_argument_group(credit_class.__name__)
         parser.add_fields(credit_config, set(vars(credit_config())) - set(vars(config_class())))
+    parser.add_argument("--config", choices=PUBLISHED | METHODS, help="a paper's settings (configs.py) as defaults")
+    chosen = parser.parse_args().config
+    parser.set_defaults(**(PUBLISHED | METHODS).get(chosen, {}))
     args = parser.parse_args()
     try:
         config = fields_of(args, config_class)

@@ -11,7 +11,6 @@ stay. Their rows train SFT-2 (from the base again) and the students [v2 B.4.3], 
     python distill.py --teacher DIR --student DIR --data FILE.jsonl --out DIR
 """
 
-import argparse
 import random
 import re
 
@@ -83,11 +82,10 @@ def main():
     import rewards
     import sft
     from checkpoint import write_jsonl
+    from command import Parser, open_model
     from data.readers import new_directory, read_problems, read_rows
-    from model import generate, load, save
-    from tokenizer import Tokenizer
-    parser = argparse.ArgumentParser(description="Sample a teacher's verified traces and train a student on them.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    from model import generate, save
+    parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
     parser.add_argument("--data", required=True, help='problems, JSONL rows {"prompt", "answer", "language", "kind"}')
@@ -101,7 +99,7 @@ def main():
     try:
         problems = read_problems(args.data, rewards.check_reference)
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
-        teacher, tokenizer, out = load(args.teacher), Tokenizer(args.teacher), new_directory(args.out)
+        (teacher, tokenizer), out = open_model(args.teacher), new_directory(args.out)
         random = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
         config = evaluate.EvalConfig(samples=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
         texts, _ = evaluate.complete(
@@ -112,7 +110,7 @@ def main():
                                           lambda text, example: rewards.language_consistency(text, example) == 1)
         print(explain(counts))
         write_jsonl(out / "traces.jsonl", traces)
-        student, tokenizer = load(args.student), Tokenizer(args.student)
+        student, tokenizer = open_model(args.student, torch.float32)
 
         def encode(row):
             prompt = tokenizer.encode_prompt(row["prompt"])

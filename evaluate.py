@@ -7,7 +7,6 @@ models on the same problems is a paired bootstrap.
     python evaluate.py --model DIR --data FILE.jsonl     # rows {"prompt", "answer", "language", "kind"}
 """
 
-import argparse
 from collections import Counter
 from dataclasses import dataclass
 from math import comb
@@ -176,21 +175,17 @@ def main():
     import torch
 
     import rewards
+    from command import Parser, fields_of, open_model
     from data.readers import read_problems
-    from model import generate, load
-    from tokenizer import Tokenizer
-    parser = argparse.ArgumentParser(description="Measure a model directory on problems and requests.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    from model import generate
+    parser = Parser(description="Measure a model directory on problems and requests.")
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
-    for name, default in vars(EvalConfig()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="default %(default)s")
+    parser.add_fields(EvalConfig)
     args = parser.parse_args()
     try:
-        config = EvalConfig(**{name: value for name, value in vars(args).items() if name in EvalConfig.__dataclass_fields__})
-        examples = read_problems(args.data, rewards.check_reference)
-        model, tokenizer = load(args.model), Tokenizer(args.model)
-        tokenizer.check_fits(model.config.vocab_size)
+        config, examples = fields_of(args, EvalConfig), read_problems(args.data, rewards.check_reference)
+        model, tokenizer = open_model(args.model)
         random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
 
         def sample(prompts, **settings):

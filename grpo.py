@@ -407,7 +407,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         history = []
         for _ in range(c.inner_epochs):
             shuffled = torch.randperm(len(r.texts), generator=shuffler)
-            for rows in shuffled.tensor_split(c.minibatches):
+            for rows in shuffled.tensor_split(min(c.minibatches, len(shuffled))):
                 updates += 1
                 for group in optimizer.param_groups:
                     group["lr"] = c.lr * min(1.0, updates / max(1, c.warmup))

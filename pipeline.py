@@ -9,7 +9,6 @@ Called again, it goes on where it stopped. A run directory (--out, default runs/
 a stage, results.json and report.html, which can be watched while it grows. `recipe`, at the end, is the page to read.
 """
 
-import argparse
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import checkpoint
 import distill
 import evaluate
 import rewards
+from command import Parser
 from data import world
 from grpo import GRPOConfig
 from run import METRICS, Run, line_of
@@ -229,11 +229,6 @@ def thinking_budgets(run, budgets=(8, 24, 48, 96)):
 
 STAGES = ("base", "zero", "dev1", "dev2", "traces", "dev3", "r1", "base_qwen", "student_qwen", "control_qwen", "base_llama",
           "student_llama", "control_llama", "dev2_no_language", "zero_random", "zero_format")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line that names the culprit, not the usage and then the line
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main():

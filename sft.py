@@ -7,7 +7,6 @@ The recipe's stages that run through here: pretraining, cold start [R1 v2 B.3.2]
     python sft.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt": str, "completion": str}
 """
 
-import argparse
 import math
 import time
 from dataclasses import dataclass
@@ -145,23 +144,19 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
 
 
 def main():
+    from command import Parser, fields_of, open_model
     from data.readers import new_directory, read_rows
-    from model import load, save
-    from tokenizer import Tokenizer
-    parser = argparse.ArgumentParser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    from model import save
+    parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
     parser.add_argument("--out", required=True, help="where the trained model goes")
     parser.add_argument("--pretrain", action="store_true")
-    for name in ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"):
-        default = getattr(SFTConfig, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="default %(default)s")
+    parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
     args = parser.parse_args()
     try:
-        config = SFTConfig(**{name: value for name, value in vars(args).items() if name in SFTConfig.__dataclass_fields__})
-        rows, model, tokenizer = read_rows(args.data, ("prompt", "completion")), load(args.model), Tokenizer(args.model)
-        tokenizer.check_fits(model.config.vocab_size)
+        config, rows = fields_of(args, SFTConfig), read_rows(args.data, ("prompt", "completion"))
+        model, tokenizer = open_model(args.model, torch.float32)
         out, examples = new_directory(args.out), []
         for row in rows:
             prompt = tokenizer.encode_prompt(row["prompt"])
