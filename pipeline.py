@@ -4,20 +4,22 @@
     python pipeline.py --preset smoke         # the same in about a minute, with models too small to learn
     python pipeline.py --ablations            # and what some of the claims need beside the recipe
     python pipeline.py --from dev2            # this stage and the later ones anew
+    python pipeline.py --compare              # GRPO, its relatives, PPO and PRIME beside one another (compare.py)
 
 Called again, it goes on where it stopped. A run directory (--out, default runs/PRESET-SEED) holds a model directory
 a stage, results.json and report.html, which can be watched while it grows. `recipe`, at the end, is the page to read.
 """
 
 import time
-import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import checkpoint
+import compare
 import distill
 import evaluate
 import rewards
@@ -56,24 +58,27 @@ class Preset:
     sft2: SFTConfig = SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048)
     # Not divided by the group's std: that blows small differences of the language reward up in all-correct groups.
     zero: GRPOConfig = GRPOConfig(rollouts=30, lr=3e-4, scale_by_std=False)
+    control: GRPOConfig = GRPOConfig(rollouts=45, lr=3e-4, scale_by_std=False)  # of a student: no less compute than SFT takes
     rl1: GRPOConfig = GRPOConfig(rollouts=30, lr=2e-4, scale_by_std=False)
     rl2: GRPOConfig = GRPOConfig(rollouts=36, lr=2e-4, scale_by_std=False, temperature=0.7)
+    compare_samples: int = 4096       # completions that each method of --compare may sample
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
 
 
 def rl_stages(**settings):
-    return {"zero": GRPOConfig(**settings), "rl1": GRPOConfig(**settings), "rl2": GRPOConfig(temperature=0.7, **settings)}
+    return {name: GRPOConfig(**settings) for name in ("zero", "control", "rl1")} | {"rl2": GRPOConfig(temperature=0.7, **settings)}
 
 
 PRESETS = {
     "cpu": Preset(),
     "smoke": Preset(
+        compare_samples=32,
         model=sizes(32, 2, 2, 1, model_type="qwen3"), student=sizes(32, 1, 2, 1), documents=3000, student_documents=1000,
         problems=64, test=24, hard=8, requests=8, samples=2, many=16, cold_start=8, trace_prompts=16, trace_samples=2,
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
     "gpu": Preset(  # the same world and code, 32M parameters, more of everything; not run yet
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), documents=1_000_000,
-        student_documents=300_000, problems=20_000, test=1020, samples=16, trace_prompts=8000,
+        student_documents=300_000, problems=20_000, test=1020, samples=16, trace_prompts=8000, compare_samples=65536,
         pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=128, row_length=144, warmup=0.03),
         cold=SFTConfig(lr=1e-4, epochs=3, batch_tokens=4096, micro_batch_rows=128),
         sft2=SFTConfig(lr=3e-4, epochs=3, batch_tokens=16384, micro_batch_rows=128),
@@ -91,10 +96,7 @@ ALL_RULES = WITH_LANGUAGE | {"helpfulness": 1.0, "harmlessness": 1.0}           
 def recipe(run: Run, ablations=False):
     """The stages in order: name, title, the model it starts from, by what, its source in the papers, and how it is made."""
     p, seed = run.preset, run.seed
-
-    # A base model: next-token training on the mini-world's documents.
-    run.stage("base", "Base", "random weights", "pretraining", "V3-Base", lambda: run.sft(
-        "base", run.new_model(p.model), world.corpus(seed, p.documents), p.pretrain, pretraining=True))
+    make_base(run)
 
     # R1-Zero: reinforcement learning straight on the base, by accuracy and format alone.
     run.stage("zero", "R1-Zero", "base", "GRPO: accuracy + format", "R1 v1 2.2", lambda: run.rl(
@@ -127,20 +129,26 @@ def recipe(run: Run, ablations=False):
             train=lambda model, rows: run.sft(student, model, rows, p.sft2)))
         if name == "qwen" or ablations:
             run.stage(control, f"Control, {name}", base, "GRPO alone", "R1 v1 4.1", lambda: run.rl(
-                control, run.model(base), ACCURACY_AND_FORMAT, p.zero))
+                control, run.model(base), ACCURACY_AND_FORMAT, p.control))
 
     # What claims need beside the recipe: RL-1 without the language reward, and RL that cannot learn to reason.
     if ablations:
         run.stage("dev2_no_language", "RL-1, no language", "dev1", "GRPO: accuracy + format", "R1 v2 B.6", lambda: run.rl(
             "dev2_no_language", run.model("dev1"), ACCURACY_AND_FORMAT, p.rl1))
-        coin = lambda text, example: float(zlib.crc32(text.encode()) % 2)  # blind to the problem
         run.stage("zero_random", "RL, random reward", "base", "GRPO: a coin", "", lambda: run.rl(
-            "zero_random", run.model("base"), {"coin": 1.0}, p.zero, rules={"coin": coin}))
+            "zero_random", run.model("base"), {"coin": 1.0}, p.zero))
         run.stage("zero_format", "RL, format alone", "base", "GRPO: format", "", lambda: run.rl(
             "zero_format", run.model("base"), {"format": 1.0}, p.zero))
         many_samples(run)
     thinking_budgets(run)
     run.write()
+
+
+def make_base(run):
+    """A base model: next-token training on the mini-world's documents."""
+    p = run.preset
+    run.stage("base", "Base", "random weights", "pretraining", "V3-Base", lambda: run.sft(
+        "base", run.new_model(p.model), world.corpus(run.seed, p.documents), p.pretrain, pretraining=True))
 
 
 def cold_start_examples(run):
@@ -238,24 +246,31 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from", dest="from_stage", choices=STAGES, help="make this stage and the later ones anew")
     parser.add_argument("--ablations", action="store_true", help="and what some claims need beside the recipe")
+    parser.add_argument("--compare", action="store_true", help="compare GRPO with its relatives, PPO and PRIME, from the base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     preset = args.preset or ("gpu" if args.device.startswith("cuda") else "cpu")
     out = Path(args.out or f"runs/{preset}-{args.seed}")
     started = time.time()
+    make_run = partial(Run, out, preset, PRESETS[preset], args.seed, torch.device(args.device))
     try:
-        run = Run(out, preset, PRESETS[preset], args.seed, torch.device(args.device))
+        run = make_run()
         for name in STAGES[STAGES.index(args.from_stage):] if args.from_stage else ():
             for file in (checkpoint.DONE, checkpoint.STATE):
                 (out / name / file).unlink(missing_ok=True)
             for file in (out / "extras").glob("*.npz"):
                 file.unlink()
-        recipe(run, args.ablations)
+        if args.compare:
+            make_base(run)
+            compare.compare(run, make_run)
+        else:
+            recipe(run, args.ablations)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped; the same command goes on from here: {out}\n")
-    print_tables(run)
+    if not args.compare:
+        print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 
 

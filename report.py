@@ -61,7 +61,7 @@ def read_objects(path, lines=True):
 
 
 def read_run(run_dir):
-    """(meta, stages, claims). A stage is its entry in results.json and what its directory holds."""
+    """(meta, stages, claims, compare). A stage is its entry in results.json and what its directory holds."""
     results = dict(*read_objects(run_dir / "results.json", lines=False))
     done, stages = results.get("stages") or {}, {}
     on_disk = sorted(path.parent.name for path in run_dir.glob("*/*.jsonl") if path.name in ("metrics.jsonl", "samples.jsonl"))
@@ -71,7 +71,7 @@ def read_run(run_dir):
         stage["rows"] = [rows[step] for step in sorted(step for step in rows if step is not None)]
         stage["samples"] = read_objects(run_dir / name / "samples.jsonl")
         stage["rl"] = any("reward" in row for row in rows.values()) or "GRPO" in str(stage.get("by"))
-    return results.get("meta") or {}, stages, results.get("claims") or []
+    return results.get("meta") or {}, stages, results.get("claims") or [], results.get("compare") or {}
 
 
 def figure(stage, metric):
@@ -306,6 +306,23 @@ def curves(stages):
     return parts or el("p", "Not yet: no stage has logged a step.", cls="none")
 
 
+def comparison(table):
+    """Each method's accuracy against the completions sampled, beside GRPO's; and their figures on test problems."""
+    def points(method, name):
+        return [{"step": number(row.get("samples")), name: row.get("accuracy")} for row in table[method].get("curve") or []]
+
+    charts = [chart(words(method), [words(method), "grpo"] if method != "grpo" else ["grpo"], [0, 1],
+                    sorted(points(method, words(method)) + points("grpo", "grpo"), key=lambda row: row["step"]), 240, 140)
+              for method in table if "grpo" in table]
+    heads = ["Method", "lr", "accuracy, asked form", "any style", "format", "language", "length", "samples", "time", "memory, MB"]
+    rows = [el("tr", el("th", words(name)), el("td", short(number(row.get("lr")), 4)),
+               [metric_cell(*figure(row, metric)) for metric in ("accuracy_strict", "accuracy", "format", "language_consistency", "length")],
+               el("td", quantity(row.get("samples"))), el("td", duration(row.get("seconds"))),
+               el("td", short((number(row.get("peak_bytes")) or 0) / 2 ** 20))) for name, row in table.items()]
+    return [el("div", el("table", el("thead", el("tr", [el("th", head) for head in heads])), el("tbody", rows), cls="stages"), cls="scroll"),
+            el("div", charts, cls="charts middle")]
+
+
 # ------------------------------------------------------------------------------------------- samples
 
 FOREIGN = {"en": "([㐀-鿿][㐀-鿿，。、；：？！]*)", "zh": "([A-Za-zÀ-ɏ]+(?: [A-Za-zÀ-ɏ]+)*)"}  # to the sample's language
@@ -349,54 +366,7 @@ def samples_section(stages):
 
 # ------------------------------------------------------------------------------------------- the page
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d2125; --soft: #646b73; --rule: #e1e3e5; --fill: #f4f5f5; --mark: #fbe7c2;
-  --good: #19703f; --bad: #b3341f; --c1: #2a66b8; --c2: #c8611b; --c3: #16846a; --c4: #a3428f; --c5: #7d6410; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181b; --ink: #e4e6e8; --soft: #98a0a8; --rule: #30363c; --fill: #1d2226; --mark: #51400f;
-  --good: #6cc794; --bad: #f0907c; --c1: #6ba6f2; --c2: #f0954f; --c3: #4fc3a4; --c4: #d987c8; --c5: #dbbb5c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 36px clamp(16px, 3vw, 24px) 80px; max-width: 1248px; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, Helvetica, Arial, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
-h1 { margin: 0; font-size: 28px; line-height: 1.2; } h4 { margin: 0 0 8px; font-size: 13px; } p { margin: 4px 0; }
-h2 { margin: 56px 0 4px; padding-top: 14px; border-top: 2px solid var(--ink); font-size: 20px; } .note { margin-bottom: 16px; }
-.note, .none, .meta, .about, .chips, .legend, .open, .think, small, code, h4, thead { color: var(--soft); }
-small { display: block; font-size: 11.5px; line-height: 1.35; font-weight: 400; } code { font: 12px/1.4 ui-monospace, Menlo, monospace; }
-.meta, nav { margin-top: 10px; font-size: 13px; } .meta b, .legend b { font-weight: 500; color: var(--ink); }
-.meta span, nav a { display: inline-block; margin-right: 20px; color: inherit; } .scroll { overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 10px; } .recipe { min-width: 900px; }
-.recipe .by { font-size: 12px; } .recipe .title { font-size: 15px; font-weight: 600; fill: var(--ink); }
-.recipe .figure { font-size: 17px; fill: var(--ink); } .weights, .data { fill: none; stroke: var(--soft); stroke-width: 1.4; }
-.data { stroke-dasharray: 3 4; } marker path { fill: var(--soft); } .box rect { fill: var(--fill); stroke: var(--rule); }
-.box.open rect { fill: none; stroke-dasharray: 4 4; } .box.under rect { stroke: var(--c1); } .box.open text { fill: var(--soft); }
-.box.rl path { stroke: var(--c1); stroke-width: 3; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
-td, th { padding: 7px 10px 7px 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); }
-thead th { font-weight: 500; font-size: 12px; vertical-align: bottom; } .stages thead [colspan] { text-align: center; }
-.stages tr > :first-child { position: sticky; left: 0; z-index: 1; min-width: 112px; background: var(--paper); text-align: left; }
-.stages td { white-space: nowrap; } .stages td small { font-size: 10.5px; } .stages .counts { white-space: normal; text-align: left; }
-td i { display: block; position: relative; height: 3px; width: 50px; margin: 4px 0 0 auto; background: var(--rule); }
-td i b { position: absolute; height: 3px; min-width: 2px; background: var(--c1); } .claims :is(td, th) { text-align: left; }
-.claims td { padding-right: 20px; } .claims td:nth-child(n+3):nth-child(-n+5) { white-space: nowrap; } .claims td:nth-child(2) { min-width: 190px; }
-.claims td:nth-child(6) { min-width: 150px; } .claims td > b { display: inline-block; width: 1.4em; } .interval { width: 140px; }
-.interval path { stroke: var(--soft); } .interval rect { fill: var(--c1); opacity: .5; } .interval circle { fill: var(--ink); }
-.holds { color: var(--good); } .contradicted { color: var(--bad); } .unsettled { color: var(--c5); }
-details { border-bottom: 1px solid var(--rule); padding: 12px 0; } summary { cursor: pointer; font-size: 16px; font-weight: 600; }
-summary small { display: inline; margin-left: 4px; font-size: 13px; } figcaption { font-size: 13px; font-weight: 600; }
-figcaption b { float: right; font-weight: 400; } figure { display: flex; flex-direction: column; min-width: 0; margin: 20px 0 0; }
-figure > svg { margin-top: auto; } .charts.small { --least: 170px; } .charts.middle { --least: 210px; }
-.charts { display: grid; gap: 4px 24px; grid-template-columns: repeat(auto-fill, minmax(var(--least, 270px), 1fr)); }
-.legend { display: flex; flex-wrap: wrap; gap: 0 12px; margin: 2px 0 6px; font-size: 11.5px; } .grid { stroke: var(--rule); }
-.legend svg { display: inline-block; width: 18px; margin-right: 4px; }
-.line, .raw { fill: none; stroke: var(--c, var(--ink)); stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
-.raw { stroke-width: 1; opacity: .28; } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); } .c4 { --c: var(--c4); }
-.c5 { --c: var(--c5); } .line.c2 { stroke-dasharray: 6 4; } .line.c3 { stroke-dasharray: 1 3; } .line.c4 { stroke-dasharray: 8 4 1 4; }
-.line.c5 { stroke-dasharray: 1 5; } article { margin-bottom: 26px; font-size: 14px; overflow-wrap: anywhere; }
-.samples { display: grid; gap: 8px 40px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); margin-top: 12px; }
-.about, .chips { font-size: 11.5px; } .prompt { font-weight: 600; } mark { background: var(--mark); color: inherit; }
-article div { margin: 6px 0; padding: 6px 12px; white-space: pre-wrap; border-left: 2px solid var(--rule); }
-article .answer { background: var(--fill); border-color: var(--c1); } article .loose { border: 1px dashed var(--rule); } article code { font-size: 11px; }
-.chips span { display: inline-block; margin: 2px 5px 2px 0; padding: 0 8px; border: 1px solid var(--rule); border-radius: 9px; }
-.chips .full { border-color: var(--good); color: var(--good); } .chips .part { border-color: var(--c5); color: var(--c5); }
-"""
+STYLE = (Path(__file__).parent / "data" / "report.css").read_text(encoding="utf-8")
 
 
 def header(meta, stages, claims):
@@ -408,13 +378,15 @@ def header(meta, stages, claims):
             el("p", [el("span", f"{name} ", el("b", value)) for name, value in facts.items() if value is not None], cls="meta")]
 
 
-def page(meta, stages, claims):
+def page(meta, stages, claims, compare):
     sections = [
         ("Recipe", "Measured on test problems; language is its consistency within outputs that think.", recipe(stages)),
         ("Stages", "Means over test problems; below each its 95% interval, also as a bar from 0 to 1.", stage_table(stages)),
         ("Claims", "Ours is a difference with its 95% interval, paired over test problems. Each bar has its own scale: "
                    "what counts is on which side of zero it lies.", claims_table(claims)),
         ("Curves", "Against rollouts. Faint: each rollout; bold: the running mean, its last value beside the name.", curves(stages)),
+        *[("Methods", "From one base with one budget of samples, each at its better learning rate. Curves: accuracy of the "
+                      "sampled completions, against completions.", comparison(compare))] * bool(compare),
         ("Samples", "As the models wrote them, with their tags. Marked: words of another language.", samples_section(stages))]
     head = [Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
                    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"),

@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 import time
+import zlib
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -38,6 +39,11 @@ METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, str
 
 
 
+def coin(text, example):
+    """A random reward, blind to the problem: a control that separates learning from elicitation."""
+    return float(zlib.crc32(f"{example['prompt']} {text}".encode()) % 2)
+
+
 class Run:
     """One run directory: the stages that are finished, their measured values, and how to make the next."""
 
@@ -46,6 +52,7 @@ class Run:
         meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "date": str(date.today()),
                 "world": world.world_hash(), "command": "python pipeline.py " + " ".join(sys.argv[1:])}
         self.results = {"meta": meta, "stages": {}, "claims": []}
+        self.cost = {"tokens": 0, "flops": 0.0}
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))}
         path = self.out / "config.json"
@@ -84,7 +91,7 @@ class Run:
             dir.mkdir(parents=True, exist_ok=True)
             self.cost, started = {"tokens": 0, "flops": 0.0}, time.time()
             model = make()
-            save(model, dir, self.tokenizer)
+            self.save(model, name)
             seconds = time.time() - started
             np.savez(dir / "values.npz", **self.measure(name, model))
             (dir / checkpoint.STATE).unlink(missing_ok=True)
@@ -103,6 +110,9 @@ class Run:
 
     def model(self, stage):
         return load(self.out / stage, device=self.device)
+
+    def save(self, model, stage):
+        save(model, self.out / stage, self.tokenizer)
 
     def extra(self, name, make):
         """Values {metric: per-problem array} that a claim needs beside the stages, made once."""
@@ -176,9 +186,9 @@ class Run:
         bar.close()
         return model
 
-    def rl(self, name, model, weights, config, examples=None, rules=None):
+    def rl(self, name, model, weights, config, examples=None, credit=None, validate=True):
         """GRPO with these rules as reward; all rules are logged, with weight 0 where they are not in `weights`."""
-        config, rules = replace(config, seed=self.seed), {**METRICS, **RULES, **(rules or {})}
+        config, rules = replace(config, seed=self.seed), {**METRICS, **RULES, "coin": coin}
         rules["accuracy_any"], rules["accuracy"] = METRICS["accuracy"], rewards.accuracy
         rules.pop("accuracy_strict")
         keep, resume = self.keeper(name)
@@ -197,13 +207,14 @@ class Run:
                     checkpoint.append_jsonl(self.out / name / "samples.jsonl", {
                         "step": m["step"], **row, "completion": r.texts[i], "rewards": parts})
 
-        def validate(model):
+        def validate_now(model):
             texts, counts = self.complete(model, self.validation, samples=2, temperature=1.0, top_p=1.0)
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
         weights = {name: weights.get(name, 0.0) for name in rules}
         grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, [self.tokenizer.end_id],
-                   rules, config, weights, validate=validate, log=log, save=keep, resume=resume)
+                   rules, config, weights, credit, getattr(credit, "keep", None), validate_now if validate else None, log=log,
+                   save=keep, resume=resume)
         bar.close()
         return model
 

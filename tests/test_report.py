@@ -226,7 +226,7 @@ def test_an_axis_has_round_marks_that_hold_its_values(low, high, expected):
 def test_a_row_written_again_after_a_resume_replaces_the_first(tmp_path):
     (tmp_path / "zero").mkdir()
     write_rows(tmp_path / "zero" / "metrics.jsonl", [{"step": 1, "reward": 0}, {"step": 2, "reward": 9}, {"step": 2, "reward": .5}])
-    _, stages, _ = report.read_run(tmp_path)
+    _, stages, *_ = report.read_run(tmp_path)
     assert [row["reward"] for row in stages["zero"]["rows"]] == [0, .5]
 
 

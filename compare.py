@@ -1,0 +1,131 @@
+"""The methods of the R1 literature beside one another: one base, the same prompts, the same number of samples for each.
+
+    python pipeline.py --compare                # after the recipe, or before: it needs the base alone
+    python pipeline.py --compare --seed 1
+
+Each method runs with each learning rate of LEARNING_RATES until it has sampled compare_samples completions (those that
+dynamic sampling or a filter discards are counted), at least 4 updates a rollout, so that clipping acts. The learning rate
+with the best accuracy on validation problems is then measured on test problems. Two controls separate learning from
+elicitation: random rewards, and the format reward alone.
+
+Each run has a process of its own, so that its memory is its own; as many at once as there are cores (on CUDA one), a
+thread each: seconds compare methods with one another, not with other runs of the machine.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import evaluate
+from configs import METHODS, PLAIN
+
+
+
+LEARNING_RATES = (1e-4, 3e-4)
+ACCURACY_AND_FORMAT = {"accuracy": 1.0, "format": 1.0}
+REWARDS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # of the controls; the others': accuracy and format
+LIKE = dict(mean="token", beta=0.0)  # PPO's and PRIME's loss: the clipped ratio over all tokens
+
+# name -> (settings of GRPOConfig, and how to make what stands in place of the group advantages)
+ENTRIES = {name: (settings, None) for name, settings in METHODS.items() if name != "reinforce"} | {
+    "ppo_0.95": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=0.95))),
+    "ppo_1.0": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=1.0))),
+    "prime": (LIKE, lambda model, config: PRIME(model, config, PRIMEConfig(lr=config.lr))),
+    "online_rft": (PLAIN | dict(mean="token"), lambda model, config: RejectionFineTuning()),
+    "random": (METHODS["grpo"], None),
+    "format": (METHODS["grpo"], None),
+}
+
+
+class RejectionFineTuning:
+    """Online rejection fine-tuning [DeepSeekMath 5.2]: log-likelihood of the correct samples, and nothing of the others."""
+
+    def advantages(self, rollout):
+        return (rollout.parts["accuracy"] == 1).float().flatten()
+
+    def learn(self, rollout, rows):
+        return {}
+
+
+def one(make_run, method, lr, samples):
+    """One method with one learning rate, in a process of its own: its figures, and its weights beside them."""
+    run = make_run()
+    if run.device.type == "cpu":
+        torch.set_num_threads(1)
+    settings, make_credit = ENTRIES[method]
+    name = f"compare/{method}-{lr:g}"
+    base = run.preset.zero
+    config = replace(base, **settings, lr=lr, sample_budget=samples, rollouts=10 ** 6)
+    model, started = run.model("base"), time.time()
+    credit = None if make_credit is None else make_credit(model, replace(config, seed=run.seed))
+    run.rl(name, model, REWARDS.get(method, ACCURACY_AND_FORMAT), config, credit=credit, validate=False)
+    seconds = time.time() - started
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    run.save(model, name)
+    texts, counts = run.complete(model, run.validation)
+    accuracy = float(run.score(run.validation, texts, counts)["accuracy_strict"].mean())
+    return {"method": method, "lr": lr, "seconds": seconds, "peak_bytes": peak, "validation": accuracy}
+
+
+def compare(run, make_run):
+    """{method: figures} of all entries, written to results.json; finished runs are not made again."""
+    jobs = [(method, lr) for method in ENTRIES for lr in LEARNING_RATES]
+    path = lambda method, lr: Path(run.out) / "compare" / f"{method}-{lr:g}"
+    open_jobs = [job for job in jobs if not checkpoint.finished(path(*job))]
+    workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(one, make_run, *job, run.preset.compare_samples) for job in open_jobs]
+        for job, future in zip(open_jobs, futures):
+            done = future.result()
+            checkpoint.mark_finished(path(*job), done)
+            print(f"{done['method']:12} lr {done['lr']:g}  {done['seconds']:.0f} s  validation accuracy {100 * done['validation']:.0f}%",
+                  flush=True)
+    table = {}
+    for method in ENTRIES:
+        tried = [checkpoint.finished(path(method, lr)) for lr in LEARNING_RATES]
+        best = max(tried, key=lambda done: done["validation"])
+        table[method] = best | measure(run, path(method, best["lr"])) | {"tried": {f"{d['lr']:g}": d["validation"] for d in tried}}
+        print(line_of(table[method]), flush=True)
+    run.results["compare"] = table
+    run.write()
+
+
+def measure(run, dir):
+    """Test figures with intervals, and the curve over samples and seconds, of one finished run."""
+    values = dir / "values.npz"
+    if not values.exists():
+        texts, counts = run.complete(run.model(dir.relative_to(run.out)), run.test)
+        np.savez(values, **run.score(run.test, texts, counts))
+    with np.load(values) as file:
+        evaluation = evaluate.summarise(dict(file))
+    rows, times = checkpoint.read_jsonl(dir / "metrics.jsonl"), checkpoint.read_jsonl(dir / "times.jsonl")
+    seconds = np.cumsum([row["seconds"] for row in times]).tolist()
+    curve = [{"samples": row["samples"], "seconds": at, **{key: row[key] for key in ("accuracy", "length", "language_consistency")}}
+             for row, at in zip(rows, seconds)]
+    return {"evaluation": evaluation, "curve": curve, "rollouts": len(rows), "samples": rows[-1]["samples"]}
+
+
+def reached(curve, accuracy=0.5):
+    """Samples and seconds until the sampled completions' accuracy is reached; None if it is not."""
+    return next(((row["samples"], row["seconds"]) for row in curve if row["accuracy"] >= accuracy), None)
+
+
+def line_of(row):
+    e, at = row["evaluation"], reached(row["curve"])
+    half = "not reached" if at is None else f"{at[0]} samples, {at[1]:.0f} s"
+    return (f"{row['method']:12} lr {row['lr']:g}  accuracy {100 * e['accuracy_strict'][0]:.0f}% "
+            f"[{100 * e['accuracy_strict'][1]:.0f}, {100 * e['accuracy_strict'][2]:.0f}]  any style {100 * e['accuracy'][0]:.0f}%  "
+            f"half right after {half}  {row['seconds']:.0f} s  {row['peak_bytes'] / 2 ** 20:.0f} MB  "
+            f"length {e['length'][0]:.0f}  language {100 * e['language_consistency'][0]:.0f}%")
