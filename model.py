@@ -67,19 +67,17 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn each pair (x_i, x_{i+d/2}) by its position's angle. x (B, H, T, d), cos and sin (B, 1, T, d)."""
+    """Rotary positions: turn each pair (x_i, x_{i+d/2}) by its position's angle. x (..., d); sin has the minus of the left half."""
     left, right = x.chunk(2, dim=-1)  # the rotate-half pairing of Hugging Face's checkpoints
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((right, left), dim=-1), sin)
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        bias = c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=bias)
+        outputs = (self.heads + 2 * self.kv_heads) * c.head_dim  # one matrix: three small products are slower than one large
+        self.qkv_proj = nn.Linear(c.hidden_size, outputs, bias=c.model_type == "qwen2")
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
         if c.model_type == "qwen3":
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
@@ -87,42 +85,43 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)     # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        else:
+            qk = qkv[:, :, :-self.kv_heads]
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split((self.heads, self.kv_heads), dim=1)  # (B, H, T, d), (B, K, T, d)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
 
 
 def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(d)) v. mask: True where a query may look, or None for plain causal attention."""
+    """softmax(q k' / sqrt(d) + mask) v. mask: 0 where a query may look and -inf elsewhere, or None for plain causal attention."""
     dtype, (B, H, T, d), K = q.dtype, q.shape, k.shape[1]
-    if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
-        q = q.reshape(B, K, H // K, d)
-        if q.device.type == "cuda" or mask is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, d)
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(d)  # by hand: twice as fast as the CPU's fused kernel here
-        return (scores.masked_fill(~mask, -math.inf).softmax(-1).to(dtype) @ v).view(B, H, 1, d)
+    if T == 1 and mask is not None:  # one new token: a group's query heads become the queries of its one key/value head
+        scores = q.reshape(B, K, H // K, d) @ k.transpose(-1, -2)  # by hand: faster than the fused kernels here
+        weights = torch.add(mask, scores, alpha=1 / math.sqrt(d)).softmax(-1)
+        return (weights.to(dtype) @ v).view(B, H, 1, d)
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
             q, k, v = q.float(), k.float(), v.float()  # bf16 attention's backward is 5x slower on a CPU
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        mask = mask if mask is None else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype)
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -139,28 +138,35 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
+    """Keys (layers, B, K, d, capacity) and values (layers, B, K, capacity, d) of the tokens so far, rows left-padded so that
+    all end together.
 
     `start` (B,) is each row's first real column: columns before it are padding and never looked at.
+    Keys lie transposed, as the product with the queries wants them: else each step would copy them all.
     """
 
     def __init__(self, config: Config, start, capacity, dtype):
-        shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=start.device)
+        shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, self.round(capacity), config.head_dim)
         self.v = torch.zeros(shape, dtype=dtype, device=start.device)
+        self.k = self.v.transpose(-1, -2).contiguous()
         self.start, self.length = start, 0
+
+    @staticmethod
+    def round(length):
+        """Attention runs over whole blocks of 32 columns, the unwritten ones masked: odd widths are slow."""
+        return -(-length // 32) * 32
 
     def update(self, layer, k, v):
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.k[layer, :, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k.transpose(-1, -2), v
+        width = self.round(end)
+        return self.k[layer, :, :, :, :width].transpose(-1, -2), self.v[layer, :, :, :width]
 
     def select(self, rows, capacity=None):
         """The cache of these rows (an index tensor, repeats allowed), with room for `capacity` columns."""
         new = object.__new__(KVCache)
-        grow = (0, 0, 0, (capacity or self.k.shape[3]) - self.length)
-        new.k = F.pad(self.k[:, rows, :, :self.length], grow)
-        new.v = F.pad(self.v[:, rows, :, :self.length], grow)
+        grow = self.round(capacity or self.k.shape[-1]) - self.k.shape[-1]
+        new.k, new.v = F.pad(self.k[:, rows], (0, grow)), F.pad(self.v[:, rows], (0, 0, 0, grow))
         new.start, new.length = self.start[rows], self.length
         return new
 
@@ -178,7 +184,7 @@ class Transformer(nn.Module):
         frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
         angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos(), persistent=False)  # (max positions, d); on the CPU also where `load` takes no memory
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("sin", angle.sin() * torch.tensor([-1.0, 1.0], device="cpu").repeat_interleave(len(frequency)), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -199,21 +205,21 @@ class Transformer(nn.Module):
         past = cache.length if cache is not None else 0
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
-        column = torch.arange(past, past + T, device=ids.device)
-        mask = None  # plain causal attention, which has the fastest kernels
+        column, seen = torch.arange(past, past + T, device=ids.device), None  # None: plain causal, which has the fastest kernels
         if cache is not None:
             positions = (column - cache.start[:, None]).clamp(min=0)
-            every = torch.arange(past + T, device=ids.device)
-            mask = (every <= column[:, None]) & (every >= cache.start[:, None, None])
-            mask = (mask | (every == column[:, None]))[:, None]  # padding sees itself: an empty row would be NaN
+            every = torch.arange(cache.round(past + T), device=ids.device)
+            seen = (every <= column[:, None]) & (every >= cache.start[:, None, None])
+            seen |= every == column[:, None]  # padding sees itself: an empty row would be NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
-            mask = ((segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None]))[:, None]
+            seen = (segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None])
+        mask = None if seen is None else torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, -math.inf)[:, None]
         if positions is None:
             positions = column[None]
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        cos, sin = self.cos[positions][:, None].to(x.dtype), self.sin[positions][:, None].to(x.dtype)  # (B, 1, T, d)
+        cos, sin = self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
@@ -316,6 +322,20 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 
 # ------------------------------------------------------------------------------------------- weights in and out
 
+def stored(model):
+    """{our parameter's name: {Hugging Face's name: the rows of it}}: their files hold in parts what is one matrix here."""
+    c, parts = model.config, {}
+    kv, mlp = c.num_key_value_heads * c.head_dim, c.intermediate_size
+    split = {"qkv_proj": {"q_proj": c.num_attention_heads * c.head_dim, "k_proj": kv, "v_proj": kv},
+             "gate_up_proj": {"gate_proj": mlp, "up_proj": mlp}}
+    for name, p in model.named_parameters():
+        full = "model." * (name != "lm_head.weight") + name
+        fused = next((fused for fused in split if fused in name), None)
+        parts[name] = {full: p} if fused is None else {
+            full.replace(fused, part): rows for part, rows in zip(split[fused], p.split([*split[fused].values()]))}
+    return parts
+
+
 def save(model, dir, tokenizer=None):
     """Writes a model directory that `transformers` opens too; each file aside, then renamed: whole or not there."""
     dir, c, end = Path(dir), model.config, {"eos_token_id": tokenizer.end_id if tokenizer else None}
@@ -325,7 +345,7 @@ def save(model, dir, tokenizer=None):
     config = asdict(c) | end | {"bos_token_id": None, "architectures": [ARCHITECTURES[c.model_type]], "hidden_act": "silu",
                                 "attention_bias": c.model_type == "qwen2", "mlp_bias": False, "use_sliding_window": False,
                                 "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
-    weights = {"model." * (name != "lm_head.weight") + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    weights = {name: part.detach().cpu().contiguous() for parts in stored(model).values() for name, part in parts.items()}
     save_file(weights, dir / "model.safetensors.tmp", {"format": "pt"})
     (dir / "config.json.tmp").write_text(json.dumps(config, indent=2))
     (dir / "generation_config.json.tmp").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
@@ -339,7 +359,7 @@ def load(dir, device=None, dtype=None) -> Transformer:
     dir, device = Path(dir), device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blame(dir / "config.json") as path, torch.device("meta"):  # no memory or random numbers for what is replaced
         model = Transformer(_config(json.loads(path.read_text(encoding="utf-8"))))
-    wanted = {"model." * (name != "lm_head.weight") + name: (name, [*p.shape]) for name, p in model.named_parameters()}
+    wanted = {name: [*part.shape] for parts in stored(model).values() for name, part in parts.items()}
     files, weights, tied = {source := dir / "model.safetensors"}, {}, model.config.tie_word_embeddings
     if not source.exists() and (dir / "model.safetensors.index.json").exists():
         with blame(dir / "model.safetensors.index.json") as source:
@@ -351,13 +371,15 @@ def load(dir, device=None, dtype=None) -> Transformer:
             for name, tensor in load_file(path).items():
                 if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
                     continue  # old files hold what is computed, and a tied head twice
-                own, shape = wanted.get(name, (None, "no such tensor"))
+                shape = wanted.get(name, "no such tensor")
                 if [*tensor.shape] != shape or not tensor.is_floating_point():
                     raise ValueError(f"tensor {name} is {tensor.dtype} {[*tensor.shape]}, config.json describes {shape}")
-                weights[own] = tensor.to(device, dtype, copy=True)  # not a view of the file, which may change
-    if missing := [name for name, (own, _) in wanted.items() if own not in weights]:
+                weights[name] = tensor.to(device, dtype)
+    if missing := [name for name in wanted if name not in weights]:
         raise ValueError(f"{source}: tensor {missing[0]} is missing")
-    model.load_state_dict(weights, strict=False, assign=True)
+    joined = {name: torch.cat([weights.pop(part) for part in parts])  # a copy: the file, whose view a tensor is, may change
+              for name, parts in stored(model).items()}
+    model.load_state_dict(joined, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.to(device)

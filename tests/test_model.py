@@ -92,7 +92,7 @@ def test_attention_is_a_double_loop_over_queries_and_keys(queries, masked):
     q, k, v = (torch.randn(2, heads, length, 4, generator=generator) for heads, length in ((4, queries), (2, keys), (2, keys)))
     mask = torch.rand(2, 1, queries, keys, generator=generator) < 0.6
     mask[..., 0] = True
-    got = attend(q, k, v, mask if masked else None)
+    got = attend(q, k, v, torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if masked else None)
     for b in range(2):
         for h in range(4):
             for t in range(queries):
