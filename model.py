@@ -138,36 +138,33 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys (layers, B, K, d, capacity) and values (layers, B, K, capacity, d) of the tokens so far, rows left-padded so that
-    all end together.
+    """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
 
     `start` (B,) is each row's first real column: columns before it are padding and never looked at.
-    Keys lie transposed, as the product with the queries wants them: else each step would copy them all.
+    Attention runs over the whole capacity, which grows by 32 columns: a slice would be copied at each product.
     """
 
-    def __init__(self, config: Config, start, capacity, dtype):
-        shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, self.round(capacity), config.head_dim)
-        self.v = torch.zeros(shape, dtype=dtype, device=start.device)
-        self.k = self.v.transpose(-1, -2).contiguous()
+    def __init__(self, config: Config, start, dtype):
+        shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, 0, config.head_dim)
+        self.k = self.v = torch.zeros(shape, dtype=dtype, device=start.device)
         self.start, self.length = start, 0
 
-    @staticmethod
-    def round(length):
-        """Attention runs over whole blocks of 32 columns, the unwritten ones masked: odd widths are slow."""
-        return -(-length // 32) * 32
+    def reserve(self, columns):
+        """Room for so many more; returns the capacity."""
+        grow = (self.length + columns - self.k.shape[3] + 31) // 32 * 32
+        if grow > 0:
+            self.k, self.v = F.pad(self.k, (0, 0, 0, grow)), F.pad(self.v, (0, 0, 0, grow))
+        return self.k.shape[3]
 
     def update(self, layer, k, v):
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k.transpose(-1, -2), v
-        width = self.round(end)
-        return self.k[layer, :, :, :, :width].transpose(-1, -2), self.v[layer, :, :, :width]
+        new = slice(self.length, self.length + k.shape[2])
+        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
+        return self.k[layer], self.v[layer]
 
-    def select(self, rows, capacity=None):
-        """The cache of these rows (an index tensor, repeats allowed), with room for `capacity` columns."""
+    def select(self, rows):
+        """The cache of these rows (an index tensor, repeats allowed)."""
         new = object.__new__(KVCache)
-        grow = self.round(capacity or self.k.shape[-1]) - self.k.shape[-1]
-        new.k, new.v = F.pad(self.k[:, rows], (0, grow)), F.pad(self.v[:, rows], (0, 0, 0, grow))
-        new.start, new.length = self.start[rows], self.length
+        new.k, new.v, new.start, new.length = self.k[:, rows], self.v[:, rows], self.start[rows], self.length
         return new
 
 
@@ -208,7 +205,7 @@ class Transformer(nn.Module):
         column, seen = torch.arange(past, past + T, device=ids.device), None  # None: plain causal, which has the fastest kernels
         if cache is not None:
             positions = (column - cache.start[:, None]).clamp(min=0)
-            every = torch.arange(cache.round(past + T), device=ids.device)
+            every = torch.arange(cache.reserve(T), device=ids.device)
             seen = (every <= column[:, None]) & (every >= cache.start[:, None, None])
             seen |= every == column[:, None]  # padding sees itself: an empty row would be NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
@@ -242,29 +239,42 @@ class Transformer(nn.Module):
 
 # ------------------------------------------------------------------------------------------- sampling
 
+def nucleus(logits, temperature, top_p):
+    """The sampling distribution: temperature, then the smallest set of tokens with mass >= top_p. logits (B, V).
+
+    Returns probabilities (B, C) of C candidates, and which tokens these are (B, C), or None where they are all, in order.
+    """
+    p = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)
+    if top_p >= 1:
+        return p, None
+    k, V, rows = 0, p.shape[1], slice(None)
+    top, tokens = p[:, :0], torch.empty(len(p), 0, dtype=torch.long, device=p.device)
+    while k < V and len(top[rows]):  # sorting all V is slow: 8 candidates, and 64 and so on for the rows that need them
+        more = min(8 * k or 8, V) - k
+        k, top, tokens = k + more, F.pad(top, (0, more)), F.pad(tokens, (0, more))
+        top[rows], tokens[rows] = p[rows].topk(k)
+        rows = (top.sum(-1) < top_p).nonzero()[:, 0]
+    top = top.masked_fill(top.cumsum(-1) - top >= top_p, 0)  # cut where the mass before a token is enough
+    return top / top.sum(-1, keepdim=True), tokens
+
+
 def sampling_logprobs(logits, temperature=1.0, top_p=1.0):
-    """The sampling distribution, as log-probabilities (B, V): temperature, then the smallest set of tokens with mass >= top_p."""
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        top, order = logprobs.topk(min(64, logprobs.shape[-1]), dim=-1)  # a full sort only where 64 tokens do not hold the mass
-        if (top.exp().sum(-1) < top_p).any():
-            top, order = logprobs.sort(dim=-1, descending=True)
-        mass_before = top.exp().cumsum(-1) - top.exp()
-        top = F.log_softmax(top.masked_fill(mass_before >= top_p, -math.inf), dim=-1)
-        logprobs = torch.full_like(logprobs, -math.inf).scatter(-1, order, top)
-    return logprobs
+    """The sampling distribution as log-probabilities of all tokens, (B, V)."""
+    p, tokens = nucleus(logits, temperature, top_p)
+    return (p if tokens is None else torch.zeros_like(logits, dtype=p.dtype).scatter_add(-1, tokens, p)).log()
 
 
 def sample(logits, temperature, top_p, generator):
     """One token a row, and its log-probability under the distribution it was drawn from. logits (B, V) -> (B,), (B,)."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logprobs = sampling_logprobs(logits, temperature, top_p)
-    cdf = logprobs.exp().cumsum(-1)
+    p, tokens = nucleus(logits, temperature, top_p)
+    cdf = p.cumsum(-1)
     u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cdf[:, -1:]
     # right=True skips cut tokens, whose step in the cdf has no height; the clamp guards u == the last step
-    token = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[1] - 1)
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
+    drawn = torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1)
+    token = drawn if tokens is None else tokens.gather(1, drawn)
+    return token[:, 0], p.gather(1, drawn)[:, 0].log()
 
 
 @torch.no_grad()
@@ -287,10 +297,10 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     steps = min(max_new_tokens, context - longest)
     start = torch.tensor([longest - len(p) for p in prompts], device=device)
     padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    cache = KVCache(model.config, start, longest, model.embed_tokens.weight.dtype)
+    cache = KVCache(model.config, start, model.embed_tokens.weight.dtype)
     logits = model.head(model.hidden(padded, cache=cache)[:, -1])  # (N, V)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    cache, logits = cache.select(rows, capacity=longest + steps), logits[rows]
+    cache, logits = cache.select(rows), logits[rows]
 
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
