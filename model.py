@@ -67,19 +67,17 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn each pair (x_i, x_{i+d/2}) by its position's angle. x (B, H, T, d), cos and sin (B, 1, T, d)."""
+    """Rotary positions: turn each pair (x_i, x_{i+d/2}) by its position's angle. x (..., d); sin has the minus of the left half."""
     left, right = x.chunk(2, dim=-1)  # the rotate-half pairing of Hugging Face's checkpoints
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((right, left), dim=-1), sin)
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        bias = c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=bias)
+        outputs = (self.heads + 2 * self.kv_heads) * c.head_dim  # one matrix: three small products are slower than one large
+        self.qkv_proj = nn.Linear(c.hidden_size, outputs, bias=c.model_type == "qwen2")
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
         if c.model_type == "qwen3":
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
@@ -87,42 +85,43 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)     # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        else:
+            qk = qkv[:, :, :-self.kv_heads]
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split((self.heads, self.kv_heads), dim=1)  # (B, H, T, d), (B, K, T, d)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
 
 
 def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(d)) v. mask: True where a query may look, or None for plain causal attention."""
+    """softmax(q k' / sqrt(d) + mask) v. mask: 0 where a query may look and -inf elsewhere, or None for plain causal attention."""
     dtype, (B, H, T, d), K = q.dtype, q.shape, k.shape[1]
-    if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
-        q = q.reshape(B, K, H // K, d)
-        if q.device.type == "cuda" or mask is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, d)
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(d)  # by hand: twice as fast as the CPU's fused kernel here
-        return (scores.masked_fill(~mask, -math.inf).softmax(-1).to(dtype) @ v).view(B, H, 1, d)
+    if T == 1 and mask is not None:  # one new token: a group's query heads become the queries of its one key/value head
+        scores = q.reshape(B, K, H // K, d) @ k.transpose(-1, -2)  # by hand: faster than the fused kernels here
+        weights = torch.add(mask, scores, alpha=1 / math.sqrt(d)).softmax(-1)
+        return (weights.to(dtype) @ v).view(B, H, 1, d)
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
             q, k, v = q.float(), k.float(), v.float()  # bf16 attention's backward is 5x slower on a CPU
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        mask = mask if mask is None else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype)
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -142,26 +141,30 @@ class KVCache:
     """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
 
     `start` (B,) is each row's first real column: columns before it are padding and never looked at.
+    Attention runs over the whole capacity, which grows by 32 columns: a slice would be copied at each product.
     """
 
-    def __init__(self, config: Config, start, capacity, dtype):
-        shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=start.device)
-        self.v = torch.zeros(shape, dtype=dtype, device=start.device)
+    def __init__(self, config: Config, start, dtype):
+        shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, 0, config.head_dim)
+        self.k = self.v = torch.zeros(shape, dtype=dtype, device=start.device)
         self.start, self.length = start, 0
 
-    def update(self, layer, k, v):
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def reserve(self, columns):
+        """Room for so many more; returns the capacity."""
+        grow = (self.length + columns - self.k.shape[3] + 31) // 32 * 32
+        if grow > 0:
+            self.k, self.v = F.pad(self.k, (0, 0, 0, grow)), F.pad(self.v, (0, 0, 0, grow))
+        return self.k.shape[3]
 
-    def select(self, rows, capacity=None):
-        """The cache of these rows (an index tensor, repeats allowed), with room for `capacity` columns."""
+    def update(self, layer, k, v):
+        new = slice(self.length, self.length + k.shape[2])
+        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
+        return self.k[layer], self.v[layer]
+
+    def select(self, rows):
+        """The cache of these rows (an index tensor, repeats allowed)."""
         new = object.__new__(KVCache)
-        grow = (0, 0, 0, (capacity or self.k.shape[3]) - self.length)
-        new.k = F.pad(self.k[:, rows, :, :self.length], grow)
-        new.v = F.pad(self.v[:, rows, :, :self.length], grow)
-        new.start, new.length = self.start[rows], self.length
+        new.k, new.v, new.start, new.length = self.k[:, rows], self.v[:, rows], self.start[rows], self.length
         return new
 
 
@@ -178,7 +181,7 @@ class Transformer(nn.Module):
         frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
         angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos(), persistent=False)  # (max positions, d); on the CPU also where `load` takes no memory
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("sin", angle.sin() * torch.tensor([-1.0, 1.0], device="cpu").repeat_interleave(len(frequency)), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -199,21 +202,21 @@ class Transformer(nn.Module):
         past = cache.length if cache is not None else 0
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
-        column = torch.arange(past, past + T, device=ids.device)
-        mask = None  # plain causal attention, which has the fastest kernels
+        column, seen = torch.arange(past, past + T, device=ids.device), None  # None: plain causal, which has the fastest kernels
         if cache is not None:
             positions = (column - cache.start[:, None]).clamp(min=0)
-            every = torch.arange(past + T, device=ids.device)
-            mask = (every <= column[:, None]) & (every >= cache.start[:, None, None])
-            mask = (mask | (every == column[:, None]))[:, None]  # padding sees itself: an empty row would be NaN
+            every = torch.arange(cache.reserve(T), device=ids.device)
+            seen = (every <= column[:, None]) & (every >= cache.start[:, None, None])
+            seen |= every == column[:, None]  # padding sees itself: an empty row would be NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
-            mask = ((segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None]))[:, None]
+            seen = (segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None])
+        mask = None if seen is None else torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, -math.inf)[:, None]
         if positions is None:
             positions = column[None]
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        cos, sin = self.cos[positions][:, None].to(x.dtype), self.sin[positions][:, None].to(x.dtype)  # (B, 1, T, d)
+        cos, sin = self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
@@ -236,29 +239,42 @@ class Transformer(nn.Module):
 
 # ------------------------------------------------------------------------------------------- sampling
 
+def nucleus(logits, temperature, top_p):
+    """The sampling distribution: temperature, then the smallest set of tokens with mass >= top_p. logits (B, V).
+
+    Returns probabilities (B, C) of C candidates, and which tokens these are (B, C), or None where they are all, in order.
+    """
+    p = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)
+    if top_p >= 1:
+        return p, None
+    k, V, rows = 0, p.shape[1], slice(None)
+    top, tokens = p[:, :0], torch.empty(len(p), 0, dtype=torch.long, device=p.device)
+    while k < V and len(top[rows]):  # sorting all V is slow: 8 candidates, and 64 and so on for the rows that need them
+        more = min(8 * k or 8, V) - k
+        k, top, tokens = k + more, F.pad(top, (0, more)), F.pad(tokens, (0, more))
+        top[rows], tokens[rows] = p[rows].topk(k)
+        rows = (top.sum(-1) < top_p).nonzero()[:, 0]
+    top = top.masked_fill(top.cumsum(-1) - top >= top_p, 0)  # cut where the mass before a token is enough
+    return top / top.sum(-1, keepdim=True), tokens
+
+
 def sampling_logprobs(logits, temperature=1.0, top_p=1.0):
-    """The sampling distribution, as log-probabilities (B, V): temperature, then the smallest set of tokens with mass >= top_p."""
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        top, order = logprobs.topk(min(64, logprobs.shape[-1]), dim=-1)  # a full sort only where 64 tokens do not hold the mass
-        if (top.exp().sum(-1) < top_p).any():
-            top, order = logprobs.sort(dim=-1, descending=True)
-        mass_before = top.exp().cumsum(-1) - top.exp()
-        top = F.log_softmax(top.masked_fill(mass_before >= top_p, -math.inf), dim=-1)
-        logprobs = torch.full_like(logprobs, -math.inf).scatter(-1, order, top)
-    return logprobs
+    """The sampling distribution as log-probabilities of all tokens, (B, V)."""
+    p, tokens = nucleus(logits, temperature, top_p)
+    return (p if tokens is None else torch.zeros_like(logits, dtype=p.dtype).scatter_add(-1, tokens, p)).log()
 
 
 def sample(logits, temperature, top_p, generator):
     """One token a row, and its log-probability under the distribution it was drawn from. logits (B, V) -> (B,), (B,)."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logprobs = sampling_logprobs(logits, temperature, top_p)
-    cdf = logprobs.exp().cumsum(-1)
+    p, tokens = nucleus(logits, temperature, top_p)
+    cdf = p.cumsum(-1)
     u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cdf[:, -1:]
     # right=True skips cut tokens, whose step in the cdf has no height; the clamp guards u == the last step
-    token = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[1] - 1)
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
+    drawn = torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1)
+    token = drawn if tokens is None else tokens.gather(1, drawn)
+    return token[:, 0], p.gather(1, drawn)[:, 0].log()
 
 
 @torch.no_grad()
@@ -281,10 +297,10 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     steps = min(max_new_tokens, context - longest)
     start = torch.tensor([longest - len(p) for p in prompts], device=device)
     padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    cache = KVCache(model.config, start, longest, model.embed_tokens.weight.dtype)
+    cache = KVCache(model.config, start, model.embed_tokens.weight.dtype)
     logits = model.head(model.hidden(padded, cache=cache)[:, -1])  # (N, V)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    cache, logits = cache.select(rows, capacity=longest + steps), logits[rows]
+    cache, logits = cache.select(rows), logits[rows]
 
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
@@ -316,6 +332,20 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 
 # ------------------------------------------------------------------------------------------- weights in and out
 
+def stored(model):
+    """{our parameter's name: {Hugging Face's name: the rows of it}}: their files hold in parts what is one matrix here."""
+    c, parts = model.config, {}
+    kv, mlp = c.num_key_value_heads * c.head_dim, c.intermediate_size
+    split = {"qkv_proj": {"q_proj": c.num_attention_heads * c.head_dim, "k_proj": kv, "v_proj": kv},
+             "gate_up_proj": {"gate_proj": mlp, "up_proj": mlp}}
+    for name, p in model.named_parameters():
+        full = "model." * (name != "lm_head.weight") + name
+        fused = next((fused for fused in split if fused in name), None)
+        parts[name] = {full: p} if fused is None else {
+            full.replace(fused, part): rows for part, rows in zip(split[fused], p.split([*split[fused].values()]))}
+    return parts
+
+
 def save(model, dir, tokenizer=None):
     """Writes a model directory that `transformers` opens too; each file aside, then renamed: whole or not there."""
     dir, c, end = Path(dir), model.config, {"eos_token_id": tokenizer.end_id if tokenizer else None}
@@ -325,7 +355,7 @@ def save(model, dir, tokenizer=None):
     config = asdict(c) | end | {"bos_token_id": None, "architectures": [ARCHITECTURES[c.model_type]], "hidden_act": "silu",
                                 "attention_bias": c.model_type == "qwen2", "mlp_bias": False, "use_sliding_window": False,
                                 "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
-    weights = {"model." * (name != "lm_head.weight") + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    weights = {name: part.detach().cpu().contiguous() for parts in stored(model).values() for name, part in parts.items()}
     save_file(weights, dir / "model.safetensors.tmp", {"format": "pt"})
     (dir / "config.json.tmp").write_text(json.dumps(config, indent=2))
     (dir / "generation_config.json.tmp").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
@@ -339,7 +369,7 @@ def load(dir, device=None, dtype=None) -> Transformer:
     dir, device = Path(dir), device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blame(dir / "config.json") as path, torch.device("meta"):  # no memory or random numbers for what is replaced
         model = Transformer(_config(json.loads(path.read_text(encoding="utf-8"))))
-    wanted = {"model." * (name != "lm_head.weight") + name: (name, [*p.shape]) for name, p in model.named_parameters()}
+    wanted = {name: [*part.shape] for parts in stored(model).values() for name, part in parts.items()}
     files, weights, tied = {source := dir / "model.safetensors"}, {}, model.config.tie_word_embeddings
     if not source.exists() and (dir / "model.safetensors.index.json").exists():
         with blame(dir / "model.safetensors.index.json") as source:
@@ -351,13 +381,15 @@ def load(dir, device=None, dtype=None) -> Transformer:
             for name, tensor in load_file(path).items():
                 if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
                     continue  # old files hold what is computed, and a tied head twice
-                own, shape = wanted.get(name, (None, "no such tensor"))
+                shape = wanted.get(name, "no such tensor")
                 if [*tensor.shape] != shape or not tensor.is_floating_point():
                     raise ValueError(f"tensor {name} is {tensor.dtype} {[*tensor.shape]}, config.json describes {shape}")
-                weights[own] = tensor.to(device, dtype, copy=True)  # not a view of the file, which may change
-    if missing := [name for name, (own, _) in wanted.items() if own not in weights]:
+                weights[name] = tensor.to(device, dtype)
+    if missing := [name for name in wanted if name not in weights]:
         raise ValueError(f"{source}: tensor {missing[0]} is missing")
-    model.load_state_dict(weights, strict=False, assign=True)
+    joined = {name: torch.cat([weights.pop(part) for part in parts])  # a copy: the file, whose view a tensor is, may change
+              for name, parts in stored(model).items()}
+    model.load_state_dict(joined, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.to(device)

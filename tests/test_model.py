@@ -92,7 +92,7 @@ def test_attention_is_a_double_loop_over_queries_and_keys(queries, masked):
     q, k, v = (torch.randn(2, heads, length, 4, generator=generator) for heads, length in ((4, queries), (2, keys), (2, keys)))
     mask = torch.rand(2, 1, queries, keys, generator=generator) < 0.6
     mask[..., 0] = True
-    got = attend(q, k, v, mask if masked else None)
+    got = attend(q, k, v, torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if masked else None)
     for b in range(2):
         for h in range(4):
             for t in range(queries):
@@ -126,7 +126,7 @@ def test_packed_examples_have_the_logits_that_they_have_alone():
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_cached_left_padded_batch_has_the_logits_of_each_row_alone(kind):
     model, rows = tiny(model_type=kind), [[7, 8, 9, 10, 11, 12], [3, 4], [20, 21, 22, 23]]
-    cache = KVCache(model.config, torch.tensor([0, 4, 2]), 9, torch.float32)
+    cache = KVCache(model.config, torch.tensor([0, 4, 2]), torch.float32)
     steps = [model(torch.tensor([[0] * (6 - len(row)) + row for row in rows]), cache=cache)]
     for token in (1, 2, 13):
         steps.append(model(torch.full((3, 1), token), cache=cache))
