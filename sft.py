@@ -98,10 +98,11 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         losses, gradient = [], torch.empty_like(logits)
-        for x, target, g in zip(logits.split(256), targets.clamp(min=0)[:, None].split(256), gradient.split(256)):
-            logprobs = x.float().log_softmax(-1)
-            losses.append(-logprobs.gather(1, target))
-            g.copy_(logprobs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logprobs.dtype)))
+        for x, target, g in zip(logits.split(128), targets.clamp(min=0)[:, None].split(128), gradient.split(128)):
+            p = x.softmax(-1, dtype=torch.float32)
+            # log p[target] by way of the likeliest token: p[target] itself may be too small for a float
+            losses.append(x.amax(-1, keepdim=True).float() - x.gather(1, target).float() - p.amax(-1, keepdim=True).log())
+            g.copy_(p.scatter_(1, target, p.gather(1, target) - 1))
         ctx.save_for_backward(gradient, targets >= 0)
         return torch.cat(losses)[:, 0] * (targets >= 0)
 
