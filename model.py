@@ -1,8 +1,8 @@
 """A decoder-only transformer of the Llama family, its KV cache, sampling, and weights in and out.
 
 Llama, Qwen2 (bias on q, k, v) and Qwen3 (norm on each head's q and k) are one architecture with three
-switches, all read from Hugging Face's `config.json`; parameters carry Hugging Face's names, so a directory
-written here opens in `transformers`, and a dense Llama, Qwen2 or Qwen3 directory opens here.
+switches, all read from Hugging Face's `config.json`; files carry Hugging Face's names, so a directory written
+here opens in `transformers`, and a dense Llama, Qwen2 or Qwen3 directory opens here.
 
     python model.py DIR                          # chat in the terminal
     python model.py DIR --prompt "What is 2+3?"  # one answer
@@ -62,8 +62,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        variance = x.float().square().mean(-1, keepdim=True)  # in fp32: bf16 squares lose too much
-        return (x * torch.rsqrt(variance + self.eps).to(x.dtype)) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x, weight, eps):
+    variance = x.float().square().mean(-1, keepdim=True)  # in fp32: bf16 squares lose too much
+    return (x * torch.rsqrt(variance + eps).to(x.dtype)) * weight.to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -86,11 +90,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)  # q and k side by side: half the operations
         if hasattr(self, "q_norm"):
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        else:
-            qk = qkv[:, :, :-self.kv_heads]
+            weight = torch.cat((self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)))
+            qk = rms_norm(qk, weight, self.q_norm.eps)
         q, k = rotate(qk, cos, sin).transpose(1, 2).split((self.heads, self.kv_heads), dim=1)  # (B, H, T, d), (B, K, T, d)
         v = v.transpose(1, 2)
         if cache is not None:
