@@ -1,8 +1,8 @@
 """A decoder-only transformer of the Llama family, its KV cache, sampling, and weights in and out.
 
 Llama, Qwen2 (bias on q, k, v) and Qwen3 (norm on each head's q and k) are one architecture with three
-switches, all read from Hugging Face's `config.json`; parameters carry Hugging Face's names, so a directory
-written here opens in `transformers`, and a dense Llama, Qwen2 or Qwen3 directory opens here.
+switches, all read from Hugging Face's `config.json`; files carry Hugging Face's names, so a directory written
+here opens in `transformers`, and a dense Llama, Qwen2 or Qwen3 directory opens here.
 
     python model.py DIR                          # chat in the terminal
     python model.py DIR --prompt "What is 2+3?"  # one answer
@@ -62,8 +62,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        variance = x.float().square().mean(-1, keepdim=True)  # in fp32: bf16 squares lose too much
-        return (x * torch.rsqrt(variance + self.eps).to(x.dtype)) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x, weight, eps):
+    variance = x.float().square().mean(-1, keepdim=True)  # in fp32: bf16 squares lose too much
+    return (x * torch.rsqrt(variance + eps).to(x.dtype)) * weight.to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -86,11 +90,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)  # q and k side by side: half the operations
         if hasattr(self, "q_norm"):
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        else:
-            qk = qkv[:, :, :-self.kv_heads]
+            weight = torch.cat((self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)))
+            qk = rms_norm(qk, weight, self.q_norm.eps)
         q, k = rotate(qk, cos, sin).transpose(1, 2).split((self.heads, self.kv_heads), dim=1)  # (B, H, T, d), (B, K, T, d)
         v = v.transpose(1, 2)
         if cache is not None:
@@ -100,17 +103,18 @@ class Attention(nn.Module):
 
 def attend(q, k, v, mask):
     """softmax(q k' / sqrt(d) + mask) v. mask: 0 where a query may look and -inf elsewhere, or None for plain causal attention."""
-    dtype, (B, H, T, d), K = q.dtype, q.shape, k.shape[1]
-    if T == 1 and mask is not None:  # one new token: a group's query heads become the queries of its one key/value head
-        scores = q.reshape(B, K, H // K, d) @ k.transpose(-1, -2)  # by hand: faster than the fused kernels here
-        weights = torch.add(mask, scores, alpha=1 / math.sqrt(d)).softmax(-1)
-        return (weights.to(dtype) @ v).view(B, H, 1, d)
-    with torch.autocast(q.device.type, enabled=False):
-        if q.device.type == "cpu":
-            q, k, v = q.float(), k.float(), v.float()  # bf16 attention's backward is 5x slower on a CPU
+    (B, H, T, d), K, S = q.shape, k.shape[1], k.shape[2]
+    if q.device.type == "cuda":
+        if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
+            return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, attn_mask=mask).reshape(B, H, 1, d)
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-        mask = mask if mask is None else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if mask is None:
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    # By hand: for short rows half the time of the CPU's fused kernel. A group's queries share one product with their key head.
+    scores = (q * d ** -0.5).reshape(B, K, H // K * T, d) @ k.transpose(-1, -2)
+    weights = scores.view(B, H, T, S).add_(mask).softmax(-1)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
 
 
 class MLP(nn.Module):
@@ -202,7 +206,7 @@ class Transformer(nn.Module):
         past = cache.length if cache is not None else 0
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
-        column, seen = torch.arange(past, past + T, device=ids.device), None  # None: plain causal, which has the fastest kernels
+        column, seen = torch.arange(past, past + T, device=ids.device), None  # None: plain causal attention
         if cache is not None:
             positions = (column - cache.start[:, None]).clamp(min=0)
             every = torch.arange(cache.reserve(T), device=ids.device)
@@ -210,13 +214,13 @@ class Transformer(nn.Module):
             seen |= every == column[:, None]  # padding sees itself: an empty row would be NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
             seen = (segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None])
-        mask = None if seen is None else torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, -math.inf)[:, None]
         if positions is None:
             positions = column[None]
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         cos, sin = self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
+        mask = None if seen is None else torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:

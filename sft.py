@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,35 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
                               {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target] of each row, 0 where the target is -100. logits (N, V), targets (N,) -> (N,) in fp32.
+
+    As F.cross_entropy, but the gradient, softmax - onehot, is made at once from pieces that stay in the processor's cache:
+    (N, V) in fp32 is never written to memory.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        losses, gradient = [], torch.empty_like(logits)
+        for x, target, g in zip(logits.split(128), targets.clamp(min=0)[:, None].split(128), gradient.split(128)):
+            p = x.softmax(-1, dtype=torch.float32)
+            # log p[target] by way of the likeliest token: p[target] itself may be too small for a float
+            losses.append(x.amax(-1, keepdim=True).float() - x.gather(1, target).float() - p.amax(-1, keepdim=True).log())
+            g.copy_(p.scatter_(1, target, p.gather(1, target) - 1))
+        ctx.save_for_backward(gradient, targets >= 0)
+        return torch.cat(losses)[:, 0] * (targets >= 0)
+
+    @staticmethod
+    def backward(ctx, outside):
+        gradient, learned = ctx.saved_tensors
+        return gradient * (outside * learned)[:, None].to(gradient.dtype), None
+
+
 def loss_sum(model, ids, segments, positions, targets, dtype):
     """The summed cross-entropy over the targets of these rows."""
     with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
         logits = model(ids, positions=positions, segments=segments)  # (B, T, V)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).sum()
 
 
 def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
