@@ -103,18 +103,22 @@ class Attention(nn.Module):
 
 def attend(q, k, v, mask):
     """softmax(q k' / sqrt(d) + mask) v. mask: 0 where a query may look and -inf elsewhere, or None for plain causal attention."""
-    (B, H, T, d), K, S = q.shape, k.shape[1], k.shape[2]
-    if q.device.type == "cuda":
-        if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
-            return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, attn_mask=mask).reshape(B, H, 1, d)
+    (B, H, T, d), K, S, dtype = q.shape, k.shape[1], k.shape[2], q.dtype
+    if q.device.type == "cpu" and T * S <= 2 ** 18:  # by hand: for short rows half the time of the CPU's fused kernel
+        if mask is None:
+            mask = torch.full((T, T), -math.inf, dtype=dtype).triu(1)
+        # the queries of a group are the rows of one product with their key head
+        scores = (q * d ** -0.5).reshape(B, K, H // K * T, d) @ k.transpose(-1, -2)
+        weights = scores.view(B, H, T, S).add_(mask).softmax(-1)
+        return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
+    if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
+        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, attn_mask=mask).reshape(B, H, 1, d)
+    with torch.autocast(q.device.type, enabled=False):
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    if mask is None:
-        mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    # By hand: for short rows half the time of the CPU's fused kernel. A group's queries share one product with their key head.
-    scores = (q * d ** -0.5).reshape(B, K, H // K * T, d) @ k.transpose(-1, -2)
-    weights = scores.view(B, H, T, S).add_(mask).softmax(-1)
-    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
+        if q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()  # bf16's backward is 5x slower there
+            mask = mask if mask is None else mask.float()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype)
 
 
 class MLP(nn.Module):

@@ -10,6 +10,7 @@ Called again, it goes on where it stopped. A run directory (--out, default runs/
 a stage, results.json and report.html, which can be watched while it grows. `recipe`, at the end, is the page to read.
 """
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +61,7 @@ class Preset:
     zero: GRPOConfig = GRPOConfig(rollouts=30, lr=3e-4, scale_by_std=False)
     control: GRPOConfig = GRPOConfig(rollouts=45, lr=3e-4, scale_by_std=False)  # of a student: no less compute than SFT takes
     rl1: GRPOConfig = GRPOConfig(rollouts=30, lr=2e-4, scale_by_std=False)
-    rl2: GRPOConfig = GRPOConfig(rollouts=36, lr=2e-4, scale_by_std=False, temperature=0.7)
+    rl2: GRPOConfig = GRPOConfig(rollouts=45, lr=2e-4, scale_by_std=False, temperature=0.7)
     compare_samples: int = 4096       # completions that each method of --compare may sample
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
 
@@ -192,14 +193,14 @@ def rejection_sampling(run):
 
 
 def rl2_prompts(run):
-    """Reasoning first; later half of the prompts are general or unsafe ones [v2 B.5: in the last 400 of 1,700 steps]."""
+    """Reasoning first; late, of 4 prompts one is a problem, one general and two unsafe [v2 B.5: in the last 400 of 1,700 steps]."""
     p = run.preset
     total = p.rl2.rollouts * p.rl2.prompts_per_rollout
-    reasoning = [run.problems[-1 - i % len(run.problems)] for i in range(total)]
-    general, safety = (world.requests(run.seed, "train", total // 4 + 1, kind) for kind in ("general", "safety"))
-    others = [example for pair in zip(general, safety) for example in pair]
     late = round(p.rl2_general_from * total)
-    return [reasoning[i] if i < late or i % 2 else others[(i - late) // 2 % len(others)] for i in range(total)]
+    pools = {"reasoning": itertools.cycle(run.problems[::-1])}
+    pools |= {kind: iter(world.requests(run.seed, "train", total, kind)) for kind in ("general", "safety")}
+    kinds = ["reasoning"] * late + ["reasoning", "safety", "general", "safety"] * (total - late)
+    return [next(pools[kind]) for kind in kinds[:total]]
 
 
 def student_corpus(run):

@@ -61,10 +61,10 @@ class Run:
         checkpoint.atomic_write(path, json.dumps(settings, indent=1))
         self.tokenizer = Tokenizer(HERE / "data")
         split = "test" if seed < 100 else "validation"  # seeds from 100 on are for tuning
-        self.test = world.problems(1, split, self.preset.test)
-        self.hard = world.problems(1, split, self.preset.hard, world.HARD_LEVELS)
-        self.general = world.requests(1, split, self.preset.requests, "general")
-        self.safety = world.requests(1, split, self.preset.requests, "safety")
+        self.test = world.problems(2, split, self.preset.test)
+        self.hard = world.problems(2, split, self.preset.hard, world.HARD_LEVELS)
+        self.general = world.requests(2, split, self.preset.requests, "general")
+        self.safety = world.requests(2, split, self.preset.requests, "safety")
         self.validation = world.problems(0, "validation", min(96, self.preset.test))
         self.problems = world.problems(seed, "train", self.preset.problems)
 

@@ -600,3 +600,22 @@ def test_streaming_shows_whole_characters_and_never_takes_back_what_it_printed()
     assert printed == "[苹 5 < 7 �[31m\n\n]é<b>🍎"
     assert visible(whole, "[", "]") == printed + "\n\n]<thin]\n"
     assert visible("Hello. </answer>") == "Hello.\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_hand_and_by_the_fused_kernel_agree(dtype):
+    """Short rows go by hand on a CPU, long ones through the kernel: causal, packed and with one new token."""
+    import model
+    q, k, v = (torch.randn(2, heads, 520, 8, generator=torch.Generator().manual_seed(heads)).to(dtype) for heads in (4, 2, 2))
+    packed = torch.where(torch.rand(2, 1, 520, 520, generator=torch.Generator().manual_seed(0)) < 0.5, 0.0, -torch.inf)
+    packed = packed.masked_fill(torch.eye(520, dtype=torch.bool), 0).to(dtype)
+    for t, mask in ((520, None), (520, packed), (1, packed[:, :, -1:])):
+        kernel = model.attend(q[:, :, -t:], k, v, mask)
+        half = slice(None, 256)  # a length that goes by hand
+        if mask is None:
+            by_hand = model.attend(q[:, :, half], k[:, :, half], v[:, :, half], None)
+            assert torch.allclose(by_hand.float(), kernel[:, :, half].float(), atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+        else:
+            scores = (q[:, :, -t:].float() @ k.float().repeat_interleave(2, 1).mT) / 8 ** 0.5 + mask.float()
+            expected = scores.softmax(-1) @ v.float().repeat_interleave(2, 1)
+            assert torch.allclose(kernel.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)

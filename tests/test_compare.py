@@ -1,0 +1,52 @@
+"""The comparison of methods: what stands in it, and (--full) one at the smoke preset."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import compare
+import grpo
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_entry_is_a_valid_configuration_with_4_updates_a_rollout_or_more():
+    for settings, _ in compare.ENTRIES.values():
+        assert grpo.GRPOConfig(**settings).minibatches >= 4
+
+
+def test_the_methods_of_the_literature_and_both_controls_are_compared():
+    assert {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo_0.95", "ppo_1.0", "prime", "online_rft", "random",
+            "format"} == set(compare.ENTRIES)
+
+
+def test_rejection_fine_tuning_is_the_likelihood_of_the_correct_samples_alone():
+    logprobs = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.5], [0.1, 0.9]])).requires_grad_()
+    rollout = SimpleNamespace(parts={"accuracy": torch.tensor([[1.0, 0.0, 1.0]])})
+    advantages = compare.RejectionFineTuning().advantages(rollout)
+    settings = {k: v for k, v in compare.ENTRIES["online_rft"][0].items() if k != "scale_by_std"}
+    grpo.policy_loss(logprobs, logprobs.detach() - 1, None, advantages, torch.ones(3, 2), **settings)[0].backward()
+    assert torch.allclose(logprobs.grad, -torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]) / 6)
+
+
+def test_samples_and_seconds_to_a_level_are_those_of_the_first_rollout_there():
+    curve = [{"samples": 256 * i, "seconds": 2.0 * i, "accuracy": a} for i, a in enumerate([0.1, 0.4, 0.6, 0.5], 1)]
+    assert compare.reached(curve) == (768, 6.0)
+    assert compare.reached(curve, 0.9) is None
+
+
+@pytest.mark.full
+def test_one_command_compares_all_methods_within_one_budget_of_samples(tmp_path):
+    command = [sys.executable, "pipeline.py", "--preset", "smoke", "--out", str(tmp_path), "--device", "cpu", "--compare"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    table = json.loads((tmp_path / "results.json").read_text())["compare"]
+    assert set(table) == set(compare.ENTRIES)
+    for row in table.values():
+        assert 32 <= row["samples"] <= 32 + 16 * 4 and row["peak_bytes"] > 2 ** 20 and len(row["tried"]) == 2
+    assert "Methods" in (tmp_path / "report.html").read_text()
