@@ -26,8 +26,8 @@ import torch
 import checkpoint
 import evaluate
 from configs import METHODS, PLAIN
-
-
+from ppo import PPO, PPOConfig
+from prime import PRIME, PRIMEConfig
 
 LEARNING_RATES = (1e-4, 3e-4)
 ACCURACY_AND_FORMAT = {"accuracy": 1.0, "format": 1.0}
@@ -38,7 +38,7 @@ LIKE = dict(mean="token", beta=0.0)  # PPO's and PRIME's loss: the clipped ratio
 ENTRIES = {name: (settings, None) for name, settings in METHODS.items() if name != "reinforce"} | {
     "ppo_0.95": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=0.95))),
     "ppo_1.0": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=1.0))),
-    "prime": (LIKE, lambda model, config: PRIME(model, config, PRIMEConfig(lr=config.lr))),
+    "prime": (LIKE | dict(resample=3), lambda model, config: PRIME(model, config, PRIMEConfig(prm_lr=config.lr))),
     "online_rft": (PLAIN | dict(mean="token"), lambda model, config: RejectionFineTuning()),
     "random": (METHODS["grpo"], None),
     "format": (METHODS["grpo"], None),

@@ -94,6 +94,7 @@ def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
     1e-4. A group of equal rewards has no signal: its advantages are 0.
     leave_one_out: against the mean of the *other* completions [RLOO], which is G / (G - 1) times r - mean.
     """
+    rewards = rewards - rewards[:, :1]  # so that equal rewards are exactly 0: their mean could round away from them
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if leave_one_out:
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
@@ -162,21 +163,25 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     """
     mask, lengths = mask.to(logprobs.dtype), mask.sum(1).clamp(min=1)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)  # padding may hold anything, even inf
+    # padding may hold anything, even inf: out with it before it meets a product, whose gradient would be NaN
+    def clean(x):
+        return x if x is None else torch.where(mask > 0, x, 0)
+
+    logprobs, old_logprobs, ref_logprobs = clean(logprobs), clean(old_logprobs), clean(ref_logprobs)
+    advantages, importance = clean(advantages), clean(importance)
+    log_ratio = logprobs - old_logprobs
     if sequence_ratio:
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
     ratio = torch.exp(log_ratio.clamp(-20, 20))  # finite under any drift
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     if detach_ratio:
-        objective = clipped.detach() * advantages * torch.where(mask > 0, logprobs, 0)  # CISPO eq. 4
+        objective = clipped.detach() * advantages * logprobs  # CISPO eq. 4
     else:
         objective = torch.min(ratio * advantages, clipped * advantages)  # beyond the clip nothing is gained, for any A
     if importance is not None:
         objective = objective * importance
-    penalty = torch.zeros_like(objective)
-    if ref_logprobs is not None:
-        penalty = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs, kl), 0)
-    token_loss = torch.where(mask > 0, beta * penalty - objective, 0)  # (B, T); the KL stands in the loss, not in the reward
+    penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
+    token_loss = beta * penalty - objective  # (B, T); the KL stands in the loss, not in the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
     own = {"sequence": len(mask), "token": mask.sum().clamp(min=1), "constant": mask.numel()}[mean]
@@ -187,7 +192,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         metrics = {"kl": (penalty * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
                    "ratio": (ratio * mask).sum() / tokens}
         if ref_logprobs is not None:
-            metrics["k1"] = torch.where(mask > 0, kl_divergence(logprobs, ref_logprobs, "k1"), 0).sum() / tokens
+            metrics["k1"] = kl_divergence(logprobs, ref_logprobs, "k1").sum() / tokens
     return loss, {name: value.item() for name, value in metrics.items()}
 
 
@@ -234,8 +239,7 @@ def sample_groups(model, examples, encode, decode, generate, end_ids, rewards, w
         own = lengths[rows.start:rows.stop].tolist()
         completions = [ids[row, :length] for row, length in zip(rows, own)]
         texts = [decode(completion.tolist()) for completion in completions]
-        parts = {name: torch.tensor([rule(text, example) for text in texts], dtype=torch.float32)
-                 for name, rule in rewards.items()}
+        parts = {name: torch.tensor([float(rule(text, example)) for text in texts]) for name, rule in rewards.items()}
         total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())
         if c.length_buffer:
             total = total + length_penalty(torch.tensor(own), c.max_new_tokens, c.length_buffer)
@@ -266,7 +270,7 @@ def collate(groups, end_ids):
 
 def has_signal(group):
     """Whether the rewards of a group differ: equal ones have no advantage [DAPO: neither all right nor all wrong]."""
-    return bool(group.rewards.std() > 1e-6)
+    return bool(group.rewards.max() - group.rewards.min() > 1e-6)
 
 
 def rollout(draw, prompts, config, keep=None):
@@ -421,19 +425,18 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
             reference.load_state_dict(model.state_dict())
 
         # what tells a healthy run from a sick one
-        group_std = r.rewards.std(1)
+        spread = r.rewards.amax(1) - r.rewards.amin(1)
         metrics = {"step": step, "reward": r.rewards.mean().item(), "length": r.lengths.float().mean().item(),
-                   "unfinished": 1 - r.finished.float().mean().item(),
-                   "group_std": group_std.mean().item(),
-                   "no_signal": (group_std < 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
+                   "unfinished": 1 - r.finished.float().mean().item(), "group_std": r.rewards.std(1).mean().item(),
+                   "no_signal": (spread <= 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
                    "samples": samples, "discarded": discarded,  # completions so far; groups of this rollout
                    "entropy": -(r.old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
                    "sampler_gap": (gap.abs().sum() / r.mask.sum()).item()}  # bf16's rounding: below 0.01
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
         metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}
-        metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started,
-                    "tokens": int(r.lengths.sum())}
-        if validate is not None and (step % c.validate_every == 0 or step == c.rollouts):
+        metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started, "tokens": int(r.lengths.sum())}
+        over = step == c.rollouts or 0 < c.sample_budget <= samples
+        if validate is not None and (step % c.validate_every == 0 or over):
             metrics |= {f"validation_{name}": value for name, value in validate(model).items()}
         if log is not None:
             log(metrics, r)

@@ -1,0 +1,159 @@
+"""Proximal Policy Optimization: the credit of a token from a critic and GAE, in place of GRPO's group advantages.
+
+What differs from grpo.py: a second network, the critic, estimates the return from each token on; the advantage of a token
+is how much better things went than it expected. Sampling, clipped ratio, mini-batches and KL are grpo.train's.
+DeepSeekMath (arXiv 2402.03300) eq. 1-2; R1 v2 A.3 finds lambda 0.95 considerably worse than GRPO, and 1.0 near it.
+
+    grpo.train(..., config, credit=PPO(model, config, PPOConfig()))
+    python ppo.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt", "answer", "language", "kind"}
+
+Shapes: B rows, T positions; position t stands for the state before token t+1 is sampled, as log-probabilities do.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    gamma: float = 1.0          # R1 v2 A.3: the reward comes at the end, undiscounted [inf]
+    lam: float = 1.0            # GAE's lambda. R1 v2 A.3: 1.0 near GRPO, 0.95 considerably worse
+    value_clip: float = 0.2     # not published
+    critic_lr: float = 3e-4     # not published
+    kl_in_reward: float = 0.0   # beta of eq. 2's reward, r - beta log(pi/pi_ref); 0: the KL stays in GRPOConfig's loss
+    whiten: bool = True         # advantages to mean 0, std 1 over the rollout; returns stay as they are
+
+    def __post_init__(self):
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
+        for name in ("value_clip", "critic_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
+        if self.kl_in_reward < 0:
+            raise ValueError(f"kl_in_reward {self.kl_in_reward} must not be negative")
+
+
+# ------------------------------------------------------------------------------------------- the estimators
+
+def gae(rewards, values, mask, gamma=1.0, lam=1.0):
+    """Generalized advantage estimation. rewards, values, mask (B, T) -> advantages, returns (B, T), 0 outside the mask.
+
+    delta_t = r_t + gamma V_t+1 - V_t, with V = 0 after the last sampled token; A_t = sum_l (gamma lam)^l delta_t+l.
+    Returns = A + V, of these advantages, before anything whitens them. A row's ones stand side by side in the mask.
+    """
+    mask = mask.to(values.dtype)
+    rewards, values = rewards * mask, values * mask  # V_t+1 is 0 where t is the row's last
+    advantages, following, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]                                   # (B,)
+        advantages[:, t], next_value = following, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def whiten(advantages, mask):
+    """To mean 0 and std 1 over the sampled tokens. (B, T) -> (B, T), 0 outside the mask."""
+    chosen = advantages[mask.bool()]
+    return torch.where(mask.bool(), (advantages - chosen.mean()) / (chosen.std(unbiased=False) + 1e-8), 0)
+
+
+def value_loss(values, old_values, returns, mask, clip, normaliser=None):
+    """1/2 mean max[(V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2] over the sampled tokens. (B, T) each -> scalar.
+
+    normaliser: the whole update's number of tokens, where this is one micro-batch of several.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    losses = torch.max((values - returns).square(), (clipped - returns).square())
+    return 0.5 * torch.where(mask.bool(), losses, 0).sum() / (normaliser or mask.sum().clamp(min=1))
+
+
+class Critic(nn.Module):
+    """The policy's architecture with weights of its own and a scalar head. ids (B, T) -> values (B, T)."""
+
+    def __init__(self, model, hidden=lambda model, ids: model.hidden(ids)):
+        """hidden(model, ids) -> the last layer's states (B, T, D); by default model.py's."""
+        super().__init__()
+        self.trunk, self.hidden = copy.deepcopy(model), hidden
+        some = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        with torch.no_grad():
+            size = hidden(self.trunk, some).shape[-1]
+        self.head = nn.Linear(size, 1).to(some.device)
+        nn.init.zeros_(self.head.weight)  # at first it expects nothing
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids):
+        return self.head(self.hidden(self.trunk, ids).float())[..., 0]
+
+
+# ------------------------------------------------------------------------------------------- the credit
+
+class PPO:
+    """What grpo.train takes as `credit`: advantages of a rollout, and a critic that learns beside the policy."""
+
+    def __init__(self, model, config, ppo=PPOConfig(), hidden=None):
+        """config: the GRPOConfig of the run, for its dtype and micro-batches."""
+        self.config, self.ppo = config, ppo
+        self.critic = (Critic(model) if hidden is None else Critic(model, hidden)).eval()
+        self.parameters = [p for p in self.critic.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=ppo.critic_lr, weight_decay=0.0, betas=(0.9, 0.95))
+        self.objects = {"critic": self.critic, "critic_optimizer": self.optimizer}
+        self.needs_reference = ppo.kl_in_reward > 0
+
+    def advantages(self, r):
+        """(B, T): the rules' reward falls on a row's last sampled token, the KL's on each."""
+        rewards = torch.zeros_like(r.old_logprobs)
+        last = torch.tensor(r.ends, device=rewards.device) - 2  # position t predicts token t+1
+        rewards[torch.arange(len(last)), last] = r.rewards.flatten()
+        if self.ppo.kl_in_reward:
+            rewards = rewards - self.ppo.kl_in_reward * (r.old_logprobs - r.ref_logprobs)            # DeepSeekMath eq. 2
+        self.old_values = torch.zeros_like(rewards)  # as they stand before the rollout's first update
+        with torch.no_grad():
+            for rows in micro_batches(range(len(r.ends)), r.ends, self.config.micro_batch_tokens):
+                values = self.values(r, rows)
+                self.old_values[rows, :values.shape[1]] = values
+        advantages, self.returns = gae(rewards, self.old_values, r.mask, self.ppo.gamma, self.ppo.lam)
+        return whiten(advantages, r.mask) if self.ppo.whiten else advantages
+
+    def values(self, r, rows):
+        """(len(rows), t), t cut to the longest of these rows."""
+        ids = r.ids[rows, :max(r.ends[row] for row in rows) - 1]
+        with torch.autocast(ids.device.type, dtype=getattr(torch, self.config.dtype), enabled=self.config.dtype != "float32"):
+            return self.critic(ids).float()
+
+    def learn(self, r, rows):
+        """One Adam step of the critic on the rows of the policy's update; metrics."""
+        tokens, total = int(r.mask[rows].sum()), 0.0
+        for lot in micro_batches(rows, r.ends, self.config.micro_batch_tokens):
+            values = self.values(r, lot)
+            t = values.shape[1]
+            loss = value_loss(values, self.old_values[lot, :t], self.returns[lot, :t], r.mask[lot, :t], self.ppo.value_clip, tokens)
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        errors, returns = ((self.returns - x)[r.mask] for x in (self.old_values, 0))
+        return {"value_loss": total, "explained_variance": (1 - errors.var() / returns.var().clamp(min=1e-8)).item()}
+
+
+def micro_batches(rows, ends, budget):
+    """Split row numbers, longest first, into lots of at most `budget` tokens with their padding (a longer row alone)."""
+    rows = sorted(rows, key=lambda r: -ends[r])
+    while rows:
+        count = max(1, budget // ends[rows[0]])
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def main():
+    import command  # here, so that the algorithm imports without the rest of the project
+    import grpo
+    command.reinforce("PPO on a model directory, with the rules of rewards.py.", grpo.train, grpo.GRPOConfig, PPO, PPOConfig)
+
+
+if __name__ == "__main__":
+    main()

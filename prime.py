@@ -1,0 +1,147 @@
+"""PRIME: the credit of a token from implicit process rewards, in place of GRPO's group advantages.
+
+What differs from grpo.py: a second language model, trained only to tell right completions from wrong ones, rewards each
+token by how much likelier it makes it than a frozen reference does. It learns online, from the rules' outcomes; nobody
+labels a step. Sampling, clipped ratio and mini-batches are grpo.train's; there is no KL term: GRPOConfig(beta=0).
+PRIME (arXiv 2502.01456) algorithm 1, eq. 3-6. Departures: our loss is eq. 3's with one mean over all tokens; the authors'
+code leaves beta out of the reward, scales it and whitens the summed return, we follow the paper.
+
+    credit = PRIME(model, config, PRIMEConfig())
+    grpo.train(..., config, credit=credit, keep=credit.keep)
+    python prime.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt", "answer", "language", "kind"}
+
+Shapes: N prompts, K completions each, B = N*K rows (prompt-major), T positions; position t predicts token t+1.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class PRIMEConfig:
+    prm_beta: float = 0.05     # PRIME: 0.05
+    prm_lr: float = 1e-6       # PRIME: 1e-6, twice the policy's 5e-7; small models take larger steps
+    gamma: float = 1.0         # PRIME: 1
+    lowest: float = 0.2        # prompts are kept whose accuracy lies strictly between; PRIME: 0.2 and 0.8
+    highest: float = 0.8
+
+    def __post_init__(self):
+        for name in ("prm_beta", "prm_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma {self.gamma} is not between 0 and 1")
+        if not 0 <= self.lowest < self.highest <= 1:
+            raise ValueError(f"lowest {self.lowest} and highest {self.highest} are no bounds of an accuracy")
+
+
+# ------------------------------------------------------------------------------------------- the estimators
+
+def implicit_rewards(logprobs, ref_logprobs, mask, beta=0.05):
+    """r(y_t) = beta log(pi_prm / pi_ref) of each sampled token, 0 elsewhere. (B, T), (B, T), (B, T) -> (B, T)   [eq. 3]"""
+    return torch.where(mask.bool(), beta * (logprobs - ref_logprobs), 0)
+
+
+def outcome_loss(process_rewards, outcomes, normaliser=None):
+    """Cross-entropy of sigma(r(y)), r(y) = sum_t r(y_t), against the outcome.  process_rewards (B, T), outcomes (B,) in 0..1
+
+    Mean over the completions; normaliser: the whole update's number, where this is one micro-batch of several.   [eq. 4]
+    """
+    loss = F.binary_cross_entropy_with_logits(process_rewards.sum(1), outcomes, reduction="sum")
+    return loss / (normaliser or len(outcomes))
+
+
+def leave_one_out(x):
+    """x minus the mean of the *other* completions of its group. (N, K) -> (N, K)"""
+    return x - (x.sum(1, keepdim=True) - x) / (x.shape[1] - 1)
+
+
+def prime_advantages(process_rewards, outcomes, mask, gamma=1.0):
+    """Returns of the process rewards and of the outcome, each against the group's other completions.   [eq. 5]
+
+    process_rewards, mask (B, T); outcomes (N, K) -> (B, T), 0 outside the mask.
+    """
+    mask, group = mask.to(process_rewards.dtype), outcomes.shape
+    per_token = (process_rewards * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B,); eq. 5 as printed omits / |y|
+    baseline = per_token - leave_one_out(per_token.view(group)).flatten()  # the others' mean
+    centred = (process_rewards - baseline[:, None]) * mask
+    advantages, following = torch.zeros_like(centred), 0.0
+    for t in reversed(range(centred.shape[1])):
+        advantages[:, t] = following = centred[:, t] + gamma * following
+    return (advantages + leave_one_out(outcomes).flatten()[:, None]) * mask
+
+
+# ------------------------------------------------------------------------------------------- the credit
+
+class PRIME:
+    """What grpo.train takes as `credit`: advantages of a rollout from a process reward model that learns on each."""
+
+    needs_reference = False  # of grpo.train's: the process reward model has a frozen one of its own
+
+    def __init__(self, model, config, prime=PRIMEConfig(), outcome="accuracy"):
+        """All three start from `model`. config: the run's GRPOConfig; outcome: the rule, 0 or 1, that is the outcome."""
+        self.config, self.prime, self.outcome = config, prime, outcome
+        self.prm = copy.deepcopy(model).eval()
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.prm.parameters(), lr=prime.prm_lr, weight_decay=0.0, betas=(0.9, 0.95))
+        self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_reference": self.reference}
+        self.metrics = {}
+
+    def keep(self, group):
+        """The prompt filter: neither too easy nor too hard, by the group's accuracy."""
+        return self.prime.lowest < group.parts[self.outcome].mean().item() < self.prime.highest
+
+    def advantages(self, r):
+        """(B, T). Each completion is scored, then the reward model takes one Adam step on the outcomes   [algorithm 1]
+
+        The advantages are of the rewards from before that step, so that one forward pass serves both.
+        """
+        outcomes, rewards, total = r.parts[self.outcome], torch.zeros_like(r.old_logprobs), 0.0
+        for rows in micro_batches(range(len(r.ends)), r.ends, self.config.micro_batch_tokens):
+            with torch.no_grad():
+                ref_logprobs = self.logprobs(self.reference, r, rows)
+            logprobs = self.logprobs(self.prm, r, rows)
+            t = logprobs.shape[1]
+            scored = implicit_rewards(logprobs, ref_logprobs, r.mask[rows, :t], self.prime.prm_beta)
+            loss = outcome_loss(scored, outcomes.flatten()[rows], normaliser=len(r.ends))
+            loss.backward()
+            rewards[rows, :t], total = scored.detach(), total + loss.item()
+        right, sums = outcomes.flatten() > 0.5, rewards.sum(1)
+        self.metrics = {"prm_loss": total, "prm_accuracy": ((sums > 0) == right).float().mean().item()}
+        torch.nn.utils.clip_grad_norm_(self.prm.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return prime_advantages(rewards, outcomes, r.mask, self.prime.gamma)
+
+    def logprobs(self, model, r, rows):
+        """(len(rows), t), t cut to the longest of these rows, at the temperature of sampling."""
+        c, ids = self.config, r.ids[rows, :max(r.ends[row] for row in rows)]
+        with torch.autocast(ids.device.type, dtype=getattr(torch, c.dtype), enabled=c.dtype != "float32"):
+            logits = model(ids[:, :-1])
+        logits, targets = (logits.float() / c.temperature).flatten(0, 1), ids[:, 1:].flatten()
+        return -F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1)
+
+    def learn(self, r, rows):
+        return self.metrics  # it has learnt already
+
+
+def micro_batches(rows, ends, budget):
+    """Split row numbers, longest first, into lots of at most `budget` tokens with their padding (a longer row alone)."""
+    rows = sorted(rows, key=lambda r: -ends[r])
+    while rows:
+        count = max(1, budget // ends[rows[0]])
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def main():
+    import command  # here, so that the algorithm imports without the rest of the project
+    import grpo
+    command.reinforce("PRIME on a model directory, with rewards.py's rules.", grpo.train, grpo.GRPOConfig, PRIME, PRIMEConfig)
+
+
+if __name__ == "__main__":
+    main()
