@@ -49,8 +49,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
                         help="default: %(default)s")
     parser.add_fields(config_class)
     if credit_config is not None:
-        parser.add_argument_group(credit_class.__name__)
-        parser.add_fields(credit_config, set(vars(credit_config())) - set(vars(config_class())))
+        parser.add_fields(credit_config)
     parser.add_argument("--config", choices=PUBLISHED | METHODS, help="a paper's settings (configs.py) as defaults")
     chosen = parser.parse_args().config
     parser.set_defaults(**(PUBLISHED | METHODS).get(chosen, {}))

@@ -1,12 +1,11 @@
 """The methods of the R1 literature beside one another: one base, the same prompts, the same number of samples for each.
 
-    python pipeline.py --compare                # after the recipe, or before: it needs the base alone
-    python pipeline.py --compare --seed 1
+    python pipeline.py --compare                # needs the base alone, and makes it where it is missing
+    python pipeline.py --compare --seed 100     # a seed of 100 and above searches: each method with each of LEARNING_RATES
 
-Each method runs with each learning rate of LEARNING_RATES until it has sampled compare_samples completions (those that
-dynamic sampling or a filter discards are counted), at least 4 updates a rollout, so that clipping acts. The learning rate
-with the best accuracy on validation problems is then measured on test problems. Two controls separate learning from
-elicitation: random rewards, and the format reward alone.
+Each method runs until it has sampled compare_samples completions (those that dynamic sampling or a filter discards are
+counted), at least 4 updates a rollout, so that clipping acts, at the learning rate that was best on validation problems in
+the search (Preset.compare_lr). Two controls separate learning from elicitation: random rewards, and the format reward alone.
 
 Each run has a process of its own, so that its memory is its own; as many at once as there are cores (on CUDA one), a
 thread each: seconds compare methods with one another, not with other runs of the machine.
@@ -17,7 +16,6 @@ import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,14 @@ import torch
 import checkpoint
 import evaluate
 from configs import METHODS, PLAIN
+from grpo import GRPOConfig
 from ppo import PPO, PPOConfig
 from prime import PRIME, PRIMEConfig
 
 LEARNING_RATES = (1e-4, 3e-4)
 ACCURACY_AND_FORMAT = {"accuracy": 1.0, "format": 1.0}
 REWARDS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # of the controls; the others': accuracy and format
+SIZES = ("prompts_per_rollout", "group_size", "minibatches", "max_new_tokens", "warmup", "micro_batch_tokens", "dtype")
 LIKE = dict(mean="token", beta=0.0)  # PPO's and PRIME's loss: the clipped ratio over all tokens
 
 # name -> (settings of GRPOConfig, and how to make what stands in place of the group advantages)
@@ -62,10 +62,10 @@ def one(make_run, method, lr, samples):
         torch.set_num_threads(1)
     settings, make_credit = ENTRIES[method]
     name = f"compare/{method}-{lr:g}"
-    base = run.preset.zero
-    config = replace(base, **settings, lr=lr, sample_budget=samples, rollouts=10 ** 6)
+    sizes = {field: getattr(run.preset.zero, field) for field in SIZES}
+    config = GRPOConfig(**sizes | settings, lr=lr, sample_budget=samples, rollouts=10 ** 6)
     model, started = run.model("base"), time.time()
-    credit = None if make_credit is None else make_credit(model, replace(config, seed=run.seed))
+    credit = None if make_credit is None else make_credit(model, config)
     run.rl(name, model, REWARDS.get(method, ACCURACY_AND_FORMAT), config, credit=credit, validate=False)
     seconds = time.time() - started
     if run.device.type == "cuda":
@@ -80,21 +80,23 @@ def one(make_run, method, lr, samples):
 
 def compare(run, make_run):
     """{method: figures} of all entries, written to results.json; finished runs are not made again."""
-    jobs = [(method, lr) for method in ENTRIES for lr in LEARNING_RATES]
+    p, searching = run.preset, run.seed >= 100
+    rates = {method: LEARNING_RATES if searching else [p.compare_lr.get(method, p.zero.lr)] for method in ENTRIES}
+    jobs = [(method, lr) for method in ENTRIES for lr in rates[method]]
     path = lambda method, lr: Path(run.out) / "compare" / f"{method}-{lr:g}"
     open_jobs = [job for job in jobs if not checkpoint.finished(path(*job))]
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(one, make_run, *job, run.preset.compare_samples) for job in open_jobs]
+        futures = [pool.submit(one, make_run, *job, p.compare_samples) for job in open_jobs]
         for job, future in zip(open_jobs, futures):
             done = future.result()
             checkpoint.mark_finished(path(*job), done)
-            print(f"{done['method']:12} lr {done['lr']:g}  {done['seconds']:.0f} s  validation accuracy {100 * done['validation']:.0f}%",
-                  flush=True)
+            print(f"{done['method']:12} lr {done['lr']:g}  {done['seconds']:.0f} s  "
+                  f"validation accuracy {100 * done['validation']:.0f}%", flush=True)
     table = {}
     for method in ENTRIES:
-        tried = [checkpoint.finished(path(method, lr)) for lr in LEARNING_RATES]
+        tried = [checkpoint.finished(path(method, lr)) for lr in rates[method]]
         best = max(tried, key=lambda done: done["validation"])
         table[method] = best | measure(run, path(method, best["lr"])) | {"tried": {f"{d['lr']:g}": d["validation"] for d in tried}}
         print(line_of(table[method]), flush=True)

@@ -405,7 +405,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         else:
             advantages = credit.advantages(r)
         gap = r.sampled_logprobs - r.old_logprobs  # what the sampler rounds otherwise
-        importance = torch.exp(-gap.clamp(min=-20)).clamp(max=c.importance_cap) if c.importance_cap else None
+        importance = torch.exp(-gap).clamp(max=c.importance_cap) if c.importance_cap else None
 
         # 4: updates
         history = []

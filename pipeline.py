@@ -63,6 +63,7 @@ class Preset:
     rl1: GRPOConfig = GRPOConfig(rollouts=30, lr=2e-4, scale_by_std=False)
     rl2: GRPOConfig = GRPOConfig(rollouts=45, lr=2e-4, scale_by_std=False, temperature=0.7)
     compare_samples: int = 4096       # completions that each method of --compare may sample
+    compare_lr: dict = field(default_factory=dict)  # of a method; else zero's
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
 
 
@@ -256,11 +257,13 @@ def main():
     make_run = partial(Run, out, preset, PRESETS[preset], args.seed, torch.device(args.device))
     try:
         run = make_run()
-        for name in STAGES[STAGES.index(args.from_stage):] if args.from_stage else ():
-            for file in (checkpoint.DONE, checkpoint.STATE):
-                (out / name / file).unlink(missing_ok=True)
-            for file in (out / "extras").glob("*.npz"):
-                file.unlink()
+        if args.from_stage:
+            for name in STAGES[STAGES.index(args.from_stage):]:
+                for file in (checkpoint.DONE, checkpoint.STATE):
+                    (out / name / file).unlink(missing_ok=True)
+            for file in [*(out / "extras").glob("*.npz"), out / "results.json"]:
+                file.unlink(missing_ok=True)
+            run = make_run()  # without what results.json said of these stages
         if args.compare:
             make_base(run)
             compare.compare(run, make_run)

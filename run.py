@@ -51,7 +51,7 @@ class Run:
         self.out, self.preset, self.seed, self.device = Path(out), preset, seed, device
         meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "date": str(date.today()),
                 "world": world.world_hash(), "command": "python pipeline.py " + " ".join(sys.argv[1:])}
-        self.results = {"meta": meta, "stages": {}, "claims": []}
+        self.results = {"meta": meta, "stages": {}, "claims": [], **self.before()}
         self.cost = {"tokens": 0, "flops": 0.0}
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))}
@@ -67,6 +67,13 @@ class Run:
         self.safety = world.requests(2, split, self.preset.requests, "safety")
         self.validation = world.problems(0, "validation", min(96, self.preset.test))
         self.problems = world.problems(seed, "train", self.preset.problems)
+
+    def before(self):
+        """What an earlier call left in results.json, of stages that are still finished."""
+        path = self.out / "results.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stages = {name: stage for name, stage in before.get("stages", {}).items() if checkpoint.finished(self.out / name)}
+        return {key: before[key] for key in ("claims", "compare") if key in before} | {"stages": stages}
 
     # ---- text to ids
 
@@ -128,7 +135,9 @@ class Run:
         stages = self.results["stages"]
         self.results["meta"]["seconds"] = sum(stage["seconds"] for stage in stages.values())  # measuring left out
         best = {name: stage.get("best_validation_accuracy", 0.0) for name, stage in stages.items()}
-        self.results["claims"] = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
+        anew = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
+        kept = [c for c in self.results["claims"] if c["number"] not in {a["number"] for a in anew}]
+        self.results["claims"] = sorted(anew + kept, key=lambda c: (int(c["number"].split()[0]), c["number"]))
         checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
         report.write(self.out)
 

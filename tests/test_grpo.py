@@ -1,14 +1,18 @@
 """Each defect of PEERS.md that concerns the loss or the loop has a test here that fails when it is put in."""
 
 import importlib.util
+import itertools
+import json
 import math
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import checkpoint
 import grpo
@@ -16,6 +20,7 @@ import model as model_module
 from grpo import GRPOConfig, group_advantages, kl_divergence, policy_loss, token_logprobs
 
 END = 3
+MEANS = ("sequence", "token", "constant")
 
 
 # ------------------------------------------------------------------------------------------- the advantages
@@ -31,16 +36,37 @@ def test_without_the_std_an_advantage_is_the_reward_minus_the_groups_mean():
         [[.5, -.5, -.5, .5], [-1, -1, -1, 3]]
 
 
+@pytest.mark.parametrize("leave_one_out", [True, False])
 @pytest.mark.parametrize("scale_by_std", [True, False])
-def test_a_group_of_equal_rewards_has_advantages_of_zero(scale_by_std):
-    assert group_advantages(torch.full((2, 4), 1.25), scale_by_std).tolist() == [[0.] * 4] * 2
+def test_a_group_of_equal_rewards_has_advantages_of_zero(scale_by_std, leave_one_out):
+    for reward in (1.25, 0.1, 1.1, 100.1):  # of which the mean of seven is another float than most of them
+        assert group_advantages(torch.full((2, 7), reward), scale_by_std, leave_one_out).tolist() == [[0.] * 7] * 2
 
 
+@pytest.mark.parametrize("leave_one_out", [True, False])
 @pytest.mark.parametrize("scale_by_std", [True, False])
-def test_a_constant_added_to_a_groups_rewards_changes_no_advantage(scale_by_std):
+def test_a_constant_added_to_a_groups_rewards_changes_no_advantage(scale_by_std, leave_one_out):
     rewards = torch.tensor([[1., 0., 2., 1.], [0., 0., 3., 1.]])
     shifted = rewards + torch.tensor([[8.], [-4.]])
-    assert torch.equal(group_advantages(rewards, scale_by_std), group_advantages(shifted, scale_by_std))
+    assert torch.equal(*(group_advantages(x, scale_by_std, leave_one_out) for x in (rewards, shifted)))
+
+
+def test_leave_one_out_compares_a_completion_with_the_mean_of_the_others_of_its_group():
+    rewards = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for row, group in zip(group_advantages(rewards, scale_by_std=False, leave_one_out=True).tolist(), rewards.tolist()):
+        for i, advantage in enumerate(row):
+            others = [reward for j, reward in enumerate(group) if j != i]
+            assert advantage == pytest.approx(group[i] - sum(others) / len(others))
+
+
+@pytest.mark.parametrize("lengths, penalty", [
+    ([0, 1, 79, 80], [0, 0, 0, 0]), ([81, 85, 90, 99], [-.05, -.25, -.5, -.95]), ([100, 101, 500], [-1, -1, -1])])
+def test_the_length_penalty_falls_in_a_line_over_the_buffer_and_is_flat_beside_it(lengths, penalty):
+    assert grpo.length_penalty(torch.tensor(lengths), 100, 20).tolist() == pytest.approx(penalty)
+
+
+def test_a_buffer_of_the_whole_length_penalises_from_the_first_token():
+    assert grpo.length_penalty(torch.tensor([0, 1, 2, 4]), 4, 4).tolist() == [0, -0.25, -0.5, -1]
 
 
 # ------------------------------------------------------------------------------------------- the probabilities
@@ -62,6 +88,20 @@ def test_what_generate_says_of_its_samples_is_what_the_scorer_says(tiny, tempera
     torch.testing.assert_close(r.sampled_logprobs, grpo.all_logprobs(model, r, config), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.3])
+def test_log_probabilities_with_the_cache_are_those_of_one_row_alone_without_it(tiny, temperature):
+    model, prompts = sharp(tiny), [[1, 2], [4, 5, 6, 7], [9]]
+    ids, lengths, logprobs = model_module.generate(model, prompts, n=3, max_new_tokens=9, temperature=temperature,
+                                                   end_ids=MANY_ENDS, generator=torch.Generator().manual_seed(0))
+    for row, length in enumerate(lengths.tolist()):
+        prompt, completion = prompts[row // 3], ids[row, :length]
+        whole = torch.tensor([prompt + completion.tolist()])
+        scores = token_logprobs(model(whole)[:, len(prompt) - 1:-1], completion[None], temperature)[0]
+        torch.testing.assert_close(scores, logprobs[row, :length], atol=1e-5, rtol=0)
+        by_itself = (model(whole)[0, len(prompt) - 1:-1] / temperature).log_softmax(-1)
+        torch.testing.assert_close(scores, by_itself[range(length), completion])
+
+
 def test_token_logprobs_do_the_softmax_in_fp32_even_for_bf16_logits():
     logits = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -75,6 +115,20 @@ def test_kl_divergence_is_k3():
     a, b = torch.tensor([[-1., -2., -3.]]), torch.tensor([[-1.5, -2., -0.5]])
     by_hand = [math.exp(d) - d - 1 for d in (-0.5, 0.0, 2.5)]
     assert kl_divergence(a, b)[0].tolist() == pytest.approx(by_hand)
+
+
+def test_k1_is_the_log_ratio_and_k2_half_its_square():
+    a, b = torch.tensor([[-1., -2., -3.]]), torch.tensor([[-1.5, -2., -0.5]])
+    assert kl_divergence(a, b, "k1").tolist() == [[0.5, 0, -2.5]]
+    assert kl_divergence(a, b, "k2").tolist() == [[0.125, 0, 3.125]]
+
+
+def test_below_a_log_ratio_of_ten_k3_is_not_clamped_and_above_it_has_no_gradient():
+    logprobs = torch.tensor([[0., 0., 0., 0.]], dtype=torch.float64, requires_grad=True)
+    kl = kl_divergence(logprobs, torch.tensor([[-50., 9.9, 10.1, 50.]], dtype=torch.float64))
+    kl.sum().backward()
+    assert kl[0].tolist() == pytest.approx([49, math.exp(9.9) - 10.9, math.exp(10) - 11, math.exp(10) - 11])
+    assert logprobs.grad[0].tolist() == pytest.approx([1, 1 - math.exp(9.9), 0, 0])
 
 
 @pytest.mark.parametrize("difference", [-1000., -89., 89., 1000.])
@@ -119,7 +173,7 @@ def test_with_r1s_epsilon_of_ten_only_ratios_above_eleven_are_clipped():
     assert [g != 0 for g in grad] == [True] * 4 + [False] * 2 and metrics["clip_fraction"] == pytest.approx(2 / 6)
 
 
-def by_hand(logprobs, old, ref, advantages, mask, clip_low, clip_high, beta, token_mean, normaliser):
+def by_hand(logprobs, old, ref, advantages, mask, clip_low, clip_high, beta, mean, normaliser):
     """DeepSeekMath eq. 3 and 4 as two loops over plain floats."""
     sequences, tokens, kls, clips, ratios = [], [], [], [], []
     for i in range(len(mask)):
@@ -135,8 +189,10 @@ def by_hand(logprobs, old, ref, advantages, mask, clip_low, clip_high, beta, tok
             kls.append(kl), ratios.append(ratio), clips.append(clipped * a < ratio * a)
         tokens += values
         sequences.append(sum(values) / len(values) if values else 0.0)
-    loss = -sum(tokens) / (normaliser or len(tokens)) if token_mean else -sum(sequences) / (normaliser or len(mask))
-    return loss, {"kl": sum(kls) / len(kls), "clip_fraction": sum(clips) / len(clips), "ratio": sum(ratios) / len(ratios)}
+    total, own = {"token": (sum(tokens), len(tokens)), "sequence": (sum(sequences), len(mask)),
+                  "constant": (sum(tokens), len(mask) * len(mask[0]))}[mean]
+    return -total / (normaliser or own), {"kl": sum(kls) / len(kls), "clip_fraction": sum(clips) / len(clips),
+                                          "ratio": sum(ratios) / len(ratios)}
 
 
 def ragged(seed, per_token=False, rows=5, width=7):
@@ -152,11 +208,11 @@ def ragged(seed, per_token=False, rows=5, width=7):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("token_mean", [False, True])
+@pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("normaliser", [None, 11])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_the_loss_is_that_of_two_plain_loops(per_token, token_mean, normaliser, beta):
-    settings = dict(clip_low=0.2, clip_high=0.28, beta=beta, token_mean=token_mean, normaliser=normaliser)
+def test_the_loss_is_that_of_two_plain_loops(per_token, mean, normaliser, beta):
+    settings = dict(clip_low=0.2, clip_high=0.28, beta=beta, mean=mean, normaliser=normaliser)
     for seed in range(20):
         logprobs, old, ref, advantages, mask = ragged(seed, per_token)
         ref = ref if beta else None
@@ -167,11 +223,190 @@ def test_the_loss_is_that_of_two_plain_loops(per_token, token_mean, normaliser, 
         assert {name: metrics[name] for name in expected_metrics} == pytest.approx(expected_metrics)
 
 
-def test_token_mean_weighs_a_long_completion_more_and_the_sequence_mean_does_not():
+METHODS = {  # the table of policy_loss
+    "GRPO": dict(clip_low=0.2, clip_high=0.2, mean="sequence", beta=0.04),
+    "Dr. GRPO": dict(clip_low=0.2, clip_high=0.2, mean="constant", beta=0),
+    "DAPO": dict(clip_low=0.2, clip_high=0.28, mean="token", beta=0),
+    "GSPO": dict(sequence_ratio=True, clip_low=3e-4, clip_high=4e-4, mean="sequence", beta=0),
+    "CISPO": dict(detach_ratio=True, clip_low=1, clip_high=4, mean="token", beta=0),
+    "RLOO": dict(detach_ratio=True, clip_low=0, clip_high=0, mean="constant", beta=0),
+    "REINFORCE": dict(detach_ratio=True, clip_low=0, clip_high=0, mean="constant", beta=0),
+    "PPO": dict(clip_low=0.2, clip_high=0.2, mean="token", beta=0)}
+
+
+def ppo_by_hand(rho, a, low, high):
+    """Objective and its derivative in log rho of PPO's clip, told by the sign of the advantage."""
+    if a >= 0:
+        return (rho * a, rho * a) if rho < high else (high * a, 0.0)
+    return (rho * a, rho * a) if rho > low else (low * a, 0.0)
+
+
+def method_by_hand(method, logprobs, old, ref, advantages, mask, weights, beta, kl):
+    """Loss and gradient of one method in plain floats; every method has its own formula and shares no switch."""
+    B, T = len(mask), len(mask[0])
+    total, gradient, all_tokens = 0.0, [[0.0] * T for _ in range(B)], sum(map(sum, mask))
+    for i in range(B):
+        tokens = [t for t in range(T) if mask[i][t]]
+        if not tokens:
+            continue
+        share = {"GRPO": 1 / B / len(tokens), "GSPO": 1 / B / len(tokens), "DAPO": 1 / all_tokens, "CISPO": 1 / all_tokens,
+                 "PPO": 1 / all_tokens}.get(method, 1 / (B * T))
+        s = math.exp(sum(logprobs[i][t] - old[i][t] for t in tokens) / len(tokens))
+        for t in tokens:
+            a, w, rho = advantages[i][t], weights[i][t], math.exp(logprobs[i][t] - old[i][t])
+            if method in ("GRPO", "Dr. GRPO", "DAPO", "PPO"):
+                value, slope = ppo_by_hand(rho, a, 0.8, 1.28 if method == "DAPO" else 1.2)
+            elif method == "GSPO":
+                value, slope = ppo_by_hand(s, a, 1 - 3e-4, 1 + 4e-4)
+            elif method == "CISPO":
+                value, slope = min(rho, 5) * a * logprobs[i][t], min(rho, 5) * a
+            else:
+                value, slope = a * logprobs[i][t], a
+            total -= share * w * value
+            if method == "GSPO":  # a token moves the ratio of its whole sequence, by 1 / |o|
+                for u in tokens:
+                    gradient[i][u] -= share * w * slope / len(tokens)
+            else:
+                gradient[i][t] -= share * w * slope
+            if kl == "k2":
+                total += share * beta * (logprobs[i][t] - ref[i][t]) ** 2 / 2
+                gradient[i][t] += share * beta * (logprobs[i][t] - ref[i][t])
+            if kl == "k3":
+                over = math.exp(ref[i][t]) / math.exp(logprobs[i][t])  # pi_ref / pi
+                total += share * beta * (over - math.log(over) - 1)
+                gradient[i][t] += share * beta * (1 - over)
+    return total, gradient
+
+
+def advantages_by_hand(method, rewards):
+    """Of groups of rewards, one a completion."""
+    flat = []
+    for group in rewards:
+        mean = sum(group) / len(group)
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / (len(group) - 1))
+        for i, r in enumerate(group):
+            others = group[:i] + group[i + 1:]
+            flat.append(r - sum(others) / len(others) if method == "RLOO" else
+                        r - mean if method in ("Dr. GRPO", "REINFORCE") else (r - mean) / (std + 1e-4))
+    return flat
+
+
+def drifted(seed):
+    """Two groups of four, one of equal rewards: ragged masks, an empty completion, ratios in and far out of the clip."""
+    rng, B, T = random.Random(seed), 8, 6
+    logprobs = [[rng.uniform(-5, -0.1) for _ in range(T)] for _ in range(B)]
+    old = [[x - rng.choice([-4, -.3, -1e-4, 0, 1e-4, .22, .3, 4]) for x in row] for row in logprobs]
+    for i in (1, 2):  # sequences that keep their ratio near 1, so that GSPO does not clip all
+        old[i] = [x - rng.choice([-1, 1]) * 2e-4 for x in logprobs[i]]
+    ref = [[x + rng.uniform(-3, 3) for x in row] for row in logprobs]
+    mask = [[t < n for t in range(T)] for n in (6, 1, 3, 0, 4, 6, 2, 5)]
+    rewards = [[rng.uniform(-2, 2) for _ in range(4)], [1.5] * 4]
+    return logprobs, old, ref, rewards, mask
+
+
+@pytest.mark.parametrize("importance", [False, True], ids=["", "importance"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["", "per_token"])
+@pytest.mark.parametrize("kl", [None, "k2", "k3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_value_and_gradient_of_each_method_are_those_of_its_formula_by_hand(method, kl, per_token, importance):
+    for seed in range(5):
+        logprobs, old, ref, rewards, mask = drifted(seed)
+        rng, B, T = random.Random(seed), len(mask), len(mask[0])
+        once = group_advantages(torch.tensor(rewards, dtype=torch.float64), method not in ("Dr. GRPO", "REINFORCE", "RLOO"),
+                                method == "RLOO").flatten()
+        spread = [[a] * T for a in advantages_by_hand(method, rewards)]
+        if per_token:
+            spread = [[a + rng.uniform(-1, 1) for a in row] for row in spread]
+        weights = [[rng.choice([0, .5, 1, 3]) if importance else 1.0 for _ in range(T)] for _ in range(B)]
+        tensors = [torch.tensor(x, dtype=torch.float64) for x in (logprobs, old, ref)]
+        tensors[0].requires_grad_()
+        settings = METHODS[method] | (dict(kl=kl, beta=0.3) if kl else {})
+        loss, _ = policy_loss(*tensors[:2], tensors[2] if kl else None,
+                              torch.tensor(spread, dtype=torch.float64) if per_token else once, torch.tensor(mask),
+                              importance=torch.tensor(weights, dtype=torch.float64) if importance else None, **settings)
+        loss.backward()
+        value, gradient = method_by_hand(method, logprobs, old, ref, spread, mask, weights, 0.3, kl)
+        assert loss.item() == pytest.approx(value, rel=1e-9, abs=1e-12)
+        torch.testing.assert_close(tensors[0].grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_gspo_clips_whole_sequences_and_its_others_share_one_gradient():
+    logprobs, old, _, _, mask = (torch.tensor(x, dtype=torch.float64) for x in drifted(0))
+    logprobs.requires_grad_()
+    loss, metrics = policy_loss(logprobs, old, None, torch.ones(8, dtype=torch.float64), mask, **METHODS["GSPO"])
+    loss.backward()
+    s = torch.tensor([math.exp(sum(d[:n]) / n) if n else 1.0 for d, n in
+                      zip((logprobs - old).tolist(), mask.sum(1).int().tolist())], dtype=torch.float64)
+    clipped = s > 1 + 4e-4
+    assert 0 < clipped.sum() < 7
+    assert metrics["clip_fraction"] == pytest.approx((mask.sum(1) * clipped).sum().item() / mask.sum().item())
+    assert metrics["ratio"] == pytest.approx((mask.sum(1) * s).sum().item() / mask.sum().item())
+    for row in range(8):
+        tokens = mask[row] > 0
+        assert (logprobs.grad[row][tokens] == 0).all() if clipped[row] else len(set(logprobs.grad[row][tokens].tolist())) <= 1
+
+
+def test_cispo_leaves_no_token_without_a_gradient_and_counts_those_whose_weight_it_cuts():
+    ratios = [0.001, 0.5, 1.0, 4.9, 5.1, 100.0]
+    for advantage in (1.0, -1.0):
+        _, grad, metrics = ratio_loss(ratios, advantage, **METHODS["CISPO"])
+        assert [-g * advantage for g in grad] == pytest.approx([0.001, 0.5, 1.0, 4.9, 5, 5])
+        assert metrics["clip_fraction"] == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_policy_the_ratio_of_every_method_is_one_and_its_gradient_is_the_advantages_share(method):
+    logprobs, _, _, _, mask = (torch.tensor(x, dtype=torch.float64) for x in drifted(1))
+    logprobs.requires_grad_()
+    advantages = torch.tensor([1., -1, 2, 0, .5, -2, 0, 1], dtype=torch.float64)
+    loss, metrics = policy_loss(logprobs, logprobs.detach(), None, advantages, mask, **METHODS[method])
+    loss.backward()
+    assert metrics["ratio"] == 1 and metrics["clip_fraction"] == 0
+    share = {"sequence": 1 / 8 / mask.sum(1, keepdim=True).clamp(min=1), "token": 1 / mask.sum(), "constant": 1 / 48}
+    torch.testing.assert_close(logprobs.grad, -advantages[:, None] * mask * share[METHODS[method]["mean"]])
+    assert logprobs.grad.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_finite_in_value_and_gradient_at_any_log_ratio(method, kl, dtype):
+    for old, ref, advantage in itertools.product((-1000., 0., 1000.), (-1000., 0., 1000.), (-2., 2.)):
+        logprobs = torch.full((2, 3), -1.0, dtype=dtype, requires_grad=True)
+        loss, metrics = policy_loss(logprobs, logprobs.detach() - old, logprobs.detach() - ref,
+                                    torch.full((2,), advantage, dtype=dtype), torch.tensor([[1, 1, 0], [1, 0, 0]]),
+                                    importance=torch.full((2, 3), 2., dtype=dtype), **METHODS[method] | dict(kl=kl, beta=1.0))
+        loss.backward()
+        assert loss.isfinite() and all(map(math.isfinite, metrics.values()))
+        assert logprobs.grad.isfinite().all() and logprobs.grad.float().square().sum().isfinite()
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_importance_weighs_the_policys_term_and_not_the_kl(kl):
+    logprobs, old, ref, advantages, mask = (torch.tensor(x, dtype=torch.float64) for x in ragged(2))
+    losses = [policy_loss(logprobs, old, ref, advantages, mask, beta=1.0, kl=kl, importance=torch.full_like(old, w))[0].item()
+              for w in (0., 1., 2.)]
+    penalty = policy_loss(logprobs, old, ref, 0 * advantages, mask, beta=1.0, kl=kl)[0].item()
+    assert losses[0] == pytest.approx(penalty) and losses[2] - losses[1] == pytest.approx(losses[1] - losses[0])
+    assert abs(losses[1] - losses[0]) > 0.1 < penalty
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_the_metrics_hold_the_kl_of_the_loss_and_the_unbiased_k1_over_sampled_tokens(kl):
+    for seed in range(3):
+        logprobs, old, ref, advantages, mask = ragged(seed)
+        tensors = (torch.tensor(x, dtype=torch.float64) for x in (logprobs, old, ref, advantages, mask))
+        metrics = policy_loss(*tensors, kl=kl)[1]
+        d = [ref[i][t] - logprobs[i][t] for i in range(len(mask)) for t in range(len(mask[0])) if mask[i][t]]
+        assert metrics["k1"] == pytest.approx(-sum(d) / len(d))
+        assert metrics["kl"] == pytest.approx(sum(x * x / 2 if kl == "k2" else math.exp(x) - x - 1 for x in d) / len(d))
+
+
+def test_the_token_mean_weighs_a_long_completion_more_and_the_sequence_mean_does_not():
     logprobs = torch.zeros(2, 4)
     mask, advantages = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]), torch.tensor([2.0, -1.0])
     assert policy_loss(logprobs, logprobs, None, advantages, mask)[0].item() == pytest.approx(-(2 - 1) / 2)
-    assert policy_loss(logprobs, logprobs, None, advantages, mask, token_mean=True)[0].item() == pytest.approx(-(2 - 4) / 5)
+    assert policy_loss(logprobs, logprobs, None, advantages, mask, mean="token")[0].item() == pytest.approx(-(2 - 4) / 5)
 
 
 def test_one_advantage_a_completion_is_that_advantage_at_each_of_its_tokens():
@@ -181,15 +416,18 @@ def test_one_advantage_a_completion_is_that_advantage_at_each_of_its_tokens():
     assert once[0].item() == spread[0].item() and once[1] == spread[1]
 
 
-@pytest.mark.parametrize("token_mean", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"mean": "token"}, {"mean": "constant"}, {"sequence_ratio": True},
+                                      {"detach_ratio": True}, {"sequence_ratio": True, "detach_ratio": True},
+                                      {"kl": "k2"}], ids=str)
 @pytest.mark.parametrize("rubbish", [7.0, -1e30, math.inf, -math.inf, math.nan])
-def test_what_stands_in_the_padding_changes_neither_loss_nor_gradient_nor_metrics(rubbish, token_mean):
+def test_what_stands_in_the_padding_changes_neither_loss_nor_gradient_nor_metrics(rubbish, settings):
     *tensors, mask = (torch.tensor(x, dtype=torch.float64) for x in ragged(5, per_token=True))
     results = []
     for filler in (0.0, rubbish):
-        logprobs, *others = (torch.where(mask > 0, x, filler) for x in tensors)
+        logprobs, old, ref, advantages = (torch.where(mask > 0, x, filler) for x in tensors)
+        importance = torch.where(mask > 0, old.exp(), filler)
         logprobs.requires_grad_()
-        loss, metrics = policy_loss(logprobs, *others, mask, beta=0.3, token_mean=token_mean)
+        loss, metrics = policy_loss(logprobs, old, ref, advantages, mask, beta=0.3, importance=importance, **settings)
         loss.backward()
         results.append((loss.item(), metrics, logprobs.grad.tolist()))
     assert results[0] == results[1]
@@ -198,9 +436,10 @@ def test_what_stands_in_the_padding_changes_neither_loss_nor_gradient_nor_metric
 def test_wider_padding_changes_nothing():
     logprobs, old, ref, advantages, mask = (torch.tensor(x, dtype=torch.float64) for x in ragged(6))
     wide = [torch.nn.functional.pad(x, (0, 9)) for x in (logprobs, old, ref, mask)]
-    for token_mean in (False, True):
-        a = policy_loss(logprobs, old, ref, advantages, mask, token_mean=token_mean)
-        b = policy_loss(*wide[:3], advantages, wide[3], token_mean=token_mean)
+    for settings in [dict(mean="sequence"), dict(mean="token"), dict(mean="constant", normaliser=11),  # whose default is B * T
+                     dict(sequence_ratio=True), dict(detach_ratio=True, mean="token")]:
+        a = policy_loss(logprobs, old, ref, advantages, mask, **settings)
+        b = policy_loss(*wide[:3], advantages, wide[3], **settings)
         assert a[0].item() == pytest.approx(b[0].item(), rel=1e-12) and a[1] == pytest.approx(b[1])
 
 
@@ -250,45 +489,86 @@ def expected_gradient(policy, weights, advantages, ref=None, **settings):
     return torch.autograd.grad(total, policy.logits)[0]
 
 
+@pytest.mark.parametrize("settings", [{"mean": "token"}, METHODS["Dr. GRPO"], METHODS["REINFORCE"], METHODS["CISPO"]],
+                         ids=["clip", "Dr. GRPO", "REINFORCE", "CISPO"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_expected_gradient_is_the_exact_policy_gradient_over_every_sequence(seed):
+def test_the_expected_gradient_is_the_exact_policy_gradient_over_every_sequence(seed, settings):
     policy = TinyPolicy(seed)
     probabilities = policy.logprobs().sum(1).exp()
     assert probabilities.sum().item() == pytest.approx(1)  # these are all sequences
     expected_reward = probabilities @ REWARDS
     exact = torch.autograd.grad(expected_reward, policy.logits)[0]
-    ours = expected_gradient(policy, probabilities.detach(), REWARDS - expected_reward.detach(), token_mean=True)
+    ours = expected_gradient(policy, probabilities.detach(), REWARDS - expected_reward.detach(), **settings)
     torch.testing.assert_close(-ours, exact)
 
 
+def gradient_over_every_group(policy, G, **advantage_settings):
+    """Of REINFORCE's loss with a baseline from the group, over all 7^G groups of G samples."""
+    logprobs, total = policy.logprobs(), 0.0
+    probabilities = logprobs.detach().sum(1).exp()
+    for group in itertools.product(range(7), repeat=G):
+        rows = list(group)
+        advantages = group_advantages(REWARDS[rows][None], scale_by_std=False, **advantage_settings).flatten()
+        loss, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), None, advantages, MASK[rows],
+                              **METHODS["RLOO"], normaliser=G)
+        total = total + probabilities[rows].prod() * loss
+    return torch.autograd.grad(total, policy.logits)[0]
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_rloo_is_unbiased_over_every_group_and_the_groups_mean_shrinks_the_gradient_by_its_own_share(G):
+    policy = TinyPolicy(0)
+    exact = torch.autograd.grad(policy.logprobs().sum(1).exp() @ REWARDS, policy.logits)[0]
+    torch.testing.assert_close(-gradient_over_every_group(policy, G, leave_one_out=True), exact)
+    # a completion stands in its own baseline
+    torch.testing.assert_close(-gradient_over_every_group(policy, G), exact * (G - 1) / G)
+
+
+@pytest.mark.parametrize("settings", [{}, METHODS["GSPO"]], ids=["GRPO", "GSPO"])
 @pytest.mark.parametrize("seed", range(3))
-def test_equation_3s_mean_over_a_sequence_climbs_the_advantage_divided_by_its_length(seed):
+def test_equation_3s_mean_over_a_sequence_climbs_the_advantage_divided_by_its_length(seed, settings):
     policy = TinyPolicy(seed)
     probabilities = policy.logprobs().sum(1).exp()
     advantages = REWARDS - (probabilities @ REWARDS).detach()
     exact = torch.autograd.grad(probabilities @ (advantages / LENGTHS), policy.logits)[0]
     weights = policy.logprobs().sum(1).exp().detach()
-    torch.testing.assert_close(-expected_gradient(policy, weights, advantages), exact)
+    torch.testing.assert_close(-expected_gradient(policy, weights, advantages, **settings), exact)
+
+
+def kl_gradients(policy, reference):
+    """Gradients of KL(ref || pi) and KL(pi || ref) of each state's next token, states weighted by how often pi meets them."""
+    p, q = policy.logits.log_softmax(-1), reference.logits.detach().log_softmax(-1)
+    visits = torch.tensor([1.0, *p[0, :2].exp().tolist()], dtype=torch.float64)
+    return [torch.autograd.grad(visits @ kl.sum(1), policy.logits, retain_graph=True)[0]
+            for kl in (q.exp() * (q - p), p.exp() * (p - q))]
+
+
+@pytest.mark.parametrize("kl", ["k3", "k2"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_expected_gradient_of_k3_is_that_of_the_reversed_kl_and_of_k2_that_of_the_forward_kl(seed, kl):
+    policy, reference = TinyPolicy(seed), TinyPolicy(seed + 100)
+    ours = expected_gradient(policy, policy.logprobs().sum(1).exp().detach(), torch.zeros(7, dtype=torch.float64),
+                             reference.logprobs().detach(), beta=1.0, mean="token", kl=kl)
+    reversed_kl, forward_kl = kl_gradients(policy, reference)
+    torch.testing.assert_close(ours, reversed_kl if kl == "k3" else forward_kl)
+    assert (reversed_kl - forward_kl).abs().max() > 0.01 and ours.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_kl_terms_expected_gradient_is_that_of_the_reversed_kl(seed):
+def test_the_expected_gradient_of_k1_is_zero_though_its_value_is_the_kl_without_bias(seed):
     policy, reference = TinyPolicy(seed), TinyPolicy(seed + 100)
-    ours = expected_gradient(policy, policy.logprobs().sum(1).exp().detach(), torch.zeros(7, dtype=torch.float64),
-                             reference.logprobs().detach(), beta=1.0, token_mean=True)
-    p, q = policy.logits.log_softmax(-1), reference.logits.detach().log_softmax(-1)
-    visits = torch.tensor([1.0, *p[0, :2].exp().tolist()], dtype=torch.float64)  # how often each state is met
-    reversed_kl = torch.autograd.grad(visits @ (q.exp() * (q - p)).sum(1), policy.logits, retain_graph=True)[0]
-    forward_kl = torch.autograd.grad(visits @ (p.exp() * (p - q)).sum(1), policy.logits)[0]
-    torch.testing.assert_close(ours, reversed_kl)
-    assert (ours - forward_kl).abs().max() > 0.01 and ours.abs().max() > 0.01  # as k2 and k1 would give
+    probabilities = policy.logprobs().sum(1).exp().detach()
+    logprobs, ref = policy.logprobs(), reference.logprobs().detach()
+    expected = probabilities @ (kl_divergence(logprobs, ref, "k1") * MASK).sum(1)
+    assert expected.item() == pytest.approx((probabilities * (probabilities / ref.sum(1).exp()).log()).sum().item())
+    assert expected.item() > 0.01 and torch.autograd.grad(expected, policy.logits)[0].abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_coefficient_of_one_update_is_the_papers_equation_21(seed):
     policy, reference = TinyPolicy(seed), TinyPolicy(seed + 100)
     logprobs, ref, beta = policy.logprobs().detach().requires_grad_(), reference.logprobs().detach(), 0.04
-    policy_loss(logprobs, logprobs.detach(), ref, REWARDS, MASK, beta=beta, token_mean=True, normaliser=1)[0].backward()
+    policy_loss(logprobs, logprobs.detach(), ref, REWARDS, MASK, beta=beta, mean="token", normaliser=1)[0].backward()
     coefficient = REWARDS[:, None] + beta * ((ref - logprobs.detach()).exp() - 1)
     torch.testing.assert_close(-logprobs.grad, coefficient * MASK)
 
@@ -305,8 +585,9 @@ def share_of_sevens(text, example):
 
 
 def roll(model, config, prompts, generate, rules={"sevens": share_of_sevens}, weights={}, end_ids=(END,)):
-    return grpo.rollout(model, prompts, list, lambda ids: " ".join(map(str, ids)), generate, end_ids, rules, weights, config,
-                        torch.Generator().manual_seed(0))
+    groups = grpo.sample_groups(model, prompts, list, lambda ids: " ".join(map(str, ids)), generate, end_ids, rules, weights,
+                                config, torch.Generator().manual_seed(0))
+    return grpo.collate(groups, end_ids)
 
 
 MANY_ENDS = (END, 6, 9, 11, 14)  # so that lengths differ, whatever a seed draws
@@ -350,6 +631,53 @@ def test_rewards_are_weighted_sums_by_group_and_a_weight_of_zero_only_logs():
     assert r.rewards.tolist() == [[1 + 2.5, 2.5], [2 + 4, 3 + 4]]
 
 
+def test_the_length_penalty_is_added_to_the_reward_and_is_no_rule(tiny):
+    completions = [7, END], [7, 7, END], [7, 7, 7, END], [7] * 6
+    r = roll(torch.nn.Linear(1, 1), small(group_size=2, length_buffer=4), [[5], [8]], canned(*completions))
+    assert r.parts.keys() == {"sevens"}
+    assert (r.rewards.flatten() - r.parts["sevens"].flatten()).tolist() == pytest.approx([0, -0.25, -0.5, -1])
+
+
+# ------------------------------------------------------------------------------------------- dynamic sampling
+
+def draws(config, keep, prompts):
+    """What grpo.rollout answers, and what it drew in each round; a prompt's group is its number."""
+    rounds = []
+    answer = grpo.rollout(lambda examples: rounds.append(examples) or list(examples), prompts, config, keep)
+    return *answer, rounds
+
+
+def test_groups_that_are_refused_are_replaced_by_the_next_prompts_and_counted():
+    prompts = iter(range(100))
+    groups, discarded, rounds = draws(small(prompts_per_rollout=4, resample=3), lambda n: n % 3 == 0, prompts)
+    assert rounds == [[0, 1, 2, 3], [4, 5], [6, 7], [8]]  # only as many as are missing
+    assert groups == [0, 3, 6] and discarded == 6  # three more rounds at most: one is missing
+    assert next(prompts) == 9
+
+
+def test_sampling_stops_as_soon_as_the_rollout_is_full():
+    groups, discarded, rounds = draws(small(prompts_per_rollout=3, resample=50), lambda n: n != 1, iter(range(100)))
+    assert groups == [0, 2, 3] and discarded == 1 and rounds == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize("resample", [0, 1, 3])
+def test_where_every_group_is_refused_the_first_that_were_drawn_stay(resample):
+    groups, discarded, rounds = draws(small(prompts_per_rollout=2, resample=resample), lambda n: False, iter(range(100)))
+    assert groups == [0, 1] and discarded == 2 * resample and len(rounds) == 1 + resample
+
+
+def test_without_resampling_refused_groups_are_left_out_and_without_keep_none_is_refused():
+    assert draws(small(prompts_per_rollout=4), lambda n: n > 1, iter(range(9)))[:2] == ([2, 3], 2)
+    assert draws(small(prompts_per_rollout=4, resample=3), None, iter(range(9))) == ([0, 1, 2, 3], 0, [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("rewards, signal", [([1., 1, 1, 1], False), ([0.1] * 7, False), ([0., 0, 0, 1], True),
+                                             ([1., 1, 1, 0.999], True), ([-2.] * 4, False),
+                                             ([100.1] * 8, False)])
+def test_a_group_has_a_signal_where_its_rewards_differ(rewards, signal):
+    assert grpo.has_signal(SimpleNamespace(rewards=torch.tensor(rewards))) is signal
+
+
 class Positional(torch.nn.Module):
     """Logits that depend on the position alone: a position's gradient comes from the tokens sampled there."""
 
@@ -365,9 +693,9 @@ def moved(r, advantages, **fields):
     """By how much one step of plain gradient descent moves each position's logits, and the step's metrics."""
     model, config = Positional(), small(beta=0.0, **fields)
     before = model.logits.detach().clone()
-    old = grpo.all_logprobs(model, r, config)
-    metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), r, list(range(len(r.texts))), old, None,
-                          advantages, config)
+    r.old_logprobs = grpo.all_logprobs(model, r, config)
+    metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), r, list(range(len(r.texts))), advantages, None,
+                          config)
     return (model.logits.detach() - before), metrics
 
 
@@ -384,28 +712,100 @@ def test_an_end_id_in_the_prompt_is_not_trained_and_a_sampled_padding_id_is():
     assert change[0].abs().sum() == 0 and change[1].argmax() == 0 and change[2, [0, END]].min() > 0
 
 
-@pytest.mark.parametrize("token_mean", [False, True])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, token_mean, per_token):
-    config = small(group_size=6, token_mean=token_mean, beta=0.1, clip_low=0.01, clip_high=0.01)
+@pytest.mark.parametrize("switches", [{}, {"sequence_ratio": True}, {"detach_ratio": True}, {"kl": "k2"}], ids=str)
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("per_token", [False, True], ids=["", "per_token"])
+def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, mean, per_token, switches):
+    config = small(group_size=6, mean=mean, beta=0.1, clip_low=0.01, clip_high=0.01, **switches)
     start, other = sharp(tiny, 1), sharp(tiny, 2)
     r = roll(start, config, [[1, 2], [4, 5, 6, 7, 8]], model_module.generate, end_ids=MANY_ENDS)
     assert len(set(r.lengths.tolist())) > 2
     noise = torch.Generator().manual_seed(0)
     advantages = torch.randn(r.mask.shape if per_token else 12, generator=noise)
-    old = grpo.all_logprobs(start, r, config) + 0.02 * torch.randn(r.mask.shape, generator=noise)
-    ref = grpo.all_logprobs(other, r, config)
+    r.old_logprobs = grpo.all_logprobs(start, r, config) + 0.02 * torch.randn(r.mask.shape, generator=noise)
+    r.ref_logprobs = grpo.all_logprobs(other, r, config)
+    importance = 2 * torch.rand(r.mask.shape, generator=noise)
     results = []
     for tokens in (1, 25, 10**6):
         config = replace(config, micro_batch_tokens=tokens)
         model = sharp(tiny, 1)
-        metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), r, [0, 2, 3, 5, 6, 7, 9, 11], old, ref,
-                              advantages, config)
+        metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), r, [0, 2, 3, 5, 6, 7, 9, 11], advantages,
+                              importance, config)
         results.append((torch.cat([p.detach().flatten() for p in model.parameters()]), metrics))
     for weights, metrics in results[1:]:
         torch.testing.assert_close(weights, results[0][0], atol=1e-6, rtol=1e-6)
         assert metrics == pytest.approx(results[0][1], rel=1e-5, abs=1e-6)
     assert 0 < results[0][1]["clip_fraction"] < 1 and results[0][1]["kl"] > 0
+
+
+@pytest.mark.parametrize("switches", [
+    {}, {"clip_low": 0.01}, {"clip_high": 0.01}, {"sequence_ratio": True}, {"detach_ratio": True}, {"mean": "token"},
+    {"mean": "constant"}, {"beta": 3.0}, {"kl": "k2"}], ids=str)
+def test_each_switch_of_the_config_reaches_the_loss(tiny, switches):
+    """An update is the gradient of policy_loss with these switches on the whole forward pass; each makes a difference."""
+    defaults = dict(clip_low=0.1, clip_high=0.4, sequence_ratio=False, detach_ratio=False, mean="sequence", beta=0.5, kl="k3")
+    r = roll(sharp(tiny, 1), small(group_size=6), [[1, 2], [4, 5, 6, 7, 8]], model_module.generate, end_ids=MANY_ENDS)
+    noise = torch.Generator().manual_seed(0)
+    r.old_logprobs = grpo.all_logprobs(sharp(tiny, 1), r, small()) + 0.3 * torch.randn(r.mask.shape, generator=noise)
+    r.ref_logprobs = grpo.all_logprobs(sharp(tiny, 2), r, small())
+    advantages, importance = torch.randn(12, generator=noise), torch.rand(r.mask.shape, generator=noise)
+
+    def updated(**fields):
+        model = sharp(tiny, 1)
+        metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), r, list(range(12)), advantages, importance,
+                              small(**fields))
+        return weights_of(sharp(tiny, 1)) - weights_of(model), metrics["loss"]
+
+    model, settings = sharp(tiny, 1), defaults | switches
+    logprobs, budget = token_logprobs(model(r.ids[:, :-1]), r.ids[:, 1:]), 12 * 6 if settings["mean"] == "constant" else None
+    loss, _ = policy_loss(logprobs, r.old_logprobs, r.ref_logprobs, advantages, r.mask, importance=importance,
+                          normaliser=budget, **settings)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    gradient, value = updated(**settings)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+    assert value == pytest.approx(loss.item(), rel=1e-4)
+    assert not switches or (updated(**defaults)[0] - gradient).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mean, divisor", [("sequence", None), ("token", 9), ("constant", 3 * 6)])
+@pytest.mark.parametrize("tokens", [1, 10**6])
+def test_an_update_is_divided_by_its_own_sequences_its_own_tokens_or_max_new_tokens_a_row(mean, divisor, tokens):
+    r = roll(Positional(), small(group_size=2), [[5, 6], [4, 8]], canned([7, END], [7, 8, 9, END], [8, END], [1, 4, END]))
+    model, config, rows = Positional(), small(mean=mean, beta=0.0, micro_batch_tokens=tokens), [0, 1, 3]  # of 2, 4, 3 tokens
+    advantages, probabilities, expected = torch.tensor([1., -2, 100, 3]), model.logits.detach().softmax(-1), torch.zeros(8, 10)
+    r.old_logprobs = grpo.all_logprobs(model, r, config)
+    for row in rows:
+        for t in range(r.lengths[row]):  # the token at t + 2 is predicted at t + 1
+            one_hot = torch.nn.functional.one_hot(r.ids[row, t + 2], 10)
+            expected[t + 1] += advantages[row] * (one_hot - probabilities[t + 1]) / (divisor or 3 * r.lengths[row])
+    before = model.logits.detach().clone()
+    metrics = grpo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), r, rows, advantages, None, config)
+    torch.testing.assert_close(model.logits.detach() - before, expected, atol=1e-6, rtol=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
+
+
+def test_the_gradient_is_cut_to_the_norm_of_grad_clip_and_reported_uncut(tiny):
+    r = roll(Positional(), small(group_size=2), [[5, 6]], canned([7, END], [7, 8, 9, END]))
+    (free, metrics), (cut, same) = (moved(r, torch.tensor([1., 2.]), grad_clip=norm) for norm in (1e9, 0.01))
+    assert metrics == same and free.norm().item() == pytest.approx(metrics["grad_norm"], rel=1e-4)
+    torch.testing.assert_close(cut, free * 0.01 / free.norm(), atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_and_the_forward_pass_are_in_the_configured_dtype_and_the_weights_stay_in_fp32(tiny, dtype):
+    model, sampled, passes = tiny(), [], []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: passes.append(logits.dtype))
+
+    def generate(sampler, *args, **settings):
+        sampled.append({p.dtype for p in sampler.parameters()})
+        count = len(passes)
+        result = model_module.generate(sampler, *args, **settings)
+        del passes[count:]  # the hook is copied with the model
+        return result
+    history = run(model, small(rollouts=1, dtype=dtype), generate=generate)
+    assert sampled == [{getattr(torch, dtype)}] and {*passes} == {getattr(torch, dtype)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert history[0]["sampler_gap"] < (0.05 if dtype == "bfloat16" else 1e-5)
 
 
 def test_scores_do_not_depend_on_the_micro_batches(tiny):
@@ -443,7 +843,10 @@ def weights_of(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("fields", [{}, {"token_mean": True, "scale_by_std": False, "beta": 0.0}], ids=["r1", "dr"])
+@pytest.mark.parametrize("fields", [{}, {"mean": "token", "scale_by_std": False, "beta": 0.0},
+                                    *({**METHODS[name], "scale_by_std": name in ("GRPO", "DAPO", "GSPO", "CISPO"),
+                                       "leave_one_out": name == "RLOO"} for name in METHODS if name != "PPO")],
+                         ids=["r1", "token", *(name for name in METHODS if name != "PPO")])
 def test_the_reward_rises_within_a_few_rollouts(tiny, fields):
     history = run(tiny(), small(rollouts=12, group_size=16, minibatches=4, **fields))
     rewards = [metrics["reward"] for metrics in history]
@@ -462,8 +865,8 @@ def test_the_old_policy_stays_fixed_during_a_rollouts_updates_so_that_the_clip_a
     assert one["clip_fraction"] == 0 < four["clip_fraction"] and abs(four["ratio"] - 1) > 1e-3
 
 
-def test_the_ratio_is_one_in_a_model_with_dropout_too(tiny):
-    """A model copied from elsewhere may have some: the ratio must not measure its noise."""
+def test_the_ratio_is_one_and_the_kl_zero_in_a_model_with_dropout_too(tiny):
+    """A model copied from elsewhere may have some: neither ratio nor KL must measure its noise."""
     class Dropped(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -472,7 +875,8 @@ def test_the_ratio_is_one_in_a_model_with_dropout_too(tiny):
         def forward(self, ids):
             return self.inner.head(self.dropout(self.inner.hidden(ids)))
     generate = lambda model, *args, **kwargs: model_module.generate(model.inner, *args, **kwargs)
-    assert run(Dropped(), small(rollouts=1, minibatches=1), generate=generate)[0]["clip_fraction"] == 0
+    first = run(Dropped(), small(rollouts=1, minibatches=1), generate=generate)[0]
+    assert first["clip_fraction"] == 0 and first["kl"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -502,28 +906,44 @@ def test_two_runs_of_one_seed_are_alike_and_of_two_seeds_are_not(tiny):
     assert a == b != c
 
 
+def test_the_seed_decides_both_what_is_sampled_and_how_it_is_shuffled(tiny, monkeypatch):
+    texts, rows, update = [], [], grpo.update
+
+    def spy(model, optimizer, r, batch, *rest):
+        rows.append(batch)
+        return update(model, optimizer, r, batch, *rest)
+    monkeypatch.setattr(grpo, "update", spy)
+    for seed in (0, 1):
+        run(tiny(), small(rollouts=1, minibatches=1, seed=seed), log=lambda metrics, r: texts.append(r.texts))
+    assert texts[0] != texts[1] and rows[0] != rows[1]
+
+
 def test_training_takes_nothing_from_and_leaves_nothing_in_the_global_random_state(tiny):
     model, state = tiny(), torch.get_rng_state()
     run(model, small(rollouts=1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.0])
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_run_that_stopped_goes_on_identically(tiny, tmp_path, stop, beta):
-    config = small(rollouts=4, reference_every=3, beta=beta, warmup=5)
+def stopped_and_resumed(tiny, tmp_path, stop, config, credit=lambda: None, **arguments):
+    """A run that is killed after `stop` rollouts and goes on, in a new process as it were, is the uninterrupted one."""
     through = tiny()
-    history = run(through, config)
+    history = run(through, config, credit=credit(), **arguments)
 
     def save(**state):
         if state["step"] == stop:
             checkpoint.save(tmp_path, *checkpoint.state_of(**state))
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        run(tiny(), config, save=save)
+        run(tiny(), config, credit=credit(), save=save, **arguments)
     resumed = tiny(seed=5)
-    rest = run(resumed, config, resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
-    assert rest == history[stop:] and torch.equal(weights_of(resumed), weights_of(through))
+    rest = run(resumed, config, credit=credit(), resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)), **arguments)
+    assert len(history) > stop and rest == history[stop:] and torch.equal(weights_of(resumed), weights_of(through))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.0])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_that_stopped_goes_on_identically(tiny, tmp_path, stop, beta):
+    stopped_and_resumed(tiny, tmp_path, stop, small(rollouts=4, reference_every=3, beta=beta, warmup=5))
 
 
 def test_resuming_a_run_that_was_done_does_nothing(tiny, tmp_path):
@@ -553,18 +973,263 @@ def test_the_learning_rate_warms_up_over_updates_and_stays(tiny):
     assert rates == pytest.approx([0.004, 0.008, 0.01, 0.01])
 
 
+def test_updates_are_split_among_mini_batches_so_that_each_completion_is_in_one(tiny, monkeypatch):
+    seen, update = [], grpo.update
+
+    def spy(model, optimizer, r, rows, *rest):
+        seen.append(rows)
+        return update(model, optimizer, r, rows, *rest)
+    monkeypatch.setattr(grpo, "update", spy)
+    run(tiny(), small(rollouts=1, minibatches=3, inner_epochs=2))
+    assert [len(rows) for rows in seen] == [3, 3, 2] * 2 and seen[:3] != seen[3:]
+    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(8)) != sum(seen[:3], [])
+
+
+def drawn_prompts(drawn):
+    """A generate that notes the prompts of each draw."""
+    def generate(model, prompts, **settings):
+        drawn.append([tuple(prompt) for prompt in prompts])
+        return model_module.generate(model, prompts, **settings)
+    return generate
+
+
+ORDER = list(itertools.islice(itertools.cycle([(1, 2), (4, 5, 6), (8,)]), 60))
+
+
+def test_dynamic_sampling_leaves_out_groups_without_signal_and_neither_skips_nor_repeats_a_prompt(tiny):
+    """Prompts that begin with 8 have no signal."""
+    drawn, kept, history = [], [], []
+    rules = {"sevens": lambda text, example: 0.0 if example == [8] else share_of_sevens(text, example) + len(text) / 100}
+    run(tiny(), small(rollouts=4, resample=5), rewards=rules, generate=drawn_prompts(drawn),
+        log=lambda metrics, r: (kept.append(r.examples), history.append(metrics)))
+    assert kept == [[[1, 2], [4, 5, 6]]] + [[[1, 2], [4, 5, 6]]] * 3
+    flat = sum(drawn, [])
+    assert flat == ORDER[:len(flat)] and len(flat) == 11  # an 8 is drawn and refused before the 2nd, 3rd and 4th
+    assert [m["discarded"] for m in history] == [0, 1, 1, 1] and all(m["no_signal"] == 0 for m in history)
+    assert [m["samples"] for m in history] == [8, 20, 32, 44]
+
+
+def test_where_no_group_has_a_signal_the_run_goes_on_and_counts_what_it_threw_away(tiny):
+    model, drawn, history = tiny(), [], []
+    run(model, small(rollouts=2, resample=2, beta=0.0), rewards={"constant": lambda text, example: 1.0},
+        generate=drawn_prompts(drawn), log=lambda metrics, r: history.append((r.examples, metrics)))
+    assert [len(round) for round in drawn] == [2] * 6 and sum(drawn, []) == ORDER[:12]
+    assert [examples for examples, _ in history] == [[[1, 2], [4, 5, 6]]] * 2  # of 6 prompts, twice around the three
+    assert [(m["discarded"], m["samples"], m["no_signal"]) for _, m in history] == [(4, 24, 1), (4, 48, 1)]
+    assert torch.equal(weights_of(model), weights_of(tiny()))
+
+
+def test_keep_decides_which_groups_are_learnt_from(tiny):
+    kept = []
+    run(tiny(), small(rollouts=2), keep=lambda group: len(group.prompt) > 1 and len(group.completions) == 4,
+        log=lambda metrics, r: kept.append((r.examples, len(r.ids), metrics["discarded"])))
+    assert kept == [([[1, 2], [4, 5, 6]], 8, 0), ([[1, 2]], 4, 1)]
+
+
+def test_a_rollout_of_fewer_completions_than_mini_batches_makes_no_empty_update(tiny):
+    rows = []
+    credit = SimpleNamespace(advantages=lambda r: torch.ones(2), learn=lambda r, batch: rows.append(len(batch)) or {})
+    history = run(tiny(), small(rollouts=2, prompts_per_rollout=3, group_size=2, minibatches=5), credit=credit,
+                  keep=lambda group: group.example == [8])
+    assert rows == [1] * 4 and all(math.isfinite(value) for metrics in history for value in metrics.values())
+
+
+@pytest.mark.parametrize("budget, rollouts", [(1, 1), (8, 1), (9, 2), (24, 3), (25, 4), (0, 6)])
+def test_a_run_stops_where_its_budget_of_completions_is_spent(tiny, budget, rollouts):
+    history = run(tiny(), small(rollouts=6, sample_budget=budget))
+    assert [m["samples"] for m in history] == [8 * (i + 1) for i in range(rollouts)]
+
+
+def test_discarded_completions_are_paid_from_the_budget(tiny):
+    history = run(tiny(), small(rollouts=6, resample=1, sample_budget=32), rewards={"constant": lambda text, example: 1.0})
+    assert [m["samples"] for m in history] == [16, 32]
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_run_with_dynamic_sampling_and_a_budget_goes_on_identically(tiny, tmp_path, stop):
+    config = small(rollouts=9, resample=2, sample_budget=48, warmup=5)
+    rules = {"sevens": lambda text, example: 0.0 if example == [8] else share_of_sevens(text, example) + len(text) / 100}
+    stopped_and_resumed(tiny, tmp_path, stop, config, rewards=rules)
+
+
+def test_a_cut_sampler_cannot_be_configured():
+    for field in ("top_p", "top_k", "min_p"):
+        with pytest.raises(TypeError):
+            GRPOConfig(**{field: 0.9})
+
+
+def test_a_sampler_that_cut_the_vocabulary_all_the_same_shows_as_a_sampler_gap(tiny):
+    plain, cut = (run(sharp(tiny), small(rollouts=1), generate=generate)[0]["sampler_gap"]
+                  for generate in (model_module.generate, partial(model_module.generate, top_p=0.5)))
+    assert plain < 1e-5 and cut > 0.3
+
+
+def lying(shift):
+    """A generate whose log-probabilities are wrong by shift, alternately above and below the truth."""
+    def generate(*args, **settings):
+        ids, lengths, logprobs = model_module.generate(*args, **settings)
+        return ids, lengths, logprobs + shift * torch.tensor([1., -1]).repeat(4)[:logprobs.shape[1]]
+    return generate
+
+
+def test_the_sampler_gap_is_the_mean_distance_of_its_log_probabilities_whatever_their_side(tiny):
+    assert run(tiny(), small(rollouts=1), generate=lying(1.0))[0]["sampler_gap"] == pytest.approx(1, abs=1e-5)
+
+
+def importance_of(model, monkeypatch, config, generate):
+    seen, update = [], grpo.update
+
+    def spy(model, optimizer, r, rows, advantages, importance, config):
+        seen.append((r, importance))
+        return update(model, optimizer, r, rows, advantages, importance, config)
+    monkeypatch.setattr(grpo, "update", spy)
+    run(model, config, generate=generate)
+    monkeypatch.undo()
+    return seen[0]
+
+
+def test_importance_weights_are_pi_old_over_the_sampler_and_at_most_the_cap(tiny, monkeypatch):
+    r, importance = importance_of(tiny(), monkeypatch, small(rollouts=1, importance_cap=1.5), lying(1.0))
+    expected = [[min(math.exp(old - sampled), 1.5) for old, sampled in zip(*rows)]
+                for rows in zip(r.old_logprobs.tolist(), r.sampled_logprobs.tolist())]
+    torch.testing.assert_close(importance, torch.tensor(expected))
+    assert {round(w, 3) for w in importance[r.mask].tolist()} == {0.368, 1.5}  # 1/e, and e cut
+
+
+def test_importance_weights_are_one_where_sampler_and_trainer_agree_and_absent_without_a_cap(tiny, monkeypatch):
+    r, importance = importance_of(tiny(), monkeypatch, small(rollouts=1, importance_cap=2.0), model_module.generate)
+    torch.testing.assert_close(importance, torch.ones(r.mask.shape), atol=1e-5, rtol=0)
+    assert importance_of(tiny(), monkeypatch, small(rollouts=1), lying(1.0))[1] is None
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_importance_weights_are_finite_however_wrong_the_sampler_is(tiny, monkeypatch, shift):
+    _, importance = importance_of(tiny(), monkeypatch, small(rollouts=1, importance_cap=3.0), lying(shift))
+    assert importance.isfinite().all() and importance.min() == 0 and importance.max() == 3
+
+
+def test_importance_weights_change_what_is_learnt(tiny):
+    a, b, c = (run(tiny(), small(rollouts=1, importance_cap=cap), generate=lying(shift))[0]["grad_norm"]
+               for cap, shift in ((0.0, 1.0), (0.5, 0.0), (0.5, 1.0)))
+    assert a > 0 and b == pytest.approx(a / 2, rel=0.2) and abs(c - a) > 0.1 * a
+
+
+@pytest.mark.parametrize("method, fields", [("GRPO", {}), ("Dr. GRPO", {"scale_by_std": False}),
+                                            ("RLOO", {"scale_by_std": False, "leave_one_out": True})])
+def test_the_advantages_learnt_from_are_those_of_the_configured_method(tiny, monkeypatch, method, fields):
+    seen, update = [], grpo.update
+
+    def spy(model, optimizer, r, rows, advantages, *rest):
+        seen.append((r.rewards.tolist(), advantages.tolist()))
+        return update(model, optimizer, r, rows, advantages, *rest)
+    monkeypatch.setattr(grpo, "update", spy)
+    run(tiny(), small(rollouts=1, **fields), rewards={"length": lambda text, example: len(text) / 7})
+    for rewards, advantages in seen:
+        assert advantages == pytest.approx(advantages_by_hand(method, rewards), abs=1e-5)
+        assert max(map(abs, advantages)) > 0.1
+
+
 def test_credit_takes_the_place_of_the_group_advantages(tiny):
     """The group advantages by another way give the same run, per completion and per token; others another."""
+    def credit(advantages):
+        return SimpleNamespace(advantages=advantages, learn=lambda r, rows: {})
     own = lambda r: group_advantages(r.rewards).flatten()
     spread = lambda r: own(r)[:, None] * r.mask
     opposite = lambda r: -own(r)
-    plain, a, b, c = (run(tiny(), small(rollouts=2), credit=credit) for credit in (None, own, spread, opposite))
+    plain, a, b, c = (run(tiny(), small(rollouts=2), credit=credit)
+                      for credit in (None, credit(own), credit(spread), credit(opposite)))
     assert plain == a == b != c
+
+
+def test_credit_sees_the_log_probabilities_of_the_policy_that_sampled_and_of_the_reference(tiny):
+    model, start, steps = sharp(tiny), sharp(tiny), []
+
+    def one_row(model, r, row):
+        length, ids = r.lengths[row], r.ids[row, :r.ends[row]]
+        return model(ids[None])[0, -length - 1:-1].log_softmax(-1)[range(length), ids[-length:]]
+
+    def advantages(r):
+        for row in range(8):
+            for scores, scorer in ((r.old_logprobs, model), (r.ref_logprobs, start)):
+                torch.testing.assert_close(scores[row, r.mask[row]], one_row(scorer, r, row).detach(), atol=1e-5, rtol=0)
+        assert (r.old_logprobs[~r.mask] == 0).all() and (r.ref_logprobs[~r.mask] == 0).all()
+        steps.append((r.old_logprobs - r.ref_logprobs).abs().max().item())
+        return torch.randn(8, generator=torch.Generator().manual_seed(0))
+    run(model, small(rollouts=3, reference_every=100), credit=SimpleNamespace(advantages=advantages, learn=lambda r, rows: {}))
+    assert steps[0] == 0 and min(steps[1:]) > 1e-3
+
+
+def test_credit_learns_once_after_each_update_of_the_policy_and_from_the_same_rows(tiny, monkeypatch):
+    calls, update, model = [], grpo.update, tiny()
+
+    def spy(model, optimizer, r, rows, *rest):
+        metrics = update(model, optimizer, r, rows, *rest)
+        calls.append(("policy", id(r), list(rows), weights_of(model)))
+        return metrics
+
+    def learn(r, rows):
+        calls.append(("credit", id(r), list(rows), weights_of(model)))
+        return {"critic_loss": float(len(calls))}
+    monkeypatch.setattr(grpo, "update", spy)
+    history = run(model, small(rollouts=2, minibatches=3, inner_epochs=2),
+                  credit=SimpleNamespace(advantages=lambda r: r.rewards.flatten(), learn=learn))
+    assert [call[0] for call in calls] == ["policy", "credit"] * 12
+    for (_, r, rows, weights), (_, same_r, same_rows, same_weights) in zip(calls[::2], calls[1::2]):
+        assert r == same_r and rows == same_rows and torch.equal(weights, same_weights)
+    assert [m["critic_loss"] for m in history] == [sum(range(2, 14, 2)) / 6, sum(range(14, 26, 2)) / 6]  # the updates' mean
+
+
+class Critic:
+    """A credit with a state: it predicts a completion's reward from its length and entropy, and learns with noise."""
+
+    def __init__(self):
+        self.value = torch.nn.Linear(2, 1)
+        torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
+        self.optimizer = torch.optim.Adam(self.value.parameters(), lr=0.1)
+        self.generator = torch.Generator().manual_seed(0)
+        self.objects = {"value": self.value, "value_optimizer": self.optimizer, "noise": self.generator}
+
+    def predict(self, r):
+        return self.value(torch.stack([r.lengths.float(), -r.old_logprobs.sum(1)], 1))[:, 0]
+
+    def advantages(self, r):
+        return (r.rewards.flatten() - self.predict(r)).detach()
+
+    def learn(self, r, rows):
+        noise = torch.randn(len(rows), generator=self.generator) / 10
+        loss = (self.predict(r)[rows] - r.rewards.flatten()[rows] + noise).square().mean()
+        self.optimizer.zero_grad(), loss.backward(), self.optimizer.step()
+        return {"value_loss": loss.item()}
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_run_with_a_credit_that_learns_goes_on_identically(tiny, tmp_path, stop):
+    stopped_and_resumed(tiny, tmp_path, stop, small(rollouts=4, reference_every=3), credit=Critic)
+
+
+def test_a_credit_that_needs_a_reference_gets_one_without_a_kl_in_the_loss(tiny):
+    def run_with(needs_reference):
+        seen, states, model = [], [], tiny()
+        credit = SimpleNamespace(advantages=lambda r: seen.append(r.ref_logprobs) or group_advantages(r.rewards).flatten(),
+                                 learn=lambda r, rows: {}, needs_reference=needs_reference)
+        history = run(model, small(rollouts=3, beta=0.0, reference_every=2), credit=credit,
+                      save=lambda **s: states.append("reference" in s))
+        return weights_of(model), history, seen, states
+    weights, history, seen, states = run_with(False)
+    assert seen == [None] * 3 and not any(states)
+    same, same_history, seen, states = run_with(True)
+    assert all(ref is not None and ref.abs().sum() > 0 for ref in seen) and all(states)
+    assert torch.equal(weights, same) and history == same_history and all(m["kl"] == 0 and "k1" not in m for m in history)
 
 
 def test_validation_comes_every_so_often_and_at_the_end(tiny):
     history = run(tiny(), small(rollouts=5, validate_every=2), validate=lambda model: {"accuracy": 0.5})
     assert [m["step"] for m in history if "validation_accuracy" in m] == [2, 4, 5]
+
+
+def test_validation_comes_at_the_end_of_a_run_too_that_its_budget_stops(tiny):
+    history = run(tiny(), small(rollouts=9, validate_every=2, sample_budget=24), validate=lambda model: {"accuracy": 0.5})
+    assert [m["step"] for m in history if "validation_accuracy" in m] == [2, 3]
 
 
 def test_nothing_is_sampled_but_at_the_configured_temperature_over_the_whole_vocabulary(tiny):
@@ -583,6 +1248,8 @@ def test_the_metrics_say_what_the_rollout_holds(tiny):
         assert metrics["length"] == pytest.approx(r.lengths.sum().item() / 8) and metrics["tokens"] == r.lengths.sum()
         assert metrics["unfinished"] == pytest.approx(1 - sum(text.split()[-1] == str(END) for text in r.texts) / 8)
         assert metrics["entropy"] == pytest.approx(-r.sampled_logprobs.sum().item() / r.mask.sum().item(), rel=1e-4)
+        spreads = [math.sqrt(sum((x - sum(group) / 4) ** 2 for x in group) / 3) for group in r.rewards.tolist()]
+        assert metrics["group_std"] == pytest.approx(sum(spreads) / 2, abs=1e-6)
         equal = [len(set(group)) == 1 for group in r.rewards.tolist()]
         assert metrics["no_signal"] == pytest.approx(sum(equal) / len(equal))
     run(tiny(), small(), log=check)
@@ -609,10 +1276,118 @@ def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
 
 # ------------------------------------------------------------------------------------------- beside TRL
 
+with safe_open(Path(__file__).parent / "fixtures" / "trl_losses.safetensors", "pt") as file:  # made by make_trl_losses.py
+    ABOUT, TRL = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
+CASES = {case["name"]: case | {"row": i} for i, case in enumerate(ABOUT["cases"])}
+
+
+def in_our_words(case):
+    """The tensors (float64) and switches of policy_loss that a case of TRL's settings stands for."""
+    cispo, high = case["loss_type"] == "cispo", case["epsilon_high"] or case["epsilon"]
+    x = {name: tensor.double() for name, tensor in TRL.items() if name != "mask"} | {"mask": TRL["mask"]}
+    logprobs = x["logprobs"].requires_grad_()
+    advantages = x["token_advantages" if "token_advantages" in case["name"] else "advantages"]
+    switches = dict(
+        # TRL's epsilon_high of CISPO is the upper clip itself, and it has no lower one
+        clip_low=1 if cispo else case["epsilon"], clip_high=high - 1 if cispo else high, detach_ratio=cispo,
+        sequence_ratio=case["importance_sampling_level"] == "sequence", beta=case["beta"],
+        mean={"grpo": "sequence", "dr_grpo": "constant"}.get(case["loss_type"], "token"),
+        normaliser=len(logprobs) * ABOUT["max_completion_length"] if case["loss_type"] == "dr_grpo" else None,
+        importance=x[f"weights_{case['vllm_importance_sampling_mode']}"] if case["use_vllm"] else None)
+    return (logprobs, x["old_logprobs"], x["ref_logprobs"] if case["beta"] else None, advantages, x["mask"]), switches
+
+
+def of_trl(case, suffix=""):
+    return TRL["loss" + suffix][case["row"]], TRL["gradient" + suffix][case["row"]]
+
+
+SAME = [name for name, case in CASES.items() if not case["delta"] and not case.get("use_bias_correction_kl")]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_loss_and_gradient_are_those_that_trl_computed(name):
+    tensors, switches = in_our_words(CASES[name])
+    loss, _ = policy_loss(*tensors, **switches)
+    loss.backward()
+    theirs, gradient = of_trl(CASES[name])
+    torch.testing.assert_close(loss.detach(), theirs, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(tensors[0].grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_loss_and_gradient_are_those_that_trl_computed_in_fp32(name):
+    tensors, switches = in_our_words(CASES[name])
+    logprobs, *others = (x if x is None or x is tensors[4] else x.detach().float() for x in tensors)
+    if switches["importance"] is not None:
+        switches["importance"] = switches["importance"].float()
+    loss, _ = policy_loss(logprobs.requires_grad_(), *others, **switches)
+    loss.backward()
+    theirs, gradient = of_trl(CASES[name], "_float32")
+    torch.testing.assert_close(loss.detach(), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logprobs.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+def beside_trl(tensors, switches, extra):
+    """Our loss plus the mean, taken as the switches say, of an extra loss a token; its value and gradient."""
+    logprobs, mask = tensors[0], tensors[4].double()
+    extra = torch.where(mask > 0, extra, 0)
+    if switches["mean"] == "sequence":
+        extra = (extra.sum(1) / mask.sum(1).clamp(min=1)).sum() / len(mask)
+    else:
+        extra = extra.sum() / (switches["normaliser"] or mask.sum())
+    loss = policy_loss(*tensors, **switches)[0] + extra
+    return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("use_bias_correction_kl")])
+def test_trls_corrected_kl_is_our_k3_times_the_ratio(name):
+    """TRL's use_bias_correction_kl (DeepSeek-V3.2) weighs k3 by pi / pi_old and differentiates the product. We follow
+    DeepSeekMath eq. 3, where the KL has no weight: on-policy the values agree and the gradients descend different KLs."""
+    (logprobs, old, ref, advantages, mask), switches = in_our_words(CASES[name])
+    log_ratio = torch.where(mask > 0, logprobs - old, 0)
+    if switches["sequence_ratio"]:
+        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None]
+    beta, switches["beta"] = switches["beta"], 0.0
+    d = ref - logprobs
+    value, gradient = beside_trl((logprobs, old, None, advantages, mask), switches, beta * log_ratio.exp() * (d.exp() - d - 1))
+    theirs, their_gradient = of_trl(CASES[name])
+    torch.testing.assert_close(value, theirs, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, their_gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["delta"]])
+def test_trls_delta_bounds_what_we_leave_unbounded_for_a_negative_advantage(name):
+    """TRL's delta (INTELLECT-2's two-sided clip) holds the ratio below it for A < 0 too, where eq. 3's min never clips:
+    such a token costs -delta A there and has no gradient."""
+    tensors, switches = in_our_words(CASES[name])
+    logprobs, old, _, advantages, mask = tensors
+    ratio, delta = (logprobs - old).exp(), CASES[name]["delta"]
+    bounded = (ratio > delta) & (advantages[:, None] < 0)
+    assert (bounded & (mask > 0)).any()
+    value, gradient = beside_trl(tensors, switches, torch.where(bounded, (ratio - delta) * advantages[:, None], 0))
+    theirs, their_gradient = of_trl(CASES[name])
+    torch.testing.assert_close(value, theirs, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, their_gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_advantages_are_those_that_trl_computed():
+    rewards = TRL["rewards"].double()
+    torch.testing.assert_close(group_advantages(rewards), TRL["advantages_group"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(group_advantages(rewards, scale_by_std=False), TRL["advantages_none"])
+    # the std of the whole batch is a choice that we leave out (arXiv 2508.08221)
+    torch.testing.assert_close(group_advantages(rewards, scale_by_std=False) / (rewards.std() + 1e-4), TRL["advantages_batch"])
+
+
+def test_trls_truncated_weights_are_those_that_importance_cap_makes():
+    on = TRL["mask"] > 0
+    ours = torch.exp(TRL["old_logprobs"].double() - TRL["sampler_logprobs"].double()).clamp(max=2)
+    torch.testing.assert_close(ours[on], TRL["weights_token_truncate"][on], rtol=1e-6, atol=0)
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="trl is not installed")
-@pytest.mark.parametrize("token_mean", [False, True])
-def test_loss_and_gradient_are_those_of_trl(token_mean):
+@pytest.mark.parametrize("mean", ["sequence", "token"])
+def test_loss_and_gradient_are_those_of_trl(mean):
     """TRL's own _compute_loss, on a stand-in for the trainer that has only what the method reads."""
     from trl.trainer.grpo_trainer import GRPOTrainer
     logprobs, old, ref, advantages, _ = (torch.tensor(x, dtype=torch.float64) for x in ragged(1))
@@ -622,7 +1397,7 @@ def test_loss_and_gradient_are_those_of_trl(token_mean):
         logprobs = logprobs.detach().requires_grad_()
         if theirs:
             settings = dict(top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token", beta=0.1,
-                            loss_type="bnpo" if token_mean else "grpo", epsilon_low=0.2, epsilon_high=0.28, use_vllm=False,
+                            loss_type={"token": "bnpo", "sequence": "grpo"}[mean], epsilon_low=0.2, epsilon_high=0.28, use_vllm=False,
                             args=SimpleNamespace(use_bias_correction_kl=False, delta=None), aux_loss_enabled=False,
                             model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
                             _entropy_bonus_enabled=False, _metrics={"train": Recorder()},
@@ -636,7 +1411,7 @@ def test_loss_and_gradient_are_those_of_trl(token_mean):
             metrics = {"kl": trainer._metrics["train"]["kl"][0],
                        "clip_fraction": trainer._metrics["train"]["clip_ratio/region_mean"][0]}
         else:
-            loss, metrics = policy_loss(logprobs, old, ref, advantages, mask, clip_high=0.28, beta=0.1, token_mean=token_mean)
+            loss, metrics = policy_loss(logprobs, old, ref, advantages, mask, clip_high=0.28, beta=0.1, mean=mean)
         loss.backward()
         results.append((loss.item(), logprobs.grad.clone(), metrics))
     (a, grad_a, metrics_a), (b, grad_b, metrics_b) = results
