@@ -62,7 +62,7 @@ class Preset:
     control: GRPOConfig = GRPOConfig(rollouts=45, lr=3e-4, scale_by_std=False)  # of a student: no less compute than SFT takes
     rl1: GRPOConfig = GRPOConfig(rollouts=30, lr=2e-4, scale_by_std=False)
     rl2: GRPOConfig = GRPOConfig(rollouts=45, lr=2e-4, scale_by_std=False, temperature=0.7)
-    compare_samples: int = 4096       # completions that each method of --compare may sample
+    compare_samples: int = 3072       # completions that each method of --compare may sample
     compare_lr: dict = field(default_factory=dict)  # of a method; else zero's
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
 

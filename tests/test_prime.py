@@ -136,9 +136,12 @@ def sharp(tiny, seed=0):
     return model
 
 
-def rolled(model, config, rule="accuracy", seed=0, prompts=([1, 2], [4, 5, 6, 7, 8])):
-    """A Rollout of two groups, of ragged lengths; right is what holds a token below 3."""
-    right = lambda text, example: float(min(map(int, text.split())) < 3)
+def holds_a_low_token(text, example):
+    return float(min(map(int, text.split())) < 3)
+
+
+def rolled(model, config, rule="accuracy", right=holds_a_low_token, seed=0, prompts=([1, 2], [4, 5, 6, 7, 8])):
+    """A Rollout of two groups, of ragged lengths and some of them right."""
     groups = grpo.sample_groups(model, prompts, list, lambda ids: " ".join(map(str, ids)), model_module.generate, MANY_ENDS,
                                 {rule: right, "other": lambda text, example: 0.5}, {}, config,
                                 torch.Generator().manual_seed(seed))
@@ -211,8 +214,9 @@ def test_it_learns_to_tell_right_completions_from_wrong_ones_also_those_it_has_n
     model, config, history = sharp(tiny), small(group_size=16), []
     credit = PRIME(model, config, PRIMEConfig(prm_lr=0.01, prm_beta=0.5))
     for seed in range(40):
-        advantages = credit.advantages(rolled(model, config, seed=seed))
-        history.append(credit.learn(None, [0]))
+        r = rolled(model, config, right=lambda text, example: float(int(text.split()[0]) < 8), seed=seed)
+        advantages = credit.advantages(r)
+        history.append(credit.learn(r, [0]))
     last = {name: sum(metrics[name] for metrics in history[-5:]) / 5 for name in history[0]}
     assert history[0]["prm_loss"] == pytest.approx(math.log(2)) and not advantages.requires_grad
     assert last["prm_loss"] < 0.3 and last["prm_accuracy"] > 0.85, last
