@@ -36,10 +36,11 @@ def open_model(dir, dtype=None, device=None):
     return model, tokenizer
 
 
-def reinforce(description, train, config_class, credit_class=None, credit_config=None):
+def reinforce(description, train, config_class, credit_class=None, credit_config=None, **defaults):
     """The script of grpo.py, and of the files that put another credit in place of the group advantages.
 
-    credit_class(model, config, credit_config's fields) makes the object that `train` takes as credit.
+    credit_class(model, config, credit_config's fields) makes the object that `train` takes as credit; `defaults` are those
+    of the config's fields that its method sets otherwise.
     """
     parser = Parser(description=description)
     parser.add_argument("--model", required=True, help="model directory")
@@ -52,7 +53,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
         parser.add_fields(credit_config)
     parser.add_argument("--config", choices=PUBLISHED | METHODS, help="a paper's settings (configs.py) as defaults")
     chosen = parser.parse_args().config
-    parser.set_defaults(**(PUBLISHED | METHODS).get(chosen, {}))
+    parser.set_defaults(**defaults | (PUBLISHED | METHODS).get(chosen, {}))
     args = parser.parse_args()
     try:
         config = fields_of(args, config_class)

@@ -38,7 +38,7 @@ LIKE = dict(mean="token", beta=0.0)  # PPO's and PRIME's loss: the clipped ratio
 ENTRIES = {name: (settings, None) for name, settings in METHODS.items() if name != "reinforce"} | {
     "ppo_0.95": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=0.95))),
     "ppo_1.0": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=1.0))),
-    "prime": (LIKE | dict(resample=3), lambda model, config: PRIME(model, config, PRIMEConfig(prm_lr=config.lr))),
+    "prime": (LIKE | dict(resample=3), lambda model, config: PRIME(model, config, PRIMEConfig(prm_lr=2 * config.lr))),
     "online_rft": (PLAIN | dict(mean="token"), lambda model, config: RejectionFineTuning()),
     "random": (METHODS["grpo"], None),
     "format": (METHODS["grpo"], None),

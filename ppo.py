@@ -45,20 +45,23 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     delta_t = r_t + gamma V_t+1 - V_t, with V = 0 after the last sampled token; A_t = sum_l (gamma lam)^l delta_t+l.
     Returns = A + V, of these advantages, before anything whitens them. A row's ones stand side by side in the mask.
     """
-    mask = mask.to(values.dtype)
-    rewards, values = rewards * mask, values * mask  # V_t+1 is 0 where t is the row's last
+    mask = mask.bool()
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)  # V_t+1 is 0 where t is the row's last
     advantages, following, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]                                   # (B,)
+        following = torch.where(mask[:, t], delta + gamma * lam * following, 0)                      # (B,)
         advantages[:, t], next_value = following, values[:, t]
-    return advantages, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def whiten(advantages, mask):
-    """To mean 0 and std 1 over the sampled tokens. (B, T) -> (B, T), 0 outside the mask."""
+    """To mean 0 and std 1 over the sampled tokens. (B, T) -> (B, T), 0 outside the mask.
+
+    1e-4 as in grpo.group_advantages: equal advantages stay near 0, instead of their rounding growing to a std of 1.
+    """
     chosen = advantages[mask.bool()]
-    return torch.where(mask.bool(), (advantages - chosen.mean()) / (chosen.std(unbiased=False) + 1e-8), 0)
+    return torch.where(mask.bool(), (advantages - chosen.mean()) / (chosen.std(unbiased=False) + 1e-4), 0)
 
 
 def value_loss(values, old_values, returns, mask, clip, normaliser=None):
@@ -66,9 +69,17 @@ def value_loss(values, old_values, returns, mask, clip, normaliser=None):
 
     normaliser: the whole update's number of tokens, where this is one micro-batch of several.
     """
+    values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    losses = torch.max((values - returns).square(), (clipped - returns).square())
-    return 0.5 * torch.where(mask.bool(), losses, 0).sum() / (normaliser or mask.sum().clamp(min=1))
+    losses = torch.max((values - returns).square(), (clipped - returns).square())  # 0 outside the mask
+    return 0.5 * losses.sum() / (normaliser or mask.sum().clamp(min=1))
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(R - V) / Var(R) over the sampled tokens; 0 where all returns are equal, which leave nothing to explain."""
+    values, returns = values[mask], returns[mask]
+    variance = returns.var(unbiased=False)
+    return (1 - (returns - values).var(unbiased=False) / variance).item() if variance > 1e-8 else 0.0
 
 
 class Critic(nn.Module):
@@ -81,12 +92,14 @@ class Critic(nn.Module):
         some = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         with torch.no_grad():
             size = hidden(self.trunk, some).shape[-1]
-        self.head = nn.Linear(size, 1).to(some.device)
+        self.head = nn.utils.skip_init(nn.Linear, size, 1, device=some.device)  # takes nothing from the global random state
         nn.init.zeros_(self.head.weight)  # at first it expects nothing
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids):
-        return self.head(self.hidden(self.trunk, ids).float())[..., 0]
+        states = self.hidden(self.trunk, ids).float()
+        with torch.autocast(ids.device.type, enabled=False):  # bf16 would round the values to two or three digits
+            return self.head(states)[..., 0]
 
 
 # ------------------------------------------------------------------------------------------- the credit
@@ -120,9 +133,9 @@ class PPO:
 
     def values(self, r, rows):
         """(len(rows), t), t cut to the longest of these rows."""
-        ids = r.ids[rows, :max(r.ends[row] for row in rows) - 1]
-        with torch.autocast(ids.device.type, dtype=getattr(torch, self.config.dtype), enabled=self.config.dtype != "float32"):
-            return self.critic(ids).float()
+        ids, dtype = r.ids[rows, :max(r.ends[row] for row in rows) - 1], self.config.dtype
+        with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
+            return self.critic(ids)
 
     def learn(self, r, rows):
         """One Adam step of the critic on the rows of the policy's update; metrics."""
@@ -130,14 +143,14 @@ class PPO:
         for lot in micro_batches(rows, r.ends, self.config.micro_batch_tokens):
             values = self.values(r, lot)
             t = values.shape[1]
-            loss = value_loss(values, self.old_values[lot, :t], self.returns[lot, :t], r.mask[lot, :t], self.ppo.value_clip, tokens)
+            old_values, returns, mask = (x[lot, :t] for x in (self.old_values, self.returns, r.mask))
+            loss = value_loss(values, old_values, returns, mask, self.ppo.value_clip, tokens)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        errors, returns = ((self.returns - x)[r.mask] for x in (self.old_values, 0))
-        return {"value_loss": total, "explained_variance": (1 - errors.var() / returns.var().clamp(min=1e-8)).item()}
+        return {"value_loss": total, "explained_variance": explained_variance(self.old_values, self.returns, r.mask)}
 
 
 def micro_batches(rows, ends, budget):
@@ -152,7 +165,8 @@ def micro_batches(rows, ends, budget):
 def main():
     import command  # here, so that the algorithm imports without the rest of the project
     import grpo
-    command.reinforce("PPO on a model directory, with the rules of rewards.py.", grpo.train, grpo.GRPOConfig, PPO, PPOConfig)
+    command.reinforce("PPO on a model directory, with the rules of rewards.py.", grpo.train, grpo.GRPOConfig, PPO, PPOConfig,
+                      mean="token")
 
 
 if __name__ == "__main__":
