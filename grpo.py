@@ -161,12 +161,11 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     of tokens, or the budget; by default this batch's own (the budget: all B * T).
     Returns the scalar loss and metrics as means over this batch's tokens.
     """
-    mask, lengths = mask.to(logprobs.dtype), mask.sum(1).clamp(min=1)
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    # padding may hold anything, even inf: out with it before it meets a product, whose gradient would be NaN
-    def clean(x):
+    def clean(x):  # padding may hold anything, even inf: out with it before it meets a product, whose gradient would be NaN
         return x if x is None else torch.where(mask > 0, x, 0)
 
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
     logprobs, old_logprobs, ref_logprobs = clean(logprobs), clean(old_logprobs), clean(ref_logprobs)
     advantages, importance = clean(advantages), clean(importance)
     log_ratio = logprobs - old_logprobs
@@ -184,10 +183,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     token_loss = beta * penalty - objective  # (B, T); the KL stands in the loss, not in the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
-    own = {"sequence": len(mask), "token": mask.sum().clamp(min=1), "constant": mask.numel()}[mean]
+    own = {"sequence": len(mask), "token": tokens, "constant": mask.numel()}[mean]
     loss = token_loss.sum() / (normaliser or own)
     with torch.no_grad():
-        tokens = mask.sum().clamp(min=1)
         clip_decides = ratio != clipped if detach_ratio else clipped * advantages < ratio * advantages
         metrics = {"kl": (penalty * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
                    "ratio": (ratio * mask).sum() / tokens}
