@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {  # beside the standard library
     "model": {"torch", "safetensors", "tqdm"}, "tokenizer": {"tiktoken", "tqdm"}, "sft": {"torch", "tqdm"}, "rewards": set(),
-    "grpo": {"torch", "tqdm"}, "ppo": {"torch", "tqdm"}, "prime": {"torch", "tqdm"}, "distill": set(),
+    "grpo": {"torch", "tqdm"}, "ppo": {"torch", "tqdm"}, "prime": {"torch", "tqdm"}, "process": {"torch"},
+    "configs": set(), "distill": set(),
     "evaluate": {"numpy", "tqdm"}, "checkpoint": {"torch", "safetensors"}}
 CONCEPTS = [name for name in ALLOWED if (ROOT / f"{name}.py").exists()]
 
@@ -31,9 +32,32 @@ class Toy(torch.nn.Module):
 """
 
 EXAMPLES = {
+    "ppo": """
+        import ppo
+        rewards, values, mask = torch.tensor([[0., 0, 0, 1]]), torch.tensor([[9., 0.2, 0.4, 0.7]]), torch.tensor([[0, 1, 1, 1]])
+        advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, lam=1.0)
+        assert torch.allclose(advantages, torch.tensor([[0, 0.8, 0.6, 0.3]])) and torch.allclose(returns, mask.float())
+    """,
+    "prime": """
+        import prime
+        process, mask = torch.tensor([[0.5, 0.1], [0.2, 9.0]]), torch.tensor([[1, 1], [1, 0]])
+        advantages = prime.prime_advantages(process, torch.tensor([[1.0, 0.0]]), mask)
+        assert torch.allclose(advantages, torch.tensor([[0.5 + 0.1 - 2 * 0.2 + 1, 0.1 - 0.2 + 1], [0.2 - 0.3 - 1, 0.0]]))
+    """,
+    "process": """
+        import process
+        rewards, ends = torch.tensor([[0., 1, 0], [0, 0, 3]]), torch.tensor([[False, True, False], [False, False, True]])
+        advantages = process.process_advantages(rewards, ends, group_size=2, scale_by_std=False)
+        assert advantages.tolist() == [[-1, -1, 0], [1, 1, 1]]
+    """,
+    "configs": """
+        import configs
+        assert configs.PUBLISHED["r1-zero"]["group_size"] == 16 and configs.METHODS["dapo"]["clip_high"] == 0.28
+    """,
     "model": """
         import model
         net = model.Transformer(model.Config(vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1))
+        net.init_weights(torch.Generator().manual_seed(0))
         ids, lengths, logprobs = model.generate(net, [[1, 2], [3]], n=2, max_new_tokens=5, generator=torch.Generator().manual_seed(0))
         assert ids.shape == (4, 5) and (logprobs < 0).all()
         model.save(net, "weights")
@@ -134,7 +158,7 @@ def test_a_concept_file_alone_in_an_empty_folder_imports_silently_and_works(name
 
 
 def test_every_concept_file_has_an_example_here():
-    assert set(CONCEPTS) - {"ppo", "prime"} == set(EXAMPLES)
+    assert set(CONCEPTS) == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
