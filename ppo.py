@@ -2,12 +2,13 @@
 
 What differs from grpo.py: a second network, the critic, estimates the return from each token on; the advantage of a token
 is how much better things went than it expected. Sampling, clipped ratio, mini-batches and KL are grpo.train's.
-DeepSeekMath (arXiv 2402.03300) eq. 1-2; R1 v2 A.3 finds lambda 0.95 considerably worse than GRPO, and 1.0 near it.
+DeepSeekMath (arXiv 2402.03300) eq. 1-2; R1 v2: DeepSeek-R1 (arXiv 2501.12948v2), appendix A.3.
 
     grpo.train(..., config, credit=PPO(model, config, PPOConfig()))
     python ppo.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt", "answer", "language", "kind"}
 
-Shapes: B rows, T positions; position t stands for the state before token t+1 is sampled, as log-probabilities do.
+Shapes: N prompts, G completions each, B = N*G rows (prompt-major), T positions; position t stands for the state before
+token t+1 is sampled, as log-probabilities do.
 """
 
 import copy
@@ -19,12 +20,12 @@ import torch.nn as nn
 
 @dataclass(frozen=True)
 class PPOConfig:
-    gamma: float = 1.0          # R1 v2 A.3: the reward comes at the end, undiscounted [inf]
+    gamma: float = 1.0          # the reward comes at the end and is not discounted: our inference
     lam: float = 1.0            # GAE's lambda. R1 v2 A.3: 1.0 near GRPO, 0.95 considerably worse
     value_clip: float = 0.2     # not published
     critic_lr: float = 3e-4     # not published
-    kl_in_reward: float = 0.0   # beta of eq. 2's reward, r - beta log(pi/pi_ref); 0: the KL stays in GRPOConfig's loss
-    whiten: bool = True         # advantages to mean 0, std 1 over the rollout; returns stay as they are
+    kl_in_reward: float = 0.0   # beta of eq. 2's reward, r - beta log(pi/pi_ref), with GRPOConfig's beta at 0
+    whiten: bool = True         # advantages to mean 0, std 1 over the rollout; the critic's targets stay as they are
 
     def __post_init__(self):
         for name in ("gamma", "lam"):
@@ -33,7 +34,7 @@ class PPOConfig:
         for name in ("value_clip", "critic_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        if self.kl_in_reward < 0:
+        if not self.kl_in_reward >= 0:
             raise ValueError(f"kl_in_reward {self.kl_in_reward} must not be negative")
 
 
@@ -42,11 +43,11 @@ class PPOConfig:
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     """Generalized advantage estimation. rewards, values, mask (B, T) -> advantages, returns (B, T), 0 outside the mask.
 
-    delta_t = r_t + gamma V_t+1 - V_t, with V = 0 after the last sampled token; A_t = sum_l (gamma lam)^l delta_t+l.
-    Returns = A + V, of these advantages, before anything whitens them. A row's ones stand side by side in the mask.
+    delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last sampled token; A_t = sum_l (gamma lam)^l delta_{t+l}.
+    Returns = A + V, from the advantages as they are, not whitened. The sampled tokens of a row are contiguous.
     """
     mask = mask.bool()
-    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)  # V_t+1 is 0 where t is the row's last
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)  # V_{t+1} is 0 where t is the row's last
     advantages, following, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -88,7 +89,7 @@ class Critic(nn.Module):
     def __init__(self, model, hidden=lambda model, ids: model.hidden(ids)):
         """hidden(model, ids) -> the last layer's states (B, T, D); by default model.py's."""
         super().__init__()
-        self.trunk, self.hidden = copy.deepcopy(model), hidden
+        self.trunk, self.hidden = copy.deepcopy(model).eval(), hidden
         some = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         with torch.no_grad():
             size = hidden(self.trunk, some).shape[-1]
@@ -108,19 +109,21 @@ class PPO:
     """What grpo.train takes as `credit`: advantages of a rollout, and a critic that learns beside the policy."""
 
     def __init__(self, model, config, ppo=PPOConfig(), hidden=None):
-        """config: the GRPOConfig of the run, for its dtype and micro-batches."""
+        """config: the run's GRPOConfig, for its dtype, micro-batches and grad_clip; hidden: as in Critic."""
+        if ppo.kl_in_reward and config.beta:
+            raise ValueError(f"kl_in_reward {ppo.kl_in_reward} and beta {config.beta}: one of them must be 0")
         self.config, self.ppo = config, ppo
         self.critic = (Critic(model) if hidden is None else Critic(model, hidden)).eval()
-        self.parameters = [p for p in self.critic.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=ppo.critic_lr, weight_decay=0.0, betas=(0.9, 0.95))
+        self.trained = [p for p in self.critic.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=ppo.critic_lr, weight_decay=0.0, betas=(0.9, 0.95))
         self.objects = {"critic": self.critic, "critic_optimizer": self.optimizer}
         self.needs_reference = ppo.kl_in_reward > 0
 
     def advantages(self, r):
         """(B, T): the rules' reward falls on a row's last sampled token, the KL's on each."""
-        rewards = torch.zeros_like(r.old_logprobs)
+        rewards = torch.zeros_like(r.old_logprobs, dtype=torch.float32)
         last = torch.tensor(r.ends, device=rewards.device) - 2  # position t predicts token t+1
-        rewards[torch.arange(len(last)), last] = r.rewards.flatten()
+        rewards[torch.arange(len(last)), last] = r.rewards.flatten().to(rewards)
         if self.ppo.kl_in_reward:
             rewards = rewards - self.ppo.kl_in_reward * (r.old_logprobs - r.ref_logprobs)            # DeepSeekMath eq. 2
         self.old_values = torch.zeros_like(rewards)  # as they stand before the rollout's first update
@@ -138,7 +141,7 @@ class PPO:
             return self.critic(ids)
 
     def learn(self, r, rows):
-        """One Adam step of the critic on the rows of the policy's update; metrics."""
+        """One Adam step of the critic on the rows of the policy's update, towards the returns of the last `advantages`."""
         tokens, total = int(r.mask[rows].sum()), 0.0
         for lot in micro_batches(rows, r.ends, self.config.micro_batch_tokens):
             values = self.values(r, lot)
@@ -147,7 +150,7 @@ class PPO:
             loss = value_loss(values, old_values, returns, mask, self.ppo.value_clip, tokens)
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"value_loss": total, "explained_variance": explained_variance(self.old_values, self.returns, r.mask)}

@@ -1,10 +1,10 @@
 """PRIME: the credit of a token from implicit process rewards, in place of GRPO's group advantages.
 
-What differs from grpo.py: a second language model, trained only to tell right completions from wrong ones, rewards each
-token by how much likelier it makes it than a frozen reference does. It learns online, from the rules' outcomes; nobody
-labels a step. Sampling, clipped ratio and mini-batches are grpo.train's; there is no KL term: GRPOConfig(beta=0).
-PRIME (arXiv 2502.01456) algorithm 1, eq. 3-6. Departures: our loss is eq. 3's with one mean over all tokens; the authors'
-code leaves beta out of the reward, scales it and whitens the summed return, we follow the paper.
+What differs from grpo.py: a second language model, the process reward model, learns online to tell right completions from
+wrong ones, and rewards each token by beta log(pi_prm / pi_ref). Nobody labels a step; the outcome rule alone teaches.
+Sampling, clipped ratio and mini-batches are grpo.train's, with GRPOConfig(beta=0, mean="token"): PRIME has no KL term.
+PRIME (arXiv 2502.01456) algorithm 1, eq. 3-6. The authors' code departs: no beta in the reward, which is scaled, and the
+summed return is whitened.
 
     credit = PRIME(model, config, PRIMEConfig())
     grpo.train(..., config, credit=credit, keep=credit.keep)
@@ -35,7 +35,7 @@ class PRIMEConfig:
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma {self.gamma} is not between 0 and 1")
         if not 0 <= self.lowest < self.highest <= 1:
-            raise ValueError(f"lowest {self.lowest} and highest {self.highest} are no bounds of an accuracy")
+            raise ValueError(f"lowest {self.lowest} and highest {self.highest} must be 0 <= lowest < highest <= 1")
 
 
 # ------------------------------------------------------------------------------------------- the estimators
@@ -54,9 +54,9 @@ def outcome_loss(process_rewards, outcomes, normaliser=None):
     return loss / (normaliser or len(outcomes))
 
 
-def leave_one_out(x):
-    """x minus the mean of the *other* completions of its group. (N, K) -> (N, K)"""
-    return x - (x.sum(1, keepdim=True) - x) / (x.shape[1] - 1)
+def others_mean(x):
+    """The mean of the *other* completions of the group. (N, K) -> (N, K)"""
+    return (x.sum(1, keepdim=True) - x) / (x.shape[1] - 1)
 
 
 def prime_advantages(process_rewards, outcomes, mask, gamma=1.0):
@@ -64,14 +64,14 @@ def prime_advantages(process_rewards, outcomes, mask, gamma=1.0):
 
     process_rewards, mask (B, T); outcomes (N, K) -> (B, T), 0 outside the mask.
     """
-    mask, group = mask.to(process_rewards.dtype), outcomes.shape
-    per_token = (process_rewards * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B,); eq. 5 as printed omits / |y|
-    baseline = per_token - leave_one_out(per_token.view(group)).flatten()  # the others' mean
+    process_rewards, mask = torch.where(mask.bool(), process_rewards, 0), mask.to(process_rewards.dtype)
+    mean_reward = process_rewards.sum(1) / mask.sum(1).clamp(min=1)  # (B,), a token's: eq. 5 as printed omits / |y|
+    baseline = others_mean(mean_reward.view(outcomes.shape)).flatten()
     centred = (process_rewards - baseline[:, None]) * mask
     advantages, following = torch.zeros_like(centred), 0.0
     for t in reversed(range(centred.shape[1])):
         advantages[:, t] = following = centred[:, t] + gamma * following
-    return (advantages + leave_one_out(outcomes).flatten()[:, None]) * mask
+    return (advantages + (outcomes - others_mean(outcomes)).flatten()[:, None]) * mask
 
 
 # ------------------------------------------------------------------------------------------- the credit
@@ -79,10 +79,13 @@ def prime_advantages(process_rewards, outcomes, mask, gamma=1.0):
 class PRIME:
     """What grpo.train takes as `credit`: advantages of a rollout from a process reward model that learns on each."""
 
-    needs_reference = False  # of grpo.train's: the process reward model has a frozen one of its own
+    needs_reference = False  # grpo.train need not score one: the process reward model has its own
 
     def __init__(self, model, config, prime=PRIMEConfig(), outcome="accuracy"):
-        """All three start from `model`. config: the run's GRPOConfig; outcome: the rule, 0 or 1, that is the outcome."""
+        """The policy, the process reward model and its reference start from `model`, whose weights should be fp32.
+
+        config: the run's GRPOConfig; outcome: the name of the rule, 0 or 1, that is the outcome.
+        """
         self.config, self.prime, self.outcome = config, prime, outcome
         self.prm = copy.deepcopy(model).eval()
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -100,7 +103,7 @@ class PRIME:
     def advantages(self, r):
         """(B, T). Each completion is scored, then the reward model takes one Adam step on the outcomes   [algorithm 1]
 
-        The advantages are of the rewards from before that step, so that one forward pass serves both.
+        The advantages use the rewards from before that step, so that one forward pass serves both. Not under no_grad.
         """
         outcomes, rewards, total = r.parts[self.outcome], torch.zeros_like(r.old_logprobs), 0.0
         for rows in micro_batches(range(len(r.ends)), r.ends, self.config.micro_batch_tokens):
