@@ -93,11 +93,15 @@ class PRIME:
         self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_reference": self.reference}
         self.metrics = {}
 
+    def outcomes(self, judged):
+        """Of a group (K,), or of a rollout (N, K)."""
+        if self.outcome not in judged.parts:
+            raise ValueError(f"the outcome {self.outcome!r} is none of the rules {', '.join(judged.parts)}")
+        return judged.parts[self.outcome]
+
     def keep(self, group):
         """The prompt filter: neither too easy nor too hard, by the group's accuracy."""
-        if self.outcome not in group.parts:
-            raise ValueError(f"the outcome {self.outcome!r} is none of the rules {', '.join(group.parts)}")
-        right = group.parts[self.outcome]
+        right = self.outcomes(group)
         return self.prime.lowest < right.sum().item() / len(right) < self.prime.highest  # 1/5 in fp32 is above 0.2
 
     def advantages(self, r):
@@ -105,7 +109,7 @@ class PRIME:
 
         The advantages use the rewards from before that step, so that one forward pass serves both. Not under no_grad.
         """
-        outcomes, rewards, total = r.parts[self.outcome], torch.zeros_like(r.old_logprobs), 0.0
+        outcomes, rewards, total = self.outcomes(r), torch.zeros_like(r.old_logprobs), 0.0
         for rows in micro_batches(range(len(r.ends)), r.ends, self.config.micro_batch_tokens):
             with torch.no_grad():
                 ref_logprobs = self.logprobs(self.reference, r, rows)

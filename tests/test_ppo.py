@@ -551,6 +551,37 @@ def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
     assert culprit in str(error.value) and "\n" not in str(error.value)
 
 
+def test_its_optimizer_is_the_policys_but_for_the_learning_rate(tiny):
+    model, config, states = tiny(), small(rollouts=1), []
+    credit = PPO(model, config, PPOConfig(critic_lr=0.123))
+    run(model, config, credit=credit, save=lambda **state: states.append(state))
+    ours, policys = credit.optimizer, states[0]["optimizer"]
+    assert type(ours) is type(policys) and ours.defaults["lr"] == 0.123
+    assert all(ours.defaults[name] == policys.defaults[name] for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize"))
+
+
+def test_the_defaults_are_r1s_undiscounted_return_and_whitened_advantages():
+    settings = PPOConfig()
+    assert (settings.gamma, settings.lam, settings.kl_in_reward, settings.whiten) == (1, 1, 0, True)
+
+
+def test_a_kl_in_the_reward_and_one_in_the_loss_are_not_had_at_once(tiny):
+    with pytest.raises(ValueError, match="kl_in_reward 0.1 and beta 0.2: one of them must be 0"):
+        PPO(tiny(), small(beta=0.2), PPOConfig(kl_in_reward=0.1))
+    assert PPO(tiny(), small(beta=0.2)).critic and PPO(tiny(), small(), PPOConfig(kl_in_reward=0.1)).critic
+
+
+def test_rewards_are_counted_in_fp32_whatever_the_log_probabilities_are_in(tiny):
+    """bf16 would round a reward of 0.7 to 0.699."""
+    model, config = sharp(tiny), small()
+    r, credit = rolled(model, config), PPO(model, config, PPOConfig(whiten=False))
+    expected = credit.advantages(r)
+    for dtype in (torch.bfloat16, torch.float64):
+        other = copy.copy(r)
+        other.old_logprobs, other.rewards = r.old_logprobs.to(dtype), r.rewards.double()
+        assert torch.equal(credit.advantages(other), expected)
+
+
 def test_none_of_its_settings_has_the_name_of_one_of_the_loops():
     """The command line has one option for a name, and gives its value to both."""
     assert not vars(PPOConfig()).keys() & vars(grpo.GRPOConfig()).keys()
@@ -668,5 +699,6 @@ def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*map(str, command)])
     ppo_module.main()
     assert made[0].ppo == PPOConfig(lam=0.5, critic_lr=0.01, whiten=False, kl_in_reward=0.1)
+    assert made[0].config.mean == "token"  # without being asked: policy_loss names it for PPO
     assert "rollout 2/2" in capsys.readouterr().out
     assert model_module.load(tmp_path / "out", "cpu").config.vocab_size == tokenizer.vocab_size

@@ -459,6 +459,20 @@ def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
     assert culprit in str(error.value) and "\n" not in str(error.value)
 
 
+def test_its_optimizer_is_the_policys_but_for_the_learning_rate(tiny):
+    model, config, states = tiny(), small(rollouts=1), []
+    credit = PRIME(model, config, PRIMEConfig(prm_lr=0.123))
+    run(model, config, credit=credit, save=lambda **state: states.append(state))
+    ours, policys = credit.optimizer, states[0]["optimizer"]
+    assert type(ours) is type(policys) and ours.defaults["lr"] == 0.123
+    assert all(ours.defaults[name] == policys.defaults[name] for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize"))
+
+
+def test_the_defaults_are_the_papers():
+    settings = PRIMEConfig()
+    assert (settings.prm_beta, settings.gamma, settings.lowest, settings.highest) == (0.05, 1, 0.2, 0.8)
+
+
 def test_none_of_its_settings_has_the_name_of_one_of_the_loops():
     """The command line has one option for a name, and gives its value to both: the KL's beta is not the rewards'."""
     assert not vars(PRIMEConfig()).keys() & vars(grpo.GRPOConfig()).keys()
@@ -561,7 +575,6 @@ def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     command = ["prime.py", "--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
                "--rollouts", 2, "--prompts-per-rollout", 1, "--group-size", 4, "--minibatches", 2, "--max-new-tokens", 5,
-               "--beta", 0, "--mean", "token",
                "--prm-beta", 0.1, "--prm-lr", 0.01, "--gamma", 0.5, "--lowest", 0.1, "--highest", 0.9]
     made, real = [], PRIME.__init__
 
@@ -572,5 +585,6 @@ def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*map(str, command)])
     prime_module.main()
     assert made[0].prime == PRIMEConfig(prm_beta=0.1, prm_lr=0.01, gamma=0.5, lowest=0.1, highest=0.9)
+    assert made[0].config.mean == "token" and made[0].config.beta == 0  # without being asked: there is no KL term
     assert made[0].metrics and "rollout 2/2" in capsys.readouterr().out
     assert model_module.load(tmp_path / "out", "cpu").config.vocab_size == tokenizer.vocab_size
