@@ -4,13 +4,13 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, in the token-level form
 one rollout makes many groups, is split at random into mini-batches, and pi_old stays fixed meanwhile. One rollout:
 
   1. sample G completions of each prompt from the current policy, which is pi_old until the next rollout
-  2. judge each by rules: reward = sum of weight * rule
+  2. judge each by rules: reward = sum of weight * rule (plus DAPO's length penalty, if asked for)
   3. advantage of a completion = its reward minus its group's mean (divided by the group's std)
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-On-policy the policy term's *value* is about 0 (the advantages of a group sum to 0) while its gradient is not: watch the
-reward, the KL (to the latest reference: a sawtooth), the clip fraction, the entropy and the gradient norm, not the loss.
+With eq. 3's mean the policy term's *value* is about 0 over a rollout (the advantages of a group sum to 0) while its gradient
+is not: watch the reward, the KL (to the latest reference: a sawtooth), the clip fraction, the entropy and the gradient norm.
 
 A truncated completion keeps its reward and its gradient (the papers do not say): it has no end token and unclosed
 tags, so the rules mostly score it low. The sampled end token is part of the action, so it has its gradient too.
@@ -46,7 +46,7 @@ class GRPOConfig:
     temperature: float = 1.0       # R1-Zero and R1's first RL stage: 1; its second: 0.7
     max_new_tokens: int = 160
     scale_by_std: bool = True      # Dr. GRPO: False
-    leave_one_out: bool = False    # RLOO: True
+    leave_one_out: bool = False    # RLOO: True, with scale_by_std False
     clip_low: float = 0.2          # ratio >= 1 - clip_low. R1: eps = 10, which is no lower clip
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: True
@@ -55,9 +55,9 @@ class GRPOConfig:
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     kl: str = "k3"                 # eq. 4; or "k2"
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
-    resample: int = 0              # DAPO's dynamic sampling: draw groups without signal again, so many times at most
+    resample: int = 0              # DAPO's dynamic sampling: replace groups without signal, in at most so many rounds
     length_buffer: int = 0         # DAPO's soft length penalty: over the last so many of max_new_tokens
-    importance_cap: float = 0.0    # above 0: weights min(pi_old / pi_sampler, cap) mend a sampler that rounds otherwise
+    importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
     sample_budget: int = 0         # above 0: stop after so many completions, discarded ones counted
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
@@ -73,16 +73,13 @@ class GRPOConfig:
             if not allowed and not value >= 0:
                 raise ValueError(f"{name} {value} must not be negative")
         for name in ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "max_new_tokens",
-                     "reference_every", "grad_clip", "micro_batch_tokens", "validate_every"):
+                     "temperature", "reference_every", "grad_clip", "micro_batch_tokens", "validate_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
         if self.group_size < 2:
             raise ValueError(f"group_size {self.group_size}: the advantage compares completions, so it takes 2 or more")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature}: greedy sampling explores nothing; RL needs one above 0")
         if self.prompts_per_rollout * self.group_size < self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} exceed the {self.prompts_per_rollout * self.group_size} "
-                             "completions of a rollout")
+            raise ValueError(f"minibatches {self.minibatches} exceed the completions of a rollout")
 
 
 # ------------------------------------------------------------------------------------------- advantages
@@ -92,7 +89,7 @@ def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
 
     The paper gives neither the std's degrees of freedom nor an epsilon: here the sample std (G - 1), as TRL, and
     1e-4. A group of equal rewards has no signal: its advantages are 0.
-    leave_one_out: against the mean of the *other* completions [RLOO], which is G / (G - 1) times r - mean.
+    leave_one_out: r minus the mean of the *other* completions, which is G / (G - 1) times r - mean [RLOO, without the std].
     """
     rewards = rewards - rewards[:, :1]  # so that equal rewards are exactly 0: their mean could round away from them
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -104,7 +101,7 @@ def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
 
 
 def length_penalty(lengths, max_length, buffer):
-    """DAPO's soft penalty: 0 up to max_length - buffer tokens, from there in a line to -1 at max_length. (B,) -> (B,)"""
+    """DAPO's soft penalty: 0 up to max_length - buffer tokens, then falling linearly to -1 at max_length. (B,) -> (B,)"""
     return -((lengths - (max_length - buffer)) / buffer).clamp(0, 1)
 
 
@@ -125,7 +122,7 @@ def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
     k2  log(pi_ref/pi)^2 / 2, never negative; as a loss it descends KL(pi || pi_ref)
     k1  log(pi/pi_ref), unbiased for KL(pi || pi_ref) and only to watch: as a loss its gradient is 0 in expectation
     k3's log-ratio is clamped above, at 10: exp overflows beyond 88, its squared gradient beyond 44, and 10 leaves room.
-    A token that has become that unlikely gives no gradient; below, where the policy has grown, the pull is never cut.
+    A token that has become that unlikely gives no gradient; where the policy has grown there is no clamp.
     """
     log_ratio = ref_logprobs - logprobs
     if estimator == "k1":
@@ -140,14 +137,14 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
                 detach_ratio=False, mean="sequence", beta=0.001, kl="k3", importance=None, normaliser=None):
     """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL]; with other switches, its relatives:
 
-    method         advantages        ratio                            clip_low, clip_high  mean      beta
+    method         advantages        ratio, of a token if empty       clip_low, clip_high  mean      beta
     GRPO           (r - mean) / std                                   0.2, 0.2             sequence  0.04
     Dr. GRPO       r - mean                                           0.2, 0.2             constant  0
     DAPO           (r - mean) / std                                   0.2, 0.28            token     0
     GSPO           (r - mean) / std  sequence_ratio                   3e-4, 4e-4           sequence  0
     CISPO          (r - mean) / std  detach_ratio                     1, 4                 token     0
-    RLOO           leave one out     detach_ratio (of 1: no clip)     0, 0                 constant  0
-    REINFORCE      r - mean          detach_ratio (of 1: no clip)     0, 0                 constant  0
+    RLOO           leave one out     detach_ratio, clipped to 1       0, 0                 constant  0
+    REINFORCE      r - mean          detach_ratio, clipped to 1       0, 0                 constant  0
     PPO            GAE (ppo.py)                                       0.2, 0.2             token     0
     PRIME          prime.py                                           0.2, 0.2             token     0
 
@@ -158,10 +155,11 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     mean: of each sequence, then over sequences [eq. 3]; "token": one over all tokens [DAPO]; "constant": the sum over a
     constant budget of tokens [Dr. GRPO]. importance (B, T): weights on the policy's term, for a sampler that differs.
     normaliser: what the whole update is divided by, where this is one micro-batch of several: its number of sequences,
-    of tokens, or the budget; by default this batch's own (the budget: all B * T).
-    Returns the scalar loss and metrics as means over this batch's tokens.
+    of tokens, or the budget; by default this batch's own ("constant" has none: B * T stands in, which varies).
+    Returns the scalar loss and metrics as means over this batch's tokens; where the ratio is clipped to 1, clip_fraction is
+    the share of tokens whose ratio has moved.
     """
-    def clean(x):  # padding may hold anything, even inf: out with it before it meets a product, whose gradient would be NaN
+    def clean(x):  # padding may hold anything, even inf, and inf * 0 is NaN
         return x if x is None else torch.where(mask > 0, x, 0)
 
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
@@ -176,7 +174,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     if detach_ratio:
         objective = clipped.detach() * advantages * logprobs  # CISPO eq. 4
     else:
-        objective = torch.min(ratio * advantages, clipped * advantages)  # beyond the clip nothing is gained, for any A
+        objective = torch.min(ratio * advantages, clipped * advantages)  # the clip can only lower it, for any A
     if importance is not None:
         objective = objective * importance
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
@@ -184,7 +182,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
     own = {"sequence": len(mask), "token": tokens, "constant": mask.numel()}[mean]
-    loss = token_loss.sum() / (normaliser or own)
+    loss = token_loss.sum() / (own if normaliser is None else normaliser)
     with torch.no_grad():
         clip_decides = ratio != clipped if detach_ratio else clipped * advantages < ratio * advantages
         metrics = {"kl": (penalty * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
@@ -210,7 +208,7 @@ class Group:
 
 @dataclass
 class Rollout:
-    """The groups of one step as tensors; row i*G + j is completion j of prompt i."""
+    """The groups of one rollout as tensors; row i*G + j is completion j of prompt i."""
     examples: list             # N examples
     texts: list                # B completions, decoded
     ids: torch.Tensor          # (B, T+1) prompt + completion, right-padded
@@ -267,12 +265,12 @@ def collate(groups, end_ids):
 
 
 def has_signal(group):
-    """Whether the rewards of a group differ: equal ones have no advantage [DAPO: neither all right nor all wrong]."""
+    """Whether the rewards of a group differ: equal ones have no advantage. All rules count; DAPO looks at correctness."""
     return bool(group.rewards.max() - group.rewards.min() > 1e-6)
 
 
 def rollout(draw, prompts, config, keep=None):
-    """A step's groups, and how many were discarded. draw(examples) -> Groups; prompts: an iterator of examples.
+    """A rollout's groups, and how many were discarded. draw(examples) -> Groups; prompts: an iterator of examples.
 
     With keep(group) -> bool, groups that it refuses are replaced by those of the next prompts, in config.resample rounds
     at most [DAPO's dynamic sampling]; what is still refused then is left out, unless nothing else is there.
@@ -290,7 +288,7 @@ def rollout(draw, prompts, config, keep=None):
 # ------------------------------------------------------------------------------------------- the loop
 
 def micro_batches(rows, ends, budget):
-    """Split row numbers, longest first, into lots of at most `budget` tokens with their padding (a longer row alone)."""
+    """Split row numbers, longest first, into lots of at most `budget` tokens, padding included; a longer row goes alone."""
     rows = sorted(rows, key=lambda r: -ends[r])
     while rows:
         count = max(1, budget // ends[rows[0]])
@@ -347,11 +345,11 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
           keep=None, validate=None, log=None, save=None, resume=None):
     """Reinforcement learning of `model` on `examples`, in place; they are taken in order, and again from the start.
 
-    model(ids (B, T)) -> logits (B, T, V). encode(example) -> prompt ids; decode(ids) -> text.
+    model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; its weights should be fp32.
+    encode(example) -> prompt ids; decode(ids) -> text.
     generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator) -> completion ids (N*n, L), lengths
-    (N*n,), and log-probabilities (N*n, L) of the sampled tokens under softmax(logits / temperature), uncut; a completion
-    ends at its first token of end_ids, which counts; prompts and completions hold a token at least. The model's weights
-    should be fp32.
+    (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens under softmax(logits / temperature), no top-p or
+    top-k, all on the model's device; a completion ends at its first token of end_ids, which counts; none is empty.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; with weight 0 a
     rule is logged only.
     credit: an object in place of the group advantages (ppo.py, prime.py): advantages(rollout) -> (B,) or (B, T);
@@ -359,7 +357,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     generator} to be saved with the run; and needs_reference, whether it reads rollout.ref_logprobs.
     keep(group) -> whether a group is learnt from; by default all, and with config.resample those with a signal.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) after each rollout.
-    save(**state) is offered the state after each rollout; resume(**objects) puts such a state back into the objects
+    save(**state) is called with the state after each rollout; resume(**objects) puts such a state back into the objects
     and returns the rest of it.
     """
     c, weights = config, weights or {}
@@ -395,14 +393,14 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         sampled = time.time()
 
         # 3: the log-probabilities that stay fixed during the updates, and advantages; pi_old's by the forward pass that
-        # trains, not the sampler's: so the ratio starts at exactly 1 and measures the updates alone
+        # trains, not the sampler's: so the ratio starts at 1 and measures the updates alone
         r.old_logprobs = all_logprobs(model, r, c)
         r.ref_logprobs = all_logprobs(reference, r, c) if needs_reference else None
         if credit is None:
             advantages = group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten()
         else:
             advantages = credit.advantages(r)
-        gap = r.sampled_logprobs - r.old_logprobs  # what the sampler rounds otherwise
+        gap = r.sampled_logprobs - r.old_logprobs  # sampler against the training forward pass: rounding
         importance = torch.exp(-gap).clamp(max=c.importance_cap) if c.importance_cap else None
 
         # 4: updates
@@ -411,8 +409,8 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
             shuffled = torch.randperm(len(r.texts), generator=shuffler)
             for rows in shuffled.tensor_split(min(c.minibatches, len(shuffled))):
                 updates += 1
-                for group in optimizer.param_groups:
-                    group["lr"] = c.lr * min(1.0, updates / max(1, c.warmup))
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = c.lr * min(1.0, updates / max(1, c.warmup))
                 history.append(update(model, optimizer, r, rows.tolist(), advantages, importance, c))
                 if credit is not None:
                     history[-1] |= credit.learn(r, rows.tolist())
@@ -422,14 +420,14 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         if reference is not None and step % c.reference_every == 0:
             reference.load_state_dict(model.state_dict())
 
-        # what tells a healthy run from a sick one
+        # what tells a healthy run from a sick one; of the groups that were kept
         spread = r.rewards.amax(1) - r.rewards.amin(1)
         metrics = {"step": step, "reward": r.rewards.mean().item(), "length": r.lengths.float().mean().item(),
                    "unfinished": 1 - r.finished.float().mean().item(), "group_std": r.rewards.std(1).mean().item(),
                    "no_signal": (spread <= 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
                    "samples": samples, "discarded": discarded,  # completions so far; groups of this rollout
                    "entropy": -(r.old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
-                   "sampler_gap": (gap.abs().sum() / r.mask.sum()).item()}  # bf16's rounding: below 0.01
+                   "sampler_gap": (gap.abs().sum() / r.mask.sum()).item()}  # healthy: below 0.01
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
         metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}
         metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started, "tokens": int(r.lengths.sum())}

@@ -139,7 +139,7 @@ class PRIME:
 
 
 def micro_batches(rows, ends, budget):
-    """Split row numbers, longest first, into lots of at most `budget` tokens with their padding (a longer row alone)."""
+    """Split row numbers, longest first, into lots of at most `budget` tokens, padding included; a longer row goes alone."""
     rows = sorted(rows, key=lambda r: -ends[r])
     while rows:
         count = max(1, budget // ends[rows[0]])
