@@ -1,6 +1,6 @@
 """Group Relative Policy Optimization: reinforcement learning from rule-based rewards, without a critic.
 
-DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, in the token-level form; the loop's schedule is R1's:
+DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1; the loop's schedule is R1's:
 one rollout makes many groups, is split at random into mini-batches, and pi_old stays fixed meanwhile. One rollout:
 
   1. sample G completions of each prompt from the current policy, which is pi_old until the next rollout
@@ -12,8 +12,8 @@ one rollout makes many groups, is split at random into mini-batches, and pi_old 
 With eq. 3's mean the policy term's *value* is about 0 over a rollout (the advantages of a group sum to 0) while its gradient
 is not: watch the reward, the KL (to the latest reference: a sawtooth), the clip fraction, the entropy and the gradient norm.
 
-A truncated completion keeps its reward and its gradient (the papers do not say): it has no end token and unclosed
-tags, so the rules mostly score it low. The sampled end token is part of the action, so it has its gradient too.
+A truncated completion keeps its reward and its gradient (DeepSeekMath and R1 do not say; DAPO masks or penalises it): with
+no end token and unclosed tags it mostly scores low. The sampled end token is part of the action and has its gradient.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # rows {"prompt", "answer", "language", "kind"}
 
@@ -76,6 +76,8 @@ class GRPOConfig:
                      "temperature", "reference_every", "grad_clip", "micro_batch_tokens", "validate_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
+        if self.length_buffer > self.max_new_tokens:
+            raise ValueError(f"length_buffer {self.length_buffer} exceeds max_new_tokens {self.max_new_tokens}")
         if self.group_size < 2:
             raise ValueError(f"group_size {self.group_size}: the advantage compares completions, so it takes 2 or more")
         if self.prompts_per_rollout * self.group_size < self.minibatches:
@@ -91,7 +93,7 @@ def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
     1e-4. A group of equal rewards has no signal: its advantages are 0.
     leave_one_out: r minus the mean of the *other* completions, which is G / (G - 1) times r - mean [RLOO, without the std].
     """
-    rewards = rewards - rewards[:, :1]  # so that equal rewards are exactly 0: their mean could round away from them
+    rewards = rewards - rewards[:, :1]  # equal rewards must give exactly 0, and their mean may round
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if leave_one_out:
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
@@ -121,8 +123,8 @@ def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
     k3  pi_ref/pi - log(pi_ref/pi) - 1, never negative [DeepSeekMath eq. 4]; as a loss it descends KL(pi_ref || pi)
     k2  log(pi_ref/pi)^2 / 2, never negative; as a loss it descends KL(pi || pi_ref)
     k1  log(pi/pi_ref), unbiased for KL(pi || pi_ref) and only to watch: as a loss its gradient is 0 in expectation
-    k3's log-ratio is clamped above, at 10: exp overflows beyond 88, its squared gradient beyond 44, and 10 leaves room.
-    A token that has become that unlikely gives no gradient; where the policy has grown there is no clamp.
+    k3's log-ratio is clamped above, at 10, so that exp stays finite: a token that has become that unlikely has no pull (k2's
+    has); where the policy has grown there is no clamp.
     """
     log_ratio = ref_logprobs - logprobs
     if estimator == "k1":
@@ -145,8 +147,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     CISPO          (r - mean) / std  detach_ratio                     1, 4                 token     0
     RLOO           leave one out     detach_ratio, clipped to 1       0, 0                 constant  0
     REINFORCE      r - mean          detach_ratio, clipped to 1       0, 0                 constant  0
-    PPO            GAE (ppo.py)                                       0.2, 0.2             token     0
-    PRIME          prime.py                                           0.2, 0.2             token     0
+    PPO, PRIME     ppo.py, prime.py                                   0.2, 0.2             token     0
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
@@ -164,8 +165,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
 
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
-    logprobs, old_logprobs, ref_logprobs = clean(logprobs), clean(old_logprobs), clean(ref_logprobs)
-    advantages, importance = clean(advantages), clean(importance)
+    logprobs, old_logprobs, ref_logprobs, advantages, importance = map(
+        clean, (logprobs, old_logprobs, ref_logprobs, advantages, importance))
     log_ratio = logprobs - old_logprobs
     if sequence_ratio:
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
@@ -226,8 +227,7 @@ class Rollout:
 @torch.no_grad()
 def sample_groups(model, examples, encode, decode, generate, end_ids, rewards, weights, config, generator):
     """config.group_size completions of each example, judged: a list of Groups. Arguments as in `train`."""
-    c, groups = config, []
-    prompts = [encode(example) for example in examples]
+    c, groups, prompts = config, [], [encode(example) for example in examples]
     ids, lengths, logprobs = generate(model, prompts, n=c.group_size, max_new_tokens=c.max_new_tokens,
                                       temperature=c.temperature, end_ids=end_ids, generator=generator)
     for i, (example, prompt) in enumerate(zip(examples, prompts)):
@@ -252,12 +252,11 @@ def collate(groups, end_ids):
     starts = torch.tensor([len(p) for p in prompts], device=device)
     lengths = torch.tensor([len(o) for o in completions], device=device)
     ids = pad_sequence([torch.cat(row) for row in zip(prompts, completions)], batch_first=True)  # (B, T+1)
-    target = torch.arange(1, ids.shape[1], device=device)  # lengths make the mask: a token's value says nothing
+    target = torch.arange(1, ids.shape[1], device=device)  # by length, not by value: any id may be real
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
     sampled_logprobs = torch.zeros(mask.shape, device=device)
-    sampled_logprobs[mask] = torch.cat([logprobs for group in groups for logprobs in group.logprobs])
-    last = torch.stack([completion[-1] for completion in completions])
-    finished = torch.isin(last, torch.tensor(list(end_ids), device=device))
+    sampled_logprobs[mask] = torch.cat([logprobs for group in groups for logprobs in group.logprobs]).float()
+    finished = torch.isin(torch.stack([o[-1] for o in completions]), torch.tensor(list(end_ids), device=device))
     parts = {name: torch.stack([group.parts[name] for group in groups]).to(device) for name in groups[0].parts}
     rewards = torch.stack([group.rewards for group in groups]).to(device)
     return Rollout([group.example for group in groups], [text for group in groups for text in group.texts], ids, mask,
@@ -273,7 +272,7 @@ def rollout(draw, prompts, config, keep=None):
     """A rollout's groups, and how many were discarded. draw(examples) -> Groups; prompts: an iterator of examples.
 
     With keep(group) -> bool, groups that it refuses are replaced by those of the next prompts, in config.resample rounds
-    at most [DAPO's dynamic sampling]; what is still refused then is left out, unless nothing else is there.
+    at most [DAPO's dynamic sampling]; what is still refused then is left out. If all were, the first N stay.
     """
     N, drawn, kept = config.prompts_per_rollout, [], []
     for _ in range(1 + config.resample):
@@ -353,36 +352,37 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; with weight 0 a
     rule is logged only.
     credit: an object in place of the group advantages (ppo.py, prime.py): advantages(rollout) -> (B,) or (B, T);
-    learn(rollout, rows) -> metrics, after the policy's update on these rows; objects, {name: module, optimizer or
-    generator} to be saved with the run; and needs_reference, whether it reads rollout.ref_logprobs.
+    learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
+    optimizer or generator} to be saved with the run, and needs_reference, whether it reads rollout.ref_logprobs.
     keep(group) -> whether a group is learnt from; by default all, and with config.resample those with a signal.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) after each rollout.
     save(**state) is called with the state after each rollout; resume(**objects) puts such a state back into the objects
-    and returns the rest of it.
+    and returns the counters. Returns the last metrics.
     """
     c, weights = config, weights or {}
     if not examples or not rewards or weights.keys() - rewards.keys():
         raise ValueError(f"{len(examples)} examples, rewards {[*rewards]}, weights for {[*weights]}: there must be examples "
                          "and rewards, and weights of those rewards only")
     device, keep = next(model.parameters()).device, keep or (has_signal if c.resample else None)
-    # plain Adam, as weight_decay is 0; the papers do not give the betas
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, betas=(0.9, 0.95), fused=True)  # betas: not published
     needs_reference = c.beta > 0 or getattr(credit, "needs_reference", False)
     reference = copy.deepcopy(model).eval().requires_grad_(False) if needs_reference else None
     generator = torch.Generator(device=device).manual_seed(c.seed)
     shuffler = torch.Generator().manual_seed(c.seed)
     # a state to save: objects, which `resume` fills in place, and counters, which it returns
-    objects = {"model": model, "optimizer": optimizer, "generator": generator, "shuffler": shuffler}
-    objects |= ({"reference": reference} if needs_reference else {}) | getattr(credit, "objects", {})
+    own = {"model": model, "optimizer": optimizer, "generator": generator, "shuffler": shuffler}
+    objects = dict(**own, **({"reference": reference} if needs_reference else {}), **getattr(credit, "objects", {}))
     counters = {"step": 0, "updates": 0, "prompts": 0, "samples": 0} if resume is None else resume(**objects)
-    step, updates, taken, samples = (counters[name] for name in ("step", "updates", "prompts", "samples"))
-    metrics = {}  # step counts rollouts, updates Adam's steps, taken prompts, samples completions
+    # rollouts, Adam's steps, prompts and completions so far
+    step, updates, taken, samples, metrics = *(counters[name] for name in ("step", "updates", "prompts", "samples")), {}
     while step < c.rollouts and not (c.sample_budget and samples >= c.sample_budget):
         started = time.time()
 
         # 1, 2: sample groups from the current policy and judge them
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
-        sampler = copy.deepcopy(model).to(getattr(torch, c.dtype))  # cast once, not at each token
+        sampler = copy.deepcopy(model)  # cast once, not at each token; buffers, such as rotary frequencies, stay as they are
+        for parameter in sampler.parameters():
+            parameter.data = parameter.data.to(getattr(torch, c.dtype))
         groups, discarded = rollout(
             lambda batch: sample_groups(sampler, batch, encode, decode, generate, end_ids, rewards, weights, c, generator),
             (examples[i % len(examples)] for i in itertools.count(taken)), c, keep)
@@ -393,7 +393,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         sampled = time.time()
 
         # 3: the log-probabilities that stay fixed during the updates, and advantages; pi_old's by the forward pass that
-        # trains, not the sampler's: so the ratio starts at 1 and measures the updates alone
+        # trains, not the sampler's: so the ratio starts at 1, up to rounding
         r.old_logprobs = all_logprobs(model, r, c)
         r.ref_logprobs = all_logprobs(reference, r, c) if needs_reference else None
         if credit is None:
