@@ -115,7 +115,7 @@ class PPO:
         self.config, self.ppo = config, ppo
         self.critic = (Critic(model) if hidden is None else Critic(model, hidden)).eval()
         self.trained = [p for p in self.critic.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=ppo.critic_lr, weight_decay=0.0, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.Adam(self.trained, lr=ppo.critic_lr, betas=(0.9, 0.95))
         self.objects = {"critic": self.critic, "critic_optimizer": self.optimizer}
         self.needs_reference = ppo.kl_in_reward > 0
 

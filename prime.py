@@ -89,7 +89,7 @@ class PRIME:
         self.config, self.prime, self.outcome = config, prime, outcome
         self.prm = copy.deepcopy(model).eval()
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.prm.parameters(), lr=prime.prm_lr, weight_decay=0.0, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.Adam(self.prm.parameters(), lr=prime.prm_lr, betas=(0.9, 0.95))
         self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_reference": self.reference}
         self.metrics = {}
 
