@@ -177,6 +177,20 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(tmp_path):
     assert "under way: rollout 1" in page and "Reward and its parts" in page and "1 of 1 samples" in page
 
 
+def test_a_comparison_stands_in_the_page_with_each_methods_curve_beside_grpos_and_nothing_unescaped(run):
+    curve = [{"samples": 256 * i, "seconds": 2 * i, "accuracy": 0.1 * i} for i in range(1, 6)]
+    row = {"lr": 3e-4, "evaluation": {"accuracy_strict": [0.643, 0.6, 0.7]}, "curve": curve, "samples": 1280, "seconds": 35.0,
+           "peak_bytes": 2 ** 30}
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    (run / "results.json").write_text(json.dumps({**results, "compare": {"grpo": row, "<i>dapo": {**row, "lr": None}}}), encoding="utf-8")
+    page = written(run)
+    methods = page[page.index('id="methods"'):page.index('id="samples"')]
+    assert ".643" in methods and "1,024" in methods and "&lt;i&gt;dapo" in methods and "<i>dapo" not in methods
+    assert methods.count("<figure") == 2 and methods.count(">grpo ") >= 1
+    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert 'id="methods"' not in written(run)
+
+
 def test_no_value_breaks_the_page(tmp_path):
     run = make_run(tmp_path, rollouts=8)
     results = json.loads((run / "results.json").read_text())
