@@ -14,9 +14,7 @@ thread each: seconds compare methods with one another, not with other runs of th
 import multiprocessing
 import resource
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,18 +25,19 @@ from configs import METHODS, PLAIN
 from grpo import GRPOConfig
 from ppo import PPO, PPOConfig
 from prime import PRIME, PRIMEConfig
+from run import code_of
 
 LEARNING_RATES = (1e-4, 3e-4)
-ACCURACY_AND_FORMAT = {"accuracy": 1.0, "format": 1.0}
-REWARDS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # of the controls; the others': accuracy and format
+CONTROLS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # their rewards; the other methods': accuracy and format
 SIZES = ("prompts_per_rollout", "group_size", "minibatches", "max_new_tokens", "warmup", "micro_batch_tokens", "dtype")
-LIKE = dict(mean="token", beta=0.0)  # PPO's and PRIME's loss: the clipped ratio over all tokens
+CLIPPED = dict(mean="token", beta=0.0)  # PPO's and PRIME's loss: the clipped ratio over all tokens
+CODE = ("model.py", "grpo.py", "ppo.py", "prime.py", "configs.py", "rewards.py", "data/world.py")  # a result depends on
 
 # name -> (settings of GRPOConfig, and how to make what stands in place of the group advantages)
 ENTRIES = {name: (settings, None) for name, settings in METHODS.items() if name != "reinforce"} | {
-    "ppo_0.95": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=0.95))),
-    "ppo_1.0": (LIKE, lambda model, config: PPO(model, config, PPOConfig(lam=1.0))),
-    "prime": (LIKE | dict(resample=3), lambda model, config: PRIME(model, config, PRIMEConfig(prm_lr=2 * config.lr))),
+    "ppo_0.95": (CLIPPED, lambda model, config: PPO(model, config, PPOConfig(lam=0.95))),
+    "ppo_1.0": (CLIPPED, lambda model, config: PPO(model, config, PPOConfig(lam=1.0))),
+    "prime": (CLIPPED | dict(resample=3), lambda model, config: PRIME(model, config, PRIMEConfig(prm_lr=2 * config.lr))),
     "online_rft": (PLAIN | dict(mean="token"), lambda model, config: RejectionFineTuning()),
     "random": (METHODS["grpo"], None),
     "format": (METHODS["grpo"], None),
@@ -55,19 +54,18 @@ class RejectionFineTuning:
         return {}
 
 
-def one(make_run, method, lr, samples):
-    """One method with one learning rate, in a process of its own: its figures, and its weights beside them."""
+def one(make_run, method, lr, weights):
+    """One method with one learning rate, in a process of its own: its weights and figures are in its directory then."""
     run = make_run()
     if run.device.type == "cpu":
         torch.set_num_threads(1)
     settings, make_credit = ENTRIES[method]
     name = f"compare/{method}-{lr:g}"
     sizes = {field: getattr(run.preset.zero, field) for field in SIZES}
-    config = GRPOConfig(**sizes | settings, lr=lr, sample_budget=samples, rollouts=10 ** 6)
-    model, started = run.model("base"), time.time()
+    config = GRPOConfig(**sizes | settings, lr=lr, sample_budget=run.preset.compare_samples, rollouts=10 ** 6)
+    model = run.model("base")
     credit = None if make_credit is None else make_credit(model, config)
-    run.rl(name, model, REWARDS.get(method, ACCURACY_AND_FORMAT), config, credit=credit, validate=False)
-    seconds = time.time() - started
+    run.rl(name, model, CONTROLS.get(method, weights), config, credit=credit, validate=False)
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -75,30 +73,32 @@ def one(make_run, method, lr, samples):
     run.save(model, name)
     texts, counts = run.complete(model, run.validation)
     accuracy = float(run.score(run.validation, texts, counts)["accuracy_strict"].mean())
-    return {"method": method, "lr": lr, "seconds": seconds, "peak_bytes": peak, "validation": accuracy}
+    (run.out / name / checkpoint.STATE).unlink(missing_ok=True)
+    done = {"method": method, "lr": lr, "peak_bytes": peak, "validation": accuracy, "code": code_of(CODE)}
+    checkpoint.mark_finished(run.out / name, done)
+    return f"{method:12} lr {lr:g}  validation accuracy {100 * accuracy:.0f}%"
 
 
-def compare(run, make_run):
-    """{method: figures} of all entries, written to results.json; finished runs are not made again."""
+def compare(run, make_run, weights):
+    """{method: figures} of all entries, written to results.json; finished runs are not made again. weights: of the rules."""
     p, searching = run.preset, run.seed >= 100
     rates = {method: LEARNING_RATES if searching else [p.compare_lr.get(method, p.zero.lr)] for method in ENTRIES}
     jobs = [(method, lr) for method in ENTRIES for lr in rates[method]]
-    path = lambda method, lr: Path(run.out) / "compare" / f"{method}-{lr:g}"
+    path = lambda method, lr: run.out / "compare" / f"{method}-{lr:g}"
     open_jobs = [job for job in jobs if not checkpoint.finished(path(*job))]
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(one, make_run, *job, p.compare_samples) for job in open_jobs]
-        for job, future in zip(open_jobs, futures):
-            done = future.result()
-            checkpoint.mark_finished(path(*job), done)
-            print(f"{done['method']:12} lr {done['lr']:g}  {done['seconds']:.0f} s  "
-                  f"validation accuracy {100 * done['validation']:.0f}%", flush=True)
-    table = {}
+        for future in [pool.submit(one, make_run, *job, weights) for job in open_jobs]:
+            print(future.result(), flush=True)
+    table, code = {}, code_of(CODE)
     for method in ENTRIES:
         tried = [checkpoint.finished(path(method, lr)) for lr in rates[method]]
         best = max(tried, key=lambda done: done["validation"])
-        table[method] = best | measure(run, path(method, best["lr"])) | {"tried": {f"{d['lr']:g}": d["validation"] for d in tried}}
+        if changed := [file for file, was in best.pop("code").items() if was != code[file]]:
+            print(f"{method} was made before {', '.join(changed)} changed; to make it anew, remove {path(method, best['lr'])}")
+        table[method] = best | measure(run, path(method, best["lr"]))
+        table[method]["tried"] = {f"{done['lr']:g}": done["validation"] for done in tried}
         print(line_of(table[method]), flush=True)
     run.results["compare"] = table
     run.write()
@@ -114,9 +114,9 @@ def measure(run, dir):
         evaluation = evaluate.summarise(dict(file))
     rows, times = checkpoint.read_jsonl(dir / "metrics.jsonl"), checkpoint.read_jsonl(dir / "times.jsonl")
     seconds = np.cumsum([row["seconds"] for row in times]).tolist()
-    curve = [{"samples": row["samples"], "seconds": at, **{key: row[key] for key in ("accuracy", "length", "language_consistency")}}
-             for row, at in zip(rows, seconds)]
-    return {"evaluation": evaluation, "curve": curve, "rollouts": len(rows), "samples": rows[-1]["samples"]}
+    kept = ("samples", "accuracy", "length", "language_consistency")
+    curve = [{"seconds": at, **{key: row[key] for key in kept}} for row, at in zip(rows, seconds)]
+    return {"evaluation": evaluation, "curve": curve, "rollouts": len(rows), "samples": rows[-1]["samples"], "seconds": seconds[-1]}
 
 
 def reached(curve, accuracy=0.5):

@@ -24,7 +24,9 @@ PUBLISHED = {
 
 # The rows of policy_loss's table, with what stands around the loss.
 PLAIN = dict(detach_ratio=True, clip_low=0.0, clip_high=0.0, mean="constant", beta=0.0, scale_by_std=False)  # A log pi
-METHODS = {  # CISPO has no lower clip; its upper one here is ours
+# CISPO has no lower clip; its upper one here is ours. RLOO and REINFORCE ignore pi / pi_old, so they are exact for the first
+# update of a rollout only. DAPO's length penalty is length_buffer.
+METHODS = {
     "grpo": dict(beta=0.04),                                                          # DeepSeekMath eq. 3
     "dr_grpo": dict(scale_by_std=False, mean="constant", beta=0.0),                   # 2503.20783
     "dapo": dict(clip_high=0.28, mean="token", beta=0.0, resample=3),                 # 2503.14476

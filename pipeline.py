@@ -59,24 +59,25 @@ class Preset:
     sft2: SFTConfig = SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048)
     # Not divided by the group's std: that blows small differences of the language reward up in all-correct groups.
     zero: GRPOConfig = GRPOConfig(rollouts=30, lr=3e-4, scale_by_std=False)
-    control: GRPOConfig = GRPOConfig(rollouts=45, lr=3e-4, scale_by_std=False)  # of a student: no less compute than SFT takes
+    control: GRPOConfig = GRPOConfig(rollouts=45, lr=3e-4, scale_by_std=False)  # no less compute than a student's SFT
     rl1: GRPOConfig = GRPOConfig(rollouts=30, lr=2e-4, scale_by_std=False)
     rl2: GRPOConfig = GRPOConfig(rollouts=45, lr=2e-4, scale_by_std=False, temperature=0.7)
-    compare_samples: int = 3072       # completions that each method of --compare may sample
-    compare_lr: dict = field(default_factory=dict)  # of a method; else zero's
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
+    compare_samples: int = 3072       # completions that each method of --compare may sample
+    compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
 
 
 def rl_stages(**settings):
-    return {name: GRPOConfig(**settings) for name in ("zero", "control", "rl1")} | {"rl2": GRPOConfig(temperature=0.7, **settings)}
+    stages = {name: GRPOConfig(**settings) for name in ("zero", "control", "rl1")}
+    return stages | {"rl2": GRPOConfig(temperature=0.7, **settings)}
 
 
 PRESETS = {
     "cpu": Preset(),
     "smoke": Preset(
-        compare_samples=32,
         model=sizes(32, 2, 2, 1, model_type="qwen3"), student=sizes(32, 1, 2, 1), documents=3000, student_documents=1000,
         problems=64, test=24, hard=8, requests=8, samples=2, many=16, cold_start=8, trace_prompts=16, trace_samples=2,
+        compare_samples=32,
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
     "gpu": Preset(  # the same world and code, 32M parameters, more of everything; not run yet
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), documents=1_000_000,
@@ -194,7 +195,7 @@ def rejection_sampling(run):
 
 
 def rl2_prompts(run):
-    """Reasoning first; late, of 4 prompts one is a problem, one general and two unsafe [v2 B.5: in the last 400 of 1,700 steps]."""
+    """Reasoning first; late, of 4 prompts one is a problem, one general, two unsafe [v2 B.5: in the last 400 of 1,700 steps]."""
     p = run.preset
     total = p.rl2.rollouts * p.rl2.prompts_per_rollout
     late = round(p.rl2_general_from * total)
@@ -248,7 +249,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from", dest="from_stage", choices=STAGES, help="make this stage and the later ones anew")
     parser.add_argument("--ablations", action="store_true", help="and what some claims need beside the recipe")
-    parser.add_argument("--compare", action="store_true", help="compare GRPO with its relatives, PPO and PRIME, from the base")
+    parser.add_argument("--compare", action="store_true", help="GRPO beside its relatives, PPO and PRIME, from the base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     preset = args.preset or ("gpu" if args.device.startswith("cuda") else "cpu")
@@ -266,7 +267,7 @@ def main():
             run = make_run()  # without what results.json said of these stages
         if args.compare:
             make_base(run)
-            compare.compare(run, make_run)
+            compare.compare(run, make_run, ACCURACY_AND_FORMAT)
         else:
             recipe(run, args.ablations)
     except (ValueError, OSError) as error:

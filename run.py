@@ -32,11 +32,14 @@ from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 CODE = ("model.py", "sft.py", "grpo.py", "rewards.py", "data/world.py")  # what a stage's result depends on
-RULES = {"accuracy": rewards.accuracy, "format": rewards.format, "language_consistency": rewards.language_consistency,
-         "helpfulness": rewards.helpfulness, "harmlessness": rewards.harmlessness}
 METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, strict=False), "accuracy_strict": rewards.accuracy,
            "format": rewards.format, "language_consistency": rewards.language_consistency}
 
+
+
+def code_of(files):
+    """{file: its hash}: what tells that a result was made by other code."""
+    return {file: checkpoint.code_hash(HERE / file) for file in files}
 
 
 def coin(text, example):
@@ -58,7 +61,8 @@ class Run:
         path = self.out / "config.json"
         if path.exists() and json.loads(path.read_text()) != settings:
             raise ValueError(f"{path} is of another configuration; choose another --out, or remove {self.out}")
-        checkpoint.atomic_write(path, json.dumps(settings, indent=1))
+        if not path.exists():  # several processes of a comparison open one run
+            checkpoint.atomic_write(path, json.dumps(settings, indent=1))
         self.tokenizer = Tokenizer(HERE / "data")
         split = "test" if seed < 100 else "validation"  # seeds from 100 on are for tuning
         self.test = world.problems(2, split, self.preset.test)
@@ -90,7 +94,7 @@ class Run:
 
     def stage(self, name, title, starts_from, by, paper, make):
         """Make the stage's model with make(), unless it is finished; measure it; print its line. The rest is for tables."""
-        dir, code = self.out / name, {f: checkpoint.code_hash(HERE / f) for f in CODE}
+        dir, code = self.out / name, code_of(CODE)
         if done := checkpoint.finished(dir):
             if changed := [f for f, h in code.items() if done["code"][f] != h]:
                 print(f"{name} was made before {', '.join(changed)} changed; to make it anew: --from {name}")
@@ -197,9 +201,8 @@ class Run:
 
     def rl(self, name, model, weights, config, examples=None, credit=None, validate=True):
         """GRPO with these rules as reward; all rules are logged, with weight 0 where they are not in `weights`."""
-        config, rules = replace(config, seed=self.seed), {**METRICS, **RULES, "coin": coin}
-        rules["accuracy_any"], rules["accuracy"] = METRICS["accuracy"], rewards.accuracy
-        rules.pop("accuracy_strict")
+        config, rules = replace(config, seed=self.seed), rewards.REWARDS | {"accuracy_any": METRICS["accuracy"]}
+        rules |= {"coin": coin} if "coin" in weights else {}
         keep, resume = self.keeper(name)
         bar = Bar(name)
 

@@ -49,4 +49,12 @@ def test_one_command_compares_all_methods_within_one_budget_of_samples(tmp_path)
     assert set(table) == set(compare.ENTRIES)
     for row in table.values():
         assert 32 <= row["samples"] <= 32 + 16 * 4 and row["peak_bytes"] > 2 ** 20 and row["tried"] == {"0.0001": row["validation"]}
+        assert row["seconds"] == row["curve"][-1]["seconds"] > 0
     assert "Methods" in (tmp_path / "report.html").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("compare/*/model.safetensors")}
+    one = tmp_path / "compare" / "grpo-0.0001" / "DONE"
+    one.write_text(one.read_text().replace('"ppo.py": "', '"ppo.py": "another'))
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "grpo was made before ppo.py changed" in again.stdout and str(one.parent) in again.stdout
+    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("compare/*/model.safetensors")}
+    assert len(stamps) == len(compare.ENTRIES) and not [*tmp_path.glob("compare/*/state.safetensors")]
