@@ -83,11 +83,15 @@ def explained_variance(values, returns, mask):
     return (1 - (returns - values).var(unbiased=False) / variance).item() if variance > 1e-8 else 0.0
 
 
+def last_states(model, ids):
+    """The last layer's states (B, T, D) of model.py's Transformer; another model needs a function of its own."""
+    return model.hidden(ids)
+
+
 class Critic(nn.Module):
     """The policy's architecture with weights of its own and a scalar head. ids (B, T) -> values (B, T)."""
 
-    def __init__(self, model, hidden=lambda model, ids: model.hidden(ids)):
-        """hidden(model, ids) -> the last layer's states (B, T, D); by default model.py's."""
+    def __init__(self, model, hidden=last_states):
         super().__init__()
         self.trunk, self.hidden = copy.deepcopy(model).eval(), hidden
         some = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
@@ -108,12 +112,12 @@ class Critic(nn.Module):
 class PPO:
     """What grpo.train takes as `credit`: advantages of a rollout, and a critic that learns beside the policy."""
 
-    def __init__(self, model, config, ppo=PPOConfig(), hidden=None):
-        """config: the run's GRPOConfig, for its dtype, micro-batches and grad_clip; hidden: as in Critic."""
+    def __init__(self, model, config, ppo=PPOConfig(), hidden=last_states):
+        """config: the run's GRPOConfig, for its dtype, micro-batches and grad_clip; hidden(model, ids) -> (B, T, D)."""
         if ppo.kl_in_reward and config.beta:
             raise ValueError(f"kl_in_reward {ppo.kl_in_reward} and beta {config.beta}: one of them must be 0")
         self.config, self.ppo = config, ppo
-        self.critic = (Critic(model) if hidden is None else Critic(model, hidden)).eval()
+        self.critic = Critic(model, hidden).eval()
         self.trained = [p for p in self.critic.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=ppo.critic_lr, betas=(0.9, 0.95))
         self.objects = {"critic": self.critic, "critic_optimizer": self.optimizer}
