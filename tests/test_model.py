@@ -545,7 +545,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_program_and_thinking_is_dim_on_a_term
     dir = actor(tmp_path, endless, max_position_embeddings=20000)
     ours, theirs = pty.openpty()
     chat = subprocess.Popen([sys.executable, "model.py", dir, "--temperature", "0", "--max-new-tokens", "20000", "--device", "cpu"],
-                            cwd=ROOT, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE)
+                            cwd=ROOT, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
     os.close(theirs)
     said = b""
     try:
