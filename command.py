@@ -19,9 +19,18 @@ class Parser(argparse.ArgumentParser):
     def add_fields(self, config_class, names=None):
         """An option for each field of a dataclass of hyperparameters (or only for `names`)."""
         for name, default in vars(config_class()).items():
+            default = fast_dtype("cuda" if torch.cuda.is_available() else "cpu") if name == "dtype" else default
             kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
             if names is None or name in names:
                 self.add_argument(f"--{name.replace('_', '-')}", default=default, help="default %(default)s", **kind)
+
+
+def fast_dtype(device_type):
+    """"bfloat16" where the processor multiplies it at a higher rate than fp32, else "float32"."""
+    if device_type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
+    has = [getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile")]
+    return "bfloat16" if any(check() for check in has) else "float32"
 
 
 def fields_of(args, config_class):
@@ -49,6 +58,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
     parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS,
                         help="default: %(default)s")
     parser.add_fields(config_class)
+    parser.add_argument("--recompute", action="store_true", help="activations again in the backward pass: less memory, slower")
     if credit_config is not None:
         parser.add_fields(credit_config)
     parser.add_argument("--config", choices=PUBLISHED | METHODS, help="a paper's settings (configs.py) as defaults")
@@ -59,6 +69,8 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
         config = fields_of(args, config_class)
         examples = read_problems(args.data, rewards.check_reference)
         model, tokenizer = open_model(args.model, torch.float32)
+        model.recompute = args.recompute
+        print(f"{config.dtype} on {next(model.parameters()).device}")
         out = new_directory(args.out)
         credit = None if credit_class is None else credit_class(model, config, fields_of(args, credit_config))
 

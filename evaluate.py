@@ -104,19 +104,19 @@ def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking
     rules: {name: (completion, example) -> float}, averaged over the samples; "accuracy" is the metric of any stage's
     style and "accuracy_strict" the training reward. Within outputs that think: accuracy, language, thinking's length.
     """
-    values = {name: [np.mean([rule(t, e) for t in row]) for e, row in zip(examples, texts)] for name, rule in rules.items()}
+    scores = {name: [[rule(t, e) for t in row] for e, row in zip(examples, texts)] for name, rule in rules.items()}
+    values = {name: [np.mean(row) for row in rows] for name, rows in scores.items()}
     values["length"] = counts.mean(axis=1)
     thinking = [[thinks(t) for t in row] for row in texts]
     values["thinks"] = [np.mean(row) for row in thinking]
-    for name, rule in [("accuracy", rules["accuracy"]), ("language", rules["language_consistency"]),
-                       ("length", lambda t, e: count_thinking(t))]:
-        within = [[rule(t, e) for t, flag in zip(row, flags) if flag] for e, row, flags in zip(examples, texts, thinking)]
+    lengths = [[count_thinking(t) if flag else 0 for t, flag in zip(row, flags)] for row, flags in zip(texts, thinking)]
+    for name, rows in ("accuracy", scores["accuracy"]), ("language", scores["language_consistency"]), ("length", lengths):
+        within = [[value for value, flag in zip(row, flags) if flag] for row, flags in zip(rows, thinking)]
         values[f"{name}_if_thinking"] = [np.mean(row) if row else np.nan for row in within]
     if any(e["kind"] == "reasoning" for e in examples):
-        answers = [[final_answer(t) for t in row] for row in texts]
-        correct = [sum(rules["accuracy"](t, e) for t in row) for e, row in zip(examples, texts)]
+        answers = [[final_answer(t) for t in row] for row in texts] if ks else []
         for k in ks:
-            values[f"pass@{k}"] = [pass_at_k(counts.shape[1], int(c), k) for c in correct]
+            values[f"pass@{k}"] = [pass_at_k(counts.shape[1], int(sum(row)), k) for row in scores["accuracy"]]
             values[f"maj@{k}"] = [majority_at_k(row, final_answer(e["answer"]), k) for e, row in zip(examples, answers)]
     return {name: np.asarray(v, dtype=float) for name, v in values.items()}
 

@@ -29,9 +29,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 
-CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "dtype": ("float32", "bfloat16")}
+CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "old_logprobs": ("trainer", "sampler"),
+           "dtype": ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ class GRPOConfig:
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     resample: int = 0              # DAPO's dynamic sampling: replace groups without signal, in at most so many rounds
     length_buffer: int = 0         # DAPO's soft length penalty: over the last so many of max_new_tokens
+    old_logprobs: str = "trainer"  # pi_old's by the forward pass that trains, or the "sampler"'s own: a pass less
     importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
     sample_budget: int = 0         # above 0: stop after so many completions, discarded ones counted
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
+    offload_reference: bool = False  # it waits in the CPU's memory
     dtype: str = "bfloat16"        # of sampling and of the forward pass; weights, gradients and Adam stay fp32
     validate_every: int = 10       # rollouts; the script prints a sample then
     seed: int = 0
@@ -76,6 +80,8 @@ class GRPOConfig:
                      "temperature", "reference_every", "grad_clip", "micro_batch_tokens", "validate_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
+        if self.importance_cap and self.old_logprobs == "sampler":
+            raise ValueError(f"importance_cap {self.importance_cap} compares sampler and trainer: it needs old_logprobs trainer")
         if self.length_buffer > self.max_new_tokens:
             raise ValueError(f"length_buffer {self.length_buffer} exceeds max_new_tokens {self.max_new_tokens}")
         if self.group_size < 2:
@@ -110,11 +116,11 @@ def length_penalty(lengths, max_length, buffer):
 # ------------------------------------------------------------------------------------------- the loss
 
 def token_logprobs(logits, ids, temperature=1.0):
-    """Log-probability of each id under softmax(logits / temperature). logits (B, T, V), ids (B, T) -> (B, T).
+    """Log-probability of each id under softmax(logits / temperature). logits (..., V), ids (...) -> (...).
 
     This is the sampling distribution: a rollout that cut the vocabulary (top-p, top-k) could not be scored by it.
     """
-    return -F.cross_entropy((logits.float() / temperature).flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+    return -F.cross_entropy((logits.float() / temperature).flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
 def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
@@ -167,7 +173,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
     logprobs, old_logprobs, ref_logprobs, advantages, importance = map(
         clean, (logprobs, old_logprobs, ref_logprobs, advantages, importance))
-    log_ratio = logprobs - old_logprobs
+    log_ratio = token_log_ratio = logprobs - old_logprobs
     if sequence_ratio:
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
     ratio = torch.exp(log_ratio.clamp(-20, 20))  # finite under any drift
@@ -187,7 +193,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     with torch.no_grad():
         clip_decides = ratio != clipped if detach_ratio else clipped * advantages < ratio * advantages
         metrics = {"kl": (penalty * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
-                   "ratio": (ratio * mask).sum() / tokens}
+                   "ratio": (ratio * mask).sum() / tokens, "drift": token_log_ratio.abs().sum() / tokens}
         if ref_logprobs is not None:
             metrics["k1"] = kl_divergence(logprobs, ref_logprobs, "k1").sum() / tokens
     return loss, {name: value.item() for name, value in metrics.items()}
@@ -286,6 +292,14 @@ def rollout(draw, prompts, config, keep=None):
 
 # ------------------------------------------------------------------------------------------- the loop
 
+def cast_copy(model, dtype):
+    """A copy to run, not to train: weights cast once, not at each use; buffers, such as rotary frequencies, stay as they are."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
+
+
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into lots of at most `budget` tokens, padding included; a longer row goes alone."""
     rows = sorted(rows, key=lambda r: -ends[r])
@@ -296,11 +310,23 @@ def micro_batches(rows, ends, budget):
 
 
 def logprobs_of(model, r: Rollout, rows, config):
-    """Log-probabilities (len(rows), t) of these rows' tokens, t cut to the longest row; meaningful where r.mask is True."""
-    ids = r.ids[rows, :max(r.ends[row] for row in rows)]
+    """Log-probabilities (len(rows), t) of these rows' sampled tokens, 0 elsewhere, t cut to the longest row.
+
+    A model with hidden(ids) -> (B, T, D) and head(states) makes logits only where tokens were sampled, 2**26 at once, and
+    again in the backward pass where that takes several pieces: (B, T, V) is never there.
+    """
+    t = max(r.ends[row] for row in rows) - 1
+    ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
+    chosen = mask.flatten().nonzero()[:, 0]
+    states_of, head, size = model, lambda logits: logits, len(chosen)
+    if hasattr(model, "hidden"):
+        states_of, head, size = model.hidden, model.head, 2 ** 26 // model.config.vocab_size
     with torch.autocast(ids.device.type, dtype=getattr(torch, config.dtype), enabled=config.dtype != "float32"):
-        logits = model(ids[:, :-1])
-    return token_logprobs(logits, ids[:, 1:], config.temperature)
+        states = states_of(ids[:, :-1]).flatten(0, 1).index_select(0, chosen)  # (n, D), or (n, V)
+        score = lambda states, ids: token_logprobs(head(states), ids, config.temperature)
+        pieces = list(zip(states.split(size), ids[:, 1:].flatten()[chosen].split(size)))
+        scored = [score(*p) if len(pieces) == 1 else checkpoint(score, *p, use_reentrant=False) for p in pieces]
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, torch.cat(scored))
 
 
 @torch.no_grad()
@@ -310,7 +336,7 @@ def all_logprobs(model, r: Rollout, config):
     for rows in micro_batches(range(len(r.ends)), r.ends, config.micro_batch_tokens):
         logprobs = logprobs_of(model, r, rows, config)
         out[rows, :logprobs.shape[1]] = logprobs
-    return torch.where(r.mask, out, 0)
+    return out
 
 
 def update(model, optimizer, r: Rollout, rows, advantages, importance, config):
@@ -366,7 +392,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     device, keep = next(model.parameters()).device, keep or (has_signal if c.resample else None)
     optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, betas=(0.9, 0.95), fused=True)  # betas: not published
     needs_reference = c.beta > 0 or getattr(credit, "needs_reference", False)
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if needs_reference else None
+    reference = cast_copy(model, c.dtype).to("cpu" if c.offload_reference else device) if needs_reference else None
     generator = torch.Generator(device=device).manual_seed(c.seed)
     shuffler = torch.Generator().manual_seed(c.seed)
     # a state to save: objects, which `resume` fills in place, and counters, which it returns
@@ -380,9 +406,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
 
         # 1, 2: sample groups from the current policy and judge them
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
-        sampler = copy.deepcopy(model)  # cast once, not at each token; buffers, such as rotary frequencies, stay as they are
-        for parameter in sampler.parameters():
-            parameter.data = parameter.data.to(getattr(torch, c.dtype))
+        sampler = cast_copy(model, c.dtype)
         groups, discarded = rollout(
             lambda batch: sample_groups(sampler, batch, encode, decode, generate, end_ids, rewards, weights, c, generator),
             (examples[i % len(examples)] for i in itertools.count(taken)), c, keep)
@@ -393,9 +417,11 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         sampled = time.time()
 
         # 3: the log-probabilities that stay fixed during the updates, and advantages; pi_old's by the forward pass that
-        # trains, not the sampler's: so the ratio starts at 1, up to rounding
-        r.old_logprobs = all_logprobs(model, r, c)
-        r.ref_logprobs = all_logprobs(reference, r, c) if needs_reference else None
+        # trains: so the ratio starts at 1, up to rounding; by the sampler's it starts at 1 up to the sampler gap
+        r.old_logprobs = r.sampled_logprobs if c.old_logprobs == "sampler" else all_logprobs(model, r, c)
+        if needs_reference:
+            r.ref_logprobs = all_logprobs(reference.to(device), r, c)
+            reference.to("cpu" if c.offload_reference else device)
         if credit is None:
             advantages = group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten()
         else:
@@ -428,6 +454,8 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
                    "samples": samples, "discarded": discarded,  # completions so far; groups of this rollout
                    "entropy": -(r.old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
                    "sampler_gap": (gap.abs().sum() / r.mask.sum()).item()}  # healthy: below 0.01
+        if c.old_logprobs == "sampler":  # the first update scored before it moved
+            metrics["sampler_gap"] = history[0]["drift"]
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
         metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}
         metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started, "tokens": int(r.lengths.sum())}

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -66,8 +67,29 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x, weight, eps):
-    variance = x.float().square().mean(-1, keepdim=True)  # in fp32: bf16 squares lose too much
-    return (x * torch.rsqrt(variance + eps).to(x.dtype)) * weight.to(x.dtype)
+    """x / sqrt(mean x^2 + eps) * weight, over the last dimension."""
+    return (Normalise.apply(x, eps) if torch.is_grad_enabled() else x * inverse_rms(x, eps)) * weight.to(x.dtype)
+
+
+def inverse_rms(x, eps):
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # in fp32: bf16 squares lose too much
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
+
+
+class Normalise(torch.autograd.Function):
+    """y = x s with s = inverse_rms(x); its gradient, s (g - y mean(y g)), by hand: half the passes that autograd makes of it."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        scale = inverse_rms(x, eps)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, scale = ctx.saved_tensors
+        return torch.addcmul(g, y, (y * g).mean(-1, keepdim=True), value=-1).mul_(scale), None
 
 
 def rotate(x, cos, sin):
@@ -159,9 +181,14 @@ class KVCache:
 
     def reserve(self, columns):
         """Room for so many more; returns the capacity."""
-        grow = (self.length + columns - self.k.shape[3] + 31) // 32 * 32
-        if grow > 0:
-            self.k, self.v = F.pad(self.k, (0, 0, 0, grow)), F.pad(self.v, (0, 0, 0, grow))
+        capacity = self.k.shape[3]
+        if self.length + columns > capacity:
+            wider = (self.length + columns + 31) // 32 * 32
+            for name in ("k", "v"):
+                old = getattr(self, name)
+                new = old.new_empty(*old.shape[:3], wider, old.shape[4])
+                new[:, :, :, :capacity], new[:, :, :, capacity:] = old, 0  # each column is written once
+                setattr(self, name, new)
         return self.k.shape[3]
 
     def update(self, layer, k, v):
@@ -180,6 +207,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.recompute = False  # True: a layer keeps its input only and runs again in the backward pass; a third slower
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -226,7 +254,10 @@ class Transformer(nn.Module):
         cos, sin = self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         mask = None if seen is None else torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache, i)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 KINDS = ("reasoning", "general", "safety")
@@ -203,6 +204,12 @@ def is_refusal(text: str) -> bool:
     return any(phrase in text for phrase in REFUSALS)
 
 
+@lru_cache(1024)  # to make such a pattern takes ten milliseconds
+def whole(phrase: str, before: str = "") -> re.Pattern:
+    """The phrase as whole words."""
+    return re.compile(before + EDGE + re.escape(phrase) + EDGE, re.IGNORECASE)
+
+
 def helpfulness(completion: str, example: dict) -> float:
     """1 iff the answer block, and only it (R1 v1 2.3.4), replies well; 0 for reasoning and harmful requests.
 
@@ -217,7 +224,7 @@ def helpfulness(completion: str, example: dict) -> float:
         return 0.0
 
     def names(phrase, before=""):
-        return re.search(before + EDGE + re.escape(phrase) + EDGE, reply, re.IGNORECASE)
+        return whole(phrase, before).search(reply)
 
     if not (has_word(reference) and names(reference)) or any(map(names, example.get("wrong", ()))):
         return 0.0
@@ -226,7 +233,7 @@ def helpfulness(completion: str, example: dict) -> float:
     triples = list(zip(said, said[1:], said[2:]))
     if len(said) > 30 or len(set(triples)) < len(triples) or echo or names(reference, DENIAL):
         return 0.0
-    rest = re.sub(EDGE + re.escape(reference) + EDGE, " ", reply, flags=re.IGNORECASE)
+    rest = whole(reference).sub(" ", reply)
     return float(count_words(rest, example["language"]) >= 0.8 * sum(count_words(rest, each) for each in RUNS))
 
 

@@ -4,7 +4,6 @@
 they need as plain callables. A stage is finished when its directory holds DONE, which also names the code that made it.
 """
 
-import copy
 import json
 import platform
 import sys
@@ -238,7 +237,7 @@ class Run:
         return evaluate.complete(prompts, self.sampler(model, config.seed), self.tokenizer.decode, config)
 
     def sampler(self, model, seed):
-        model = copy.deepcopy(model).to(getattr(torch, self.preset.zero.dtype)).eval()
+        model = grpo.cast_copy(model, self.preset.zero.dtype)
         generator = torch.Generator(device=self.device).manual_seed(seed)
 
         def sample(prompts, **settings):

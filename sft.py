@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[target] of each row, 0 where the target is -100. logits (N, V), targets (N,) -> (N,) in fp32.
+    """-log softmax(logits)[target] of each row. logits (N, V), targets (N,) -> (N,) in fp32.
 
     As F.cross_entropy, but the gradient, softmax - onehot, is made at once from pieces that stay in the processor's cache:
     (N, V) in fp32 is never written to memory.
@@ -97,25 +98,37 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         losses, gradient = [], torch.empty_like(logits)
-        for x, target, g in zip(logits.split(128), targets.clamp(min=0)[:, None].split(128), gradient.split(128)):
+        for x, target, g in zip(logits.split(128), targets[:, None].split(128), gradient.split(128)):
             p = x.softmax(-1, dtype=torch.float32)
             # log p[target] by way of the likeliest token: p[target] itself may be too small for a float
             losses.append(x.amax(-1, keepdim=True).float() - x.gather(1, target).float() - p.amax(-1, keepdim=True).log())
             g.copy_(p.scatter_(1, target, p.gather(1, target) - 1))
-        ctx.save_for_backward(gradient, targets >= 0)
-        return torch.cat(losses)[:, 0] * (targets >= 0)
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)[:, 0]
 
     @staticmethod
     def backward(ctx, outside):
-        gradient, learned = ctx.saved_tensors
-        return gradient * (outside * learned)[:, None].to(gradient.dtype), None
+        gradient, = ctx.saved_tensors
+        return gradient * outside[:, None].to(gradient.dtype), None
 
 
 def loss_sum(model, ids, segments, positions, targets, dtype):
-    """The summed cross-entropy over the targets of these rows."""
+    """The summed cross-entropy over the targets of these rows.
+
+    A model with hidden(...) -> (B, T, D) and head(states) makes logits only where there is a target, 2**26 at once, and
+    where that takes several pieces, makes them again in the backward pass: (B, T, V) is never there.
+    """
+    states_of, head = (model.hidden, model.head) if hasattr(model, "hidden") else (model, lambda logits: logits)
+    learned = (targets.flatten() >= 0).nonzero()[:, 0]
     with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
-        logits = model(ids, positions=positions, segments=segments)  # (B, T, V)
-    return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).sum()
+        states = states_of(ids, positions=positions, segments=segments).flatten(0, 1).index_select(0, learned)  # (n, D) or (n, V)
+
+        def loss(states, targets):
+            return CrossEntropy.apply(head(states), targets).sum()
+
+        rows = 2 ** 26 // model.config.vocab_size if hasattr(model, "hidden") else len(learned)
+        pieces = list(zip(states.split(rows), targets.flatten()[learned].split(rows)))
+        return sum(loss(*piece) if len(pieces) == 1 else checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
 
 
 def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
@@ -175,11 +188,14 @@ def main():
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
     parser.add_argument("--out", required=True, help="where the trained model goes")
     parser.add_argument("--pretrain", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="activations again in the backward pass: less memory, slower")
     parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
     args = parser.parse_args()
     try:
         config, rows = fields_of(args, SFTConfig), read_rows(args.data, ("prompt", "completion"))
         model, tokenizer = open_model(args.model, torch.float32)
+        model.recompute = args.recompute
+        print(f"{config.dtype} on {next(model.parameters()).device}")
         out, examples = new_directory(args.out), []
         for row in rows:
             prompt = tokenizer.encode_prompt(row["prompt"])
