@@ -7,6 +7,7 @@ import torch
 import rewards
 from configs import METHODS, PUBLISHED
 from data.readers import new_directory, read_problems
+from graphs import with_graphs
 from model import generate, load, save
 from tokenizer import Tokenizer
 
@@ -80,7 +81,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
             if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
                 print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 
-        train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, generate,
+        train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, with_graphs(generate),
               [tokenizer.end_id], {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
               keep=getattr(credit, "keep", None), log=log)
         save(model, out, tokenizer)

@@ -12,8 +12,8 @@ one rollout makes many groups, is split at random into mini-batches, and pi_old 
 With eq. 3's mean the policy term's *value* is about 0 over a rollout (the advantages of a group sum to 0) while its gradient
 is not: watch the reward, the KL (to the latest reference: a sawtooth), the clip fraction, the entropy and the gradient norm.
 
-A truncated completion keeps its reward and its gradient (DeepSeekMath and R1 do not say; DAPO masks or penalises it): with
-no end token and unclosed tags it mostly scores low. The sampled end token is part of the action and has its gradient.
+A truncated completion keeps its reward and its gradient (DeepSeekMath and R1 do not say; DAPO masks or penalises it). The
+sampled end token is part of the action and has its gradient.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # rows {"prompt", "answer", "language", "kind"}
 
@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
+LOGITS_AT_ONCE = 2 ** 26  # 256 MB in fp32
 CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "old_logprobs": ("trainer", "sampler"),
            "dtype": ("float32", "bfloat16")}
 
@@ -80,14 +81,16 @@ class GRPOConfig:
                      "temperature", "reference_every", "grad_clip", "micro_batch_tokens", "validate_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        if self.importance_cap and self.old_logprobs == "sampler":
-            raise ValueError(f"importance_cap {self.importance_cap} compares sampler and trainer: it needs old_logprobs trainer")
-        if self.length_buffer > self.max_new_tokens:
-            raise ValueError(f"length_buffer {self.length_buffer} exceeds max_new_tokens {self.max_new_tokens}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size {self.group_size}: the advantage compares completions, so it takes 2 or more")
-        if self.prompts_per_rollout * self.group_size < self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} exceed the completions of a rollout")
+        for wrong, why in (
+                (self.importance_cap and self.old_logprobs == "sampler",
+                 f"importance_cap {self.importance_cap} compares sampler and trainer: it needs old_logprobs trainer"),
+                (self.length_buffer > self.max_new_tokens,
+                 f"length_buffer {self.length_buffer} exceeds max_new_tokens {self.max_new_tokens}"),
+                (self.group_size < 2, f"group_size {self.group_size}: the advantage compares completions, so it takes 2 or more"),
+                (self.prompts_per_rollout * self.group_size < self.minibatches,
+                 f"minibatches {self.minibatches} exceed the completions of a rollout")):
+            if wrong:
+                raise ValueError(why)
 
 
 # ------------------------------------------------------------------------------------------- advantages
@@ -129,8 +132,7 @@ def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
     k3  pi_ref/pi - log(pi_ref/pi) - 1, never negative [DeepSeekMath eq. 4]; as a loss it descends KL(pi_ref || pi)
     k2  log(pi_ref/pi)^2 / 2, never negative; as a loss it descends KL(pi || pi_ref)
     k1  log(pi/pi_ref), unbiased for KL(pi || pi_ref) and only to watch: as a loss its gradient is 0 in expectation
-    k3's log-ratio is clamped above, at 10, so that exp stays finite: a token that has become that unlikely has no pull (k2's
-    has); where the policy has grown there is no clamp.
+    k3's log-ratio is clamped above, at 10, so that exp stays finite: a token that has become that unlikely has no pull.
     """
     log_ratio = ref_logprobs - logprobs
     if estimator == "k1":
@@ -312,15 +314,15 @@ def micro_batches(rows, ends, budget):
 def logprobs_of(model, r: Rollout, rows, config):
     """Log-probabilities (len(rows), t) of these rows' sampled tokens, 0 elsewhere, t cut to the longest row.
 
-    A model with hidden(ids) -> (B, T, D) and head(states) makes logits only where tokens were sampled, 2**26 at once, and
-    again in the backward pass where that takes several pieces: (B, T, V) is never there.
+    A model with hidden(ids) -> (B, T, D) and head(states) makes logits only where tokens were sampled, and a large
+    vocabulary's in pieces that are made again in the backward pass: (B, T, V) is never there.
     """
     t = max(r.ends[row] for row in rows) - 1
     ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
     chosen = mask.flatten().nonzero()[:, 0]
     states_of, head, size = model, lambda logits: logits, len(chosen)
     if hasattr(model, "hidden"):
-        states_of, head, size = model.hidden, model.head, 2 ** 26 // model.config.vocab_size
+        states_of, head, size = model.hidden, model.head, LOGITS_AT_ONCE // model.config.vocab_size
     with torch.autocast(ids.device.type, dtype=getattr(torch, config.dtype), enabled=config.dtype != "float32"):
         states = states_of(ids[:, :-1]).flatten(0, 1).index_select(0, chosen)  # (n, D), or (n, V)
         score = lambda states, ids: token_logprobs(head(states), ids, config.temperature)
@@ -342,8 +344,7 @@ def all_logprobs(model, r: Rollout, config):
 def update(model, optimizer, r: Rollout, rows, advantages, importance, config):
     """One Adam step on these rows of a rollout; its metrics."""
     c, sums = config, {}
-    tokens = int(r.mask[rows].sum())
-    # of the whole update, before micro-batches
+    tokens = int(r.mask[rows].sum())  # of the whole update, before micro-batches
     normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
     for lot in micro_batches(rows, r.ends, c.micro_batch_tokens):
         logprobs = logprobs_of(model, r, lot, c)
@@ -396,10 +397,9 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     generator = torch.Generator(device=device).manual_seed(c.seed)
     shuffler = torch.Generator().manual_seed(c.seed)
     # a state to save: objects, which `resume` fills in place, and counters, which it returns
-    own = {"model": model, "optimizer": optimizer, "generator": generator, "shuffler": shuffler}
-    objects = dict(**own, **({"reference": reference} if needs_reference else {}), **getattr(credit, "objects", {}))
+    objects = dict(model=model, optimizer=optimizer, generator=generator, shuffler=shuffler,
+                   **({"reference": reference} if needs_reference else {}), **getattr(credit, "objects", {}))
     counters = {"step": 0, "updates": 0, "prompts": 0, "samples": 0} if resume is None else resume(**objects)
-    # rollouts, Adam's steps, prompts and completions so far
     step, updates, taken, samples, metrics = *(counters[name] for name in ("step", "updates", "prompts", "samples")), {}
     while step < c.rollouts and not (c.sample_budget and samples >= c.sample_budget):
         started = time.time()
@@ -416,16 +416,14 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         samples += (len(groups) + discarded) * c.group_size
         sampled = time.time()
 
-        # 3: the log-probabilities that stay fixed during the updates, and advantages; pi_old's by the forward pass that
-        # trains: so the ratio starts at 1, up to rounding; by the sampler's it starts at 1 up to the sampler gap
+        # 3: the log-probabilities that stay fixed during the updates, and advantages. pi_old's come from the forward pass that
+        # trains: so the ratio starts at 1, up to rounding; with the sampler's, up to the sampler gap
         r.old_logprobs = r.sampled_logprobs if c.old_logprobs == "sampler" else all_logprobs(model, r, c)
         if needs_reference:
             r.ref_logprobs = all_logprobs(reference.to(device), r, c)
             reference.to("cpu" if c.offload_reference else device)
-        if credit is None:
-            advantages = group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten()
-        else:
-            advantages = credit.advantages(r)
+        advantages = (credit.advantages(r) if credit is not None else
+                      group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten())
         gap = r.sampled_logprobs - r.old_logprobs  # sampler against the training forward pass: rounding
         importance = torch.exp(-gap).clamp(max=c.importance_cap) if c.importance_cap else None
 
@@ -453,9 +451,8 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
                    "no_signal": (spread <= 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
                    "samples": samples, "discarded": discarded,  # completions so far; groups of this rollout
                    "entropy": -(r.old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
-                   "sampler_gap": (gap.abs().sum() / r.mask.sum()).item()}  # healthy: below 0.01
-        if c.old_logprobs == "sampler":  # the first update scored before it moved
-            metrics["sampler_gap"] = history[0]["drift"]
+                   # healthy: below 0.01; where pi_old is the sampler's, the first update shows it, before it moves
+                   "sampler_gap": history[0]["drift"] if c.old_logprobs == "sampler" else (gap.abs().sum() / r.mask.sum()).item()}
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
         metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}
         metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started, "tokens": int(r.lengths.sum())}

@@ -26,10 +26,12 @@ import report
 import rewards
 import sft
 from data import world
+from graphs import with_graphs
 from model import Config, Transformer, generate, load, save
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
+generate = with_graphs(generate)
 CODE = ("model.py", "sft.py", "grpo.py", "rewards.py", "data/world.py")  # what a stage's result depends on
 METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, strict=False), "accuracy_strict": rewards.accuracy,
            "format": rewards.format, "language_consistency": rewards.language_consistency}

@@ -15,6 +15,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
+LOGITS_AT_ONCE = 2 ** 26  # 256 MB in fp32
+
+
 @dataclass(frozen=True)
 class SFTConfig:
     lr: float = 1e-3            # R1: 5e-5 at 671B [v2 B.4.2]; small models take larger steps
@@ -115,8 +118,8 @@ class CrossEntropy(torch.autograd.Function):
 def loss_sum(model, ids, segments, positions, targets, dtype):
     """The summed cross-entropy over the targets of these rows.
 
-    A model with hidden(...) -> (B, T, D) and head(states) makes logits only where there is a target, 2**26 at once, and
-    where that takes several pieces, makes them again in the backward pass: (B, T, V) is never there.
+    A model with hidden(...) -> (B, T, D) and head(states) makes logits only where there is a target, LOGITS_AT_ONCE, and
+    again in the backward pass where that takes several pieces: (B, T, V) is never there.
     """
     states_of, head = (model.hidden, model.head) if hasattr(model, "hidden") else (model, lambda logits: logits)
     learned = (targets.flatten() >= 0).nonzero()[:, 0]
@@ -126,7 +129,7 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
         def loss(states, targets):
             return CrossEntropy.apply(head(states), targets).sum()
 
-        rows = 2 ** 26 // model.config.vocab_size if hasattr(model, "hidden") else len(learned)
+        rows = LOGITS_AT_ONCE // model.config.vocab_size if hasattr(model, "hidden") else len(learned)
         pieces = list(zip(states.split(rows), targets.flatten()[learned].split(rows)))
         return sum(loss(*piece) if len(pieces) == 1 else checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1424,3 +1425,97 @@ class Recorder(dict):
     def __missing__(self, name):
         self[name] = []
         return self[name]
+
+
+# ------------------------------------------------------------------------------------------- fast, and the same
+
+class OnlyForward(torch.nn.Module):
+    """A model that has nothing but logits to give."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids)
+
+
+def scored_rollout(tiny, **fields):
+    config = small(group_size=6, beta=0.1, **fields)
+    r = roll(sharp(tiny, 1), config, [[1, 2], [4, 5, 6, 7, 8]], model_module.generate, end_ids=MANY_ENDS)
+    r.old_logprobs, r.ref_logprobs = grpo.all_logprobs(sharp(tiny, 1), r, config), grpo.all_logprobs(sharp(tiny, 2), r, config)
+    return config, r
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7, 10**6])
+def test_log_probabilities_and_their_gradient_do_not_depend_on_how_many_logits_there_are_at_once(tiny, pieces, monkeypatch):
+    config, r = scored_rollout(tiny, temperature=0.7)
+    weights = torch.randn(r.mask.shape, generator=torch.Generator().manual_seed(0))
+    results = []
+    for model, rows in ((OnlyForward(sharp(tiny, 1)), 10**6), (sharp(tiny, 1), pieces)):
+        monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", rows * 16)  # tiny's vocabulary is 16
+        logprobs = grpo.logprobs_of(model, r, list(range(12)), config)
+        (logprobs * weights[:, :logprobs.shape[1]]).sum().backward()
+        results.append((logprobs, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_sees_sampled_positions_only_and_no_more_of_them_at_once_than_allowed(tiny, monkeypatch):
+    config, r = scored_rollout(tiny)
+    model, seen = sharp(tiny, 1), []
+    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 5 * 16)
+    head = model.head
+    model.head = lambda states: seen.append(len(states)) or head(states)
+    with torch.no_grad():
+        grpo.logprobs_of(model, r, list(range(12)), config)
+    assert max(seen) == 5 and sum(seen) == int(r.mask.sum())
+
+
+def test_log_probabilities_are_zero_outside_the_sampled_tokens(tiny):
+    config, r = scored_rollout(tiny)
+    assert (r.old_logprobs[~r.mask] == 0).all() and (r.old_logprobs[r.mask] < 0).all()
+
+
+def test_with_the_samplers_log_probabilities_as_pi_old_nothing_is_scored_for_it_and_the_run_hardly_differs(tiny, monkeypatch):
+    runs, scored = {}, Counter()
+    for choice in ("trainer", "sampler"):
+        original = grpo.all_logprobs
+        monkeypatch.setattr(grpo, "all_logprobs", lambda *a: scored.update([choice]) or original(*a))
+        model = sharp(tiny)
+        runs[choice] = run(model, small(rollouts=3, beta=0.0, old_logprobs=choice, lr=1e-2))[0:3], weights_of(model)
+        monkeypatch.setattr(grpo, "all_logprobs", original)
+    assert scored == {"trainer": 3}
+    torch.testing.assert_close(runs["trainer"][1], runs["sampler"][1], atol=1e-4, rtol=1e-3)
+    for a, b in zip(runs["trainer"][0], runs["sampler"][0]):
+        assert a["reward"] == b["reward"] and a["entropy"] == pytest.approx(b["entropy"], abs=1e-4)
+        assert b["sampler_gap"] < 1e-5
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_the_sampler_gap_is_measured_also_where_its_log_probabilities_are_pi_old(tiny, shift):
+    metrics = run(tiny(), small(rollouts=1, old_logprobs="sampler"), generate=lying(shift))[0]
+    assert metrics["sampler_gap"] == pytest.approx(shift, abs=1e-5)
+
+
+def test_importance_weights_between_sampler_and_trainer_need_the_trainers_log_probabilities():
+    with pytest.raises(ValueError, match="importance_cap 2.0 compares sampler and trainer"):
+        small(importance_cap=2.0, old_logprobs="sampler")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reference_that_waits_elsewhere_changes_nothing_and_is_the_policy_at_first(tiny, dtype):
+    histories = []
+    for offload in (False, True):
+        model = sharp(tiny)
+        histories.append((run(model, small(rollouts=2, beta=0.1, minibatches=1, dtype=dtype, offload_reference=offload)),
+                          weights_of(model)))
+    assert torch.equal(histories[0][1], histories[1][1])
+    assert histories[0][0][0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_copy_to_run_has_its_weights_cast_its_buffers_kept_and_nothing_to_train(tiny):
+    model = tiny()
+    copied = grpo.cast_copy(model, "bfloat16")
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in copied.parameters())
+    assert copied.cos.dtype == torch.float32 and copied.lm_head.weight is copied.embed_tokens.weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and all(p.requires_grad for p in model.parameters())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import model as model_module
 import chat as chat_module
 from chat import visible
-from model import Config, KVCache, RMSNorm, Transformer, attend, generate, load, rotate, sampling_logprobs, save
+from model import Config, KVCache, RMSNorm, Transformer, attend, generate, load, rms_norm, rotate, sampling_logprobs, save
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = sorted((ROOT / "tests" / "fixtures").glob("model_*"))
@@ -71,6 +71,42 @@ def test_rms_norm_is_x_over_its_root_mean_square_times_the_weight():
     for row, got in zip(x.tolist(), norm(x).tolist()):
         root = math.sqrt(sum(v * v for v in row) / 6 + 1e-5)
         assert got == pytest.approx([v / root * i for i, v in enumerate(row)], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 3, 8)])
+def test_the_gradient_of_rms_norm_is_that_of_torchs_own_in_float64(shape, dtype, atol):
+    g = torch.Generator().manual_seed(0)
+    x, weight, outside = (torch.randn(s, generator=g).to(dtype) for s in (shape, shape[-1:], shape))
+    ours, theirs = ([t.to(d, copy=True).requires_grad_() for t in (x, weight)] for d in (dtype, torch.float64))
+    y = rms_norm(*ours, 1e-5)
+    expected = torch.nn.functional.rms_norm(theirs[0], shape[-1:], theirs[1], 1e-5)
+    y.backward(outside), expected.backward(outside.double())
+    torch.testing.assert_close(y.double(), expected, atol=atol, rtol=0)
+    for mine, their in zip(ours, theirs):
+        torch.testing.assert_close(mine.grad.double(), their.grad, atol=atol, rtol=0.02 if dtype == torch.bfloat16 else 1e-5)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(*ours, 1e-5), y)
+
+
+def saved_bytes(run):
+    """What autograd keeps for the backward pass of run()."""
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.nbytes}) or t,
+                                                  lambda t: t):
+        loss = run()
+    loss.backward()
+    return sum(sizes.values())
+
+
+def test_recomputed_activations_change_no_gradient_and_keep_a_fraction_of_the_memory():
+    ids, results = torch.randint(20, (4, 40), generator=torch.Generator().manual_seed(0)), []
+    for recompute in (False, True):
+        model = tiny(num_hidden_layers=4)
+        model.recompute = recompute
+        kept = saved_bytes(lambda: model(ids).logsumexp(-1).sum())
+        results.append((kept, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert torch.equal(results[0][1], results[1][1]) and results[1][0] < 0.25 * results[0][0]
 
 
 def test_a_rotary_position_turns_the_pair_i_and_i_plus_half_as_a_complex_number():

@@ -273,3 +273,22 @@ def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
     with pytest.raises(ValueError) as error:
         config(**{"grad_clip": 1.0} | fields)
     assert culprit in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- logits where they are learnt
+
+@pytest.mark.parametrize("rows", [1, 5, 10**6])
+def test_loss_and_gradient_do_not_depend_on_how_many_logits_there_are_at_once(tiny, rows, monkeypatch):
+    packed, results = pack(copies(9), 40), []
+    for at_once in (10**6, rows):
+        model, seen = tiny(tie_word_embeddings=False), []
+        head = model.head
+        model.head = lambda states: seen.append(len(states)) or head(states)
+        monkeypatch.setattr(sft, "LOGITS_AT_ONCE", at_once * model.config.vocab_size)
+        with torch.no_grad():
+            sft.loss_sum(model, *packed, "float32")
+        assert sum(seen) == (packed[3] >= 0).sum() and max(seen) <= at_once  # the prompt and the padding have none
+        loss = sft.loss_sum(model, *packed, "float32")
+        loss.backward()
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
