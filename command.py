@@ -39,6 +39,19 @@ def fields_of(args, config_class):
     return config_class(**{name: value for name, value in vars(args).items() if name in config_class.__dataclass_fields__})
 
 
+def add_speed(parser):
+    parser.add_argument("--recompute", action="store_true", help="make activations again in the backward pass: less memory, slower")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: takes a C++ compiler and half a minute")
+
+
+def prepare(model, args):
+    """What add_speed's options ask for, and a line that says in what the model is trained."""
+    model.recompute = args.recompute
+    for layer in model.layers if args.compile else ():
+        layer.compile(dynamic=True)
+    print(f"{args.dtype} on {next(model.parameters()).device}{', compiled' * args.compile}", flush=True)
+
+
 def open_model(dir, dtype=None, device=None):
     """Model and tokenizer of a directory, which must fit one another."""
     model, tokenizer = load(dir, device, dtype), Tokenizer(dir)
@@ -59,7 +72,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
     parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS,
                         help="default: %(default)s")
     parser.add_fields(config_class)
-    parser.add_argument("--recompute", action="store_true", help="activations again in the backward pass: less memory, slower")
+    add_speed(parser)
     if credit_config is not None:
         parser.add_fields(credit_config)
     parser.add_argument("--config", choices=PUBLISHED | METHODS, help="a paper's settings (configs.py) as defaults")
@@ -70,8 +83,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
         config = fields_of(args, config_class)
         examples = read_problems(args.data, rewards.check_reference)
         model, tokenizer = open_model(args.model, torch.float32)
-        model.recompute = args.recompute
-        print(f"{config.dtype} on {next(model.parameters()).device}")
+        prepare(model, args)
         out = new_directory(args.out)
         credit = None if credit_class is None else credit_class(model, config, fields_of(args, credit_config))
 

@@ -123,7 +123,8 @@ def token_logprobs(logits, ids, temperature=1.0):
 
     This is the sampling distribution: a rollout that cut the vocabulary (top-p, top-k) could not be scored by it.
     """
-    return -F.cross_entropy((logits.float() / temperature).flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
 def kl_divergence(logprobs, ref_logprobs, estimator="k3"):

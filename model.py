@@ -254,11 +254,9 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         cos, sin = self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         mask = None if seen is None else torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
+        recompute = self.recompute and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, cache, i)
+            x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False) if recompute else layer(x, cos, sin, mask, cache, i)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -37,6 +37,8 @@ class SFTConfig:
         for name in ("lr", "epochs", "micro_batch_rows", "row_length", "grad_clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is none of float32, bfloat16")
         if self.batch_tokens < self.row_length:
             raise ValueError(f"batch_tokens {self.batch_tokens} is less than one row of {self.row_length}")
 
@@ -183,7 +185,7 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
 
 
 def main():
-    from command import Parser, fields_of, open_model
+    from command import Parser, add_speed, fields_of, open_model, prepare
     from data.readers import new_directory, read_rows
     from model import save
     parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
@@ -191,14 +193,13 @@ def main():
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
     parser.add_argument("--out", required=True, help="where the trained model goes")
     parser.add_argument("--pretrain", action="store_true")
-    parser.add_argument("--recompute", action="store_true", help="activations again in the backward pass: less memory, slower")
     parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
+    add_speed(parser)
     args = parser.parse_args()
     try:
         config, rows = fields_of(args, SFTConfig), read_rows(args.data, ("prompt", "completion"))
         model, tokenizer = open_model(args.model, torch.float32)
-        model.recompute = args.recompute
-        print(f"{config.dtype} on {next(model.parameters()).device}")
+        prepare(model, args)
         out, examples = new_directory(args.out), []
         for row in rows:
             prompt = tokenizer.encode_prompt(row["prompt"])

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import command
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ["base", "zero", "dev1", "dev2", "dev3", "r1", "base_qwen", "student_qwen", "control_qwen", "base_llama", "student_llama"]
@@ -137,6 +140,24 @@ def test_the_scripts_run_on_a_model_directory(smoke, files, tmp_path):
     assert (tmp_path / "sft" / "model.safetensors").exists() and (tmp_path / "grpo" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("script, data", [("sft.py", "pairs"), ("grpo.py", "problems")])
+def test_the_precision_is_printed_and_a_switch_forces_another(script, data, smoke, files, tmp_path):
+    small = ["--rollouts", "1", "--prompts-per-rollout", "2", "--group-size", "2", "--max-new-tokens", "8"] * (script == "grpo.py")
+    lines = []
+    for i, more in enumerate([[], ["--dtype", "float32", "--recompute"]]):
+        result = run(script, "--model", smoke[0] / "r1", "--data", files / f"{data}.jsonl", "--out", tmp_path / str(i), *small, *more)
+        assert result.returncode == 0, result.stderr
+        lines.append(result.stdout.splitlines()[0])
+    assert lines == [f"{command.fast_dtype('cpu')} on cpu", "float32 on cpu"] or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("avx512_bf16, amx, chosen", [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
+def test_bfloat16_is_chosen_where_the_processor_multiplies_it(avx512_bf16, amx, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert command.fast_dtype("cpu") == chosen
+
+
 BAD = {  # what is wrong -> the command, and what its one line must name
     "an unknown option": (["pipeline.py", "--nonsense"], "--nonsense"),
     "an unknown preset": (["pipeline.py", "--preset", "huge"], "huge"),
@@ -153,6 +174,7 @@ BAD = {  # what is wrong -> the command, and what its one line must name
     "group size 1": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT", "--group-size", "1"], "group_size 1"),
     "temperature 0": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT", "--temperature", "0"], "temperature 0"),
     "a value that is no number": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT", "--lr", "fast"], "fast"),
+    "an unknown precision": (["sft.py", "--model", "MODEL", "--data", "DATA/pairs.jsonl", "--out", "OUT", "--dtype", "fp8"], "dtype 'fp8'"),
     "an output that holds a model": (["sft.py", "--model", "MODEL", "--data", "DATA/pairs.jsonl", "--out", "MODEL"], "already holds a model"),
 }
 
