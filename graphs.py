@@ -7,26 +7,36 @@ rows leave. Sampling stays outside.
     generate = with_graphs(model.generate)   # on CUDA; elsewhere it changes nothing
 """
 
+import functools
+
 import torch
 
 
 def with_graphs(generate):
     """The same function of (model, prompts, ...), its steps recorded where the model is on a GPU."""
     def recorded(model, prompts, **settings):
-        on_gpu = next(model.parameters()).is_cuda
-        return generate(Recorded(model, cuda_graph) if on_gpu else model, prompts, **settings)
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            return generate(model, prompts, **settings)
+        with torch.cuda.device(device):  # streams and recordings are of the current one
+            return generate(Recorded(model, cuda_graph), prompts, **settings)
     return recorded
+
+
+@functools.cache
+def side_stream(device):
+    return torch.cuda.Stream(device)  # one for all recordings: each stream keeps a workspace for good
 
 
 def cuda_graph(run):
     """Records run() -> tensor; returns that tensor, and the function that fills it anew."""
-    aside = torch.cuda.Stream()  # the first calls allocate workspaces and choose kernels, which a recording must not hold
+    aside = side_stream(torch.cuda.current_device())  # first calls allocate workspaces and choose kernels: none of a recording's
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         run(), run()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may do as they like
         out = run()
     return out, graph.replay
 
@@ -61,10 +71,15 @@ class Recorded:
         """Logits (B, 1, V) of ids (B, 1); the next call overwrites them."""
         cache.reserve(1)
         if self.of is not cache.k:
-            self.of = self.replay = self.logits = None  # first gives back the old recording's memory
+            self.of = self.replay = self.logits = None  # the old recording's memory is free once the caller drops its logits
             fixed, self.ids = FixedCache(cache), ids.clone()
             self.column = fixed.column.fill_(cache.length)
-            self.logits, self.replay = self.record(lambda: self.model(self.ids, cache=fixed))
+
+            def step():
+                fixed.length = cache.length  # a warm-up is the same step again
+                return self.model(self.ids, cache=fixed)
+
+            self.logits, self.replay = self.record(step)
             self.of = cache.k
         self.ids.copy_(ids)
         self.column.fill_(cache.length)

@@ -338,7 +338,8 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     cache = KVCache(model.config, start, model.embed_tokens.weight.dtype)
     logits = model.head(model.hidden(padded, cache=cache)[:, -1])  # (N, V)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    cache, logits = cache.select(rows), logits[rows]
+    if n > 1:
+        cache, logits = cache.select(rows), logits[rows]
 
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)

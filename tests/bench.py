@@ -312,11 +312,19 @@ def peak_megabytes(*which):
     return result.stdout.split()[-1] if result.returncode == 0 else result.stderr.strip().rpartition("\n")[2]
 
 
+def peak_bytes():
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # getrusage would count what the parent held when it started this process
+    if status.exists():
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def once(make):
     run = make()
     run(), run()
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(round(peak / 2**20), flush=True)
+    print(round(peak_bytes() / 2**20), flush=True)
     os._exit(0)  # TRL's thread still waits
 
 

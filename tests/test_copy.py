@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {  # beside the standard library
     "model": {"torch", "safetensors", "tqdm"}, "tokenizer": {"tiktoken", "tqdm"}, "sft": {"torch", "tqdm"}, "rewards": set(),
     "grpo": {"torch", "tqdm"}, "ppo": {"torch", "tqdm"}, "prime": {"torch", "tqdm"}, "process": {"torch"},
-    "configs": set(), "distill": set(),
+    "configs": set(), "distill": set(), "graphs": {"torch"},
     "evaluate": {"numpy", "tqdm"}, "checkpoint": {"torch", "safetensors"}}
 CONCEPTS = [name for name in ALLOWED if (ROOT / f"{name}.py").exists()]
 
@@ -77,6 +77,12 @@ EXAMPLES = {
         net = Toy()
         last = sft.train(net, [([1, 2, 3, 4], 1)] * 40, sft.SFTConfig(lr=0.3, batch_tokens=16, row_length=8, dtype="float32"))
         assert last["loss"] < 0.2 and net(torch.tensor([[2]])).argmax() == 3
+    """,
+    "graphs": """
+        import graphs
+        generate = graphs.with_graphs(lambda model, prompts, n: (model, prompts, n))
+        net = torch.nn.Linear(2, 2)
+        assert generate(net, [[1]], n=3) == (net, [[1]], 3)
     """,
     "rewards": """
         import rewards

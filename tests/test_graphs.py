@@ -10,11 +10,12 @@ PROMPTS = [[3, 5, 7, 9, 11], [2], [4, 4, 4], [8, 1, 8]]
 
 
 class Recorder:
-    """As cuda_graph: the output lies in one place, which each replay fills anew. Counts what it is asked to record."""
+    """As cuda_graph: warm-ups, then the output lies in one place, which each replay fills anew. Counts its recordings."""
     count = 0
 
     def __call__(self, run):
         self.count += 1
+        run(), run()
         out = run().clone()
         return out, lambda: out.copy_(run())
 
@@ -39,6 +40,12 @@ def test_a_recording_lasts_until_the_cache_grows(tiny):
     record = Recorder()
     samples(graphs.Recorded(tiny().eval(), record))  # 5 + 55 columns, in lots of 32
     assert record.count == 2
+
+
+def test_recording_near_the_end_of_the_context_runs_beyond_it_no_more_than_the_plain_step(tiny):
+    model, prompts = tiny().eval(), [[1] * 62]  # the context is 64
+    plain, recorded = (generate(m, prompts, max_new_tokens=9, temperature=0) for m in (model, graphs.Recorded(model, Recorder())))
+    assert torch.equal(plain[0], recorded[0]) and recorded[1].tolist() == [2]
 
 
 def test_a_second_call_with_another_batch_records_anew(tiny):
