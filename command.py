@@ -20,16 +20,17 @@ class Parser(argparse.ArgumentParser):
     def add_fields(self, config_class, names=None):
         """An option for each field of a dataclass of hyperparameters (or only for `names`)."""
         for name, default in vars(config_class()).items():
-            default = fast_dtype("cuda" if torch.cuda.is_available() else "cpu") if name == "dtype" else default
+            default = fast_dtype() if name == "dtype" else default
             kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
             if names is None or name in names:
                 self.add_argument(f"--{name.replace('_', '-')}", default=default, help="default %(default)s", **kind)
 
 
-def fast_dtype(device_type):
-    """"bfloat16" where the processor multiplies it at a higher rate than fp32, else "float32"."""
-    if device_type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
+def fast_dtype(device=None):
+    """"bfloat16" where the device multiplies it at a higher rate than fp32, else "float32". None: the GPU if there is one."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     has = [getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile")]
     return "bfloat16" if any(check() for check in has) else "float32"
 

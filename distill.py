@@ -82,7 +82,7 @@ def main():
     import rewards
     import sft
     from checkpoint import write_jsonl
-    from command import Parser, open_model
+    from command import Parser, fields_of, open_model
     from data.readers import new_directory, read_problems, read_rows
     from model import generate, save
     parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
@@ -93,8 +93,7 @@ def main():
     parser.add_argument("--out", required=True, help="where the student and traces.jsonl go")
     parser.add_argument("--samples", type=int, default=4, help="of each prompt; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
-    parser.add_argument("--lr", type=float, default=sft.SFTConfig.lr, help="default %(default)s")
-    parser.add_argument("--epochs", type=int, default=sft.SFTConfig.epochs, help="default %(default)s")
+    parser.add_fields(sft.SFTConfig, ("lr", "epochs", "dtype"))
     args = parser.parse_args()
     try:
         problems = read_problems(args.data, rewards.check_reference)
@@ -117,7 +116,7 @@ def main():
             return prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id], len(prompt)
 
         rows = mix(traces, general) if general else traces
-        sft.train(student, [encode(row) for row in rows], sft.SFTConfig(lr=args.lr, epochs=args.epochs),
+        sft.train(student, [encode(row) for row in rows], fields_of(args, sft.SFTConfig),
                   log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
         save(student, out, tokenizer)
     except (ValueError, OSError) as error:

@@ -8,6 +8,7 @@ rows leave. Sampling stays outside.
 """
 
 import functools
+import weakref
 
 import torch
 
@@ -62,7 +63,7 @@ class Recorded:
     """model.py's Transformer, whose steps of one token a row are recorded. record(run) -> (output, replay)."""
 
     def __init__(self, model, record):
-        self.model, self.record, self.of = model, record, None
+        self.model, self.record, self.of = model, record, lambda: None
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -70,8 +71,8 @@ class Recorded:
     def __call__(self, ids, cache):
         """Logits (B, 1, V) of ids (B, 1); the next call overwrites them."""
         cache.reserve(1)
-        if self.of is not cache.k:
-            self.of = self.replay = self.logits = None  # the old recording's memory is free once the caller drops its logits
+        if self.of() is not cache.k:
+            self.replay = self.logits = None  # the old recording's memory is free once the caller drops its logits
             fixed, self.ids = FixedCache(cache), ids.clone()
             self.column = fixed.column.fill_(cache.length)
 
@@ -80,7 +81,7 @@ class Recorded:
                 return self.model(self.ids, cache=fixed)
 
             self.logits, self.replay = self.record(step)
-            self.of = cache.k
+            self.of = weakref.ref(cache.k)  # weak: a cache that grows must free what it was
         self.ids.copy_(ids)
         self.column.fill_(cache.length)
         self.replay()

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
-LOGITS_AT_ONCE = 2 ** 26  # 256 MB in fp32
+LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
 CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "old_logprobs": ("trainer", "sampler"),
            "dtype": ("float32", "bfloat16")}
 
@@ -60,12 +60,12 @@ class GRPOConfig:
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     resample: int = 0              # DAPO's dynamic sampling: replace groups without signal, in at most so many rounds
     length_buffer: int = 0         # DAPO's soft length penalty: over the last so many of max_new_tokens
-    old_logprobs: str = "trainer"  # pi_old's by the forward pass that trains, or the "sampler"'s own: a pass less
+    old_logprobs: str = "trainer"  # who computes pi_old's: the trainer's forward pass, or the "sampler" as it draws, a pass less
     importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
     sample_budget: int = 0         # above 0: stop after so many completions, discarded ones counted
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
-    offload_reference: bool = False  # it waits in the CPU's memory
+    offload_reference: bool = False  # it lies in the CPU's memory except while it scores
     dtype: str = "bfloat16"        # of sampling and of the forward pass; weights, gradients and Adam stay fp32
     validate_every: int = 10       # rollouts; the script prints a sample then
     seed: int = 0
@@ -167,7 +167,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     normaliser: what the whole update is divided by, where this is one micro-batch of several: its number of sequences,
     of tokens, or the budget; by default this batch's own ("constant" has none: B * T stands in, which varies).
     Returns the scalar loss and metrics as means over this batch's tokens; where the ratio is clipped to 1, clip_fraction is
-    the share of tokens whose ratio has moved.
+    the share of tokens whose ratio has moved (with the sampler's pi_old from the start, by rounding).
     """
     def clean(x):  # padding may hold anything, even inf, and inf * 0 is NaN
         return x if x is None else torch.where(mask > 0, x, 0)
@@ -229,7 +229,7 @@ class Rollout:
     sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
-    old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, by the forward pass that trains
+    old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, by whom config.old_logprobs says
     ref_logprobs: torch.Tensor | None = None  # (B, T) under the reference, where there is one
 
 
@@ -315,14 +315,14 @@ def micro_batches(rows, ends, budget):
 def logprobs_of(model, r: Rollout, rows, config):
     """Log-probabilities (len(rows), t) of these rows' sampled tokens, 0 elsewhere, t cut to the longest row.
 
-    A model with hidden(ids) -> (B, T, D) and head(states) makes logits only where tokens were sampled, and a large
-    vocabulary's in pieces that are made again in the backward pass: (B, T, V) is never there.
+    A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes logits only where tokens were sampled, and
+    a large vocabulary's in pieces that are made again in the backward pass: (B, T, V) is never there.
     """
     t = max(r.ends[row] for row in rows) - 1
     ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
     chosen = mask.flatten().nonzero()[:, 0]
     states_of, head, size = model, lambda logits: logits, len(chosen)
-    if hasattr(model, "hidden"):
+    if hasattr(model, "hidden") and hasattr(model, "head"):
         states_of, head, size = model.hidden, model.head, LOGITS_AT_ONCE // model.config.vocab_size
     with torch.autocast(ids.device.type, dtype=getattr(torch, config.dtype), enabled=config.dtype != "float32"):
         states = states_of(ids[:, :-1]).flatten(0, 1).index_select(0, chosen)  # (n, D), or (n, V)
@@ -452,7 +452,8 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
                    "no_signal": (spread <= 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
                    "samples": samples, "discarded": discarded,  # completions so far; groups of this rollout
                    "entropy": -(r.old_logprobs.sum() / r.mask.sum()).item(),  # mean of -log p of the samples estimates it
-                   # healthy: below 0.01; where pi_old is the sampler's, the first update shows it, before it moves
+                   # mean |log-probability by sampler - by trainer|, healthy below 0.01; of a rollout's first update, where
+                   # pi_old is the sampler's: the weights have not moved yet
                    "sampler_gap": history[0]["drift"] if c.old_logprobs == "sampler" else (gap.abs().sum() / r.mask.sum()).item()}
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
         metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}

@@ -72,7 +72,8 @@ def rms_norm(x, weight, eps):
 
 
 def inverse_rms(x, eps):
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # in fp32: bf16 squares lose too much
+    wide = torch.promote_types(x.dtype, torch.float32)  # bf16 squares lose too much
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
 
 
@@ -171,7 +172,7 @@ class KVCache:
     """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
 
     `start` (B,) is each row's first real column: columns before it are padding and never looked at.
-    Attention runs over the whole capacity, which grows by 32 columns: a slice would be copied at each product.
+    Attention runs over the whole capacity, which grows by 32 columns (256 on a GPU): a slice would be copied at each product.
     """
 
     def __init__(self, config: Config, start, dtype):
@@ -184,7 +185,8 @@ class KVCache:
         lot = 32 if self.k.device.type == "cpu" else 256  # on a GPU each growth is a new recording (graphs.py)
         grow = (self.length + columns - self.k.shape[3] + lot - 1) // lot * lot
         if grow > 0:
-            self.k, self.v = F.pad(self.k, (0, 0, 0, grow)), F.pad(self.v, (0, 0, 0, grow))
+            self.k = F.pad(self.k, (0, 0, 0, grow))  # one after the other: the old one is freed in between
+            self.v = F.pad(self.v, (0, 0, 0, grow))
         return self.k.shape[3]
 
     def columns(self, count):
@@ -254,7 +256,7 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         cos, sin = self.cos[positions][:, :, None].to(x.dtype), self.sin[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         mask = None if seen is None else torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False) if recompute else layer(x, cos, sin, mask, cache, i)
         if cache is not None:

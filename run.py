@@ -32,7 +32,7 @@ from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 generate = with_graphs(generate)
-CODE = ("model.py", "sft.py", "grpo.py", "rewards.py", "data/world.py")  # what a stage's result depends on
+CODE = ("model.py", "graphs.py", "sft.py", "grpo.py", "rewards.py", "data/world.py")  # what a stage's result depends on
 METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, strict=False), "accuracy_strict": rewards.accuracy,
            "format": rewards.format, "language_consistency": rewards.language_consistency}
 
@@ -41,6 +41,14 @@ METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, str
 def code_of(files):
     """{file: its hash}: what tells that a result was made by other code."""
     return {file: checkpoint.code_hash(HERE / file) for file in files}
+
+
+def difference(before, now, name=""):
+    """The first setting in which two differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(k for k in before | now if before.get(k) != now.get(k))
+        return difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    return f"{name} was {before}, is {now}"
 
 
 def coin(text, example):
@@ -60,8 +68,10 @@ class Run:
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))}
         path = self.out / "config.json"
-        if path.exists() and json.loads(path.read_text()) != settings:
-            raise ValueError(f"{path} is of another configuration; choose another --out, or remove {self.out}")
+        before = json.loads(path.read_text()) if path.exists() else settings
+        if before != settings:
+            raise ValueError(f"{path} is of another configuration ({difference(before, settings)}); choose another --out, or remove "
+                             f"{self.out}")
         if not path.exists():  # several processes of a comparison open one run
             checkpoint.atomic_write(path, json.dumps(settings, indent=1))
         self.tokenizer = Tokenizer(HERE / "data")
@@ -97,7 +107,7 @@ class Run:
         """Make the stage's model with make(), unless it is finished; measure it; print its line. The rest is for tables."""
         dir, code = self.out / name, code_of(CODE)
         if done := checkpoint.finished(dir):
-            if changed := [f for f, h in code.items() if done["code"][f] != h]:
+            if changed := [f for f, h in code.items() if done["code"].get(f) != h]:
                 print(f"{name} was made before {', '.join(changed)} changed; to make it anew: --from {name}")
         else:
             dir.mkdir(parents=True, exist_ok=True)

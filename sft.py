@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-LOGITS_AT_ONCE = 2 ** 26  # 256 MB in fp32
+LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,19 @@ class CrossEntropy(torch.autograd.Function):
 def loss_sum(model, ids, segments, positions, targets, dtype):
     """The summed cross-entropy over the targets of these rows.
 
-    A model with hidden(...) -> (B, T, D) and head(states) makes logits only where there is a target, LOGITS_AT_ONCE, and
-    again in the backward pass where that takes several pieces: (B, T, V) is never there.
+    A model with hidden(...) -> (B, T, D), head(states) and config.vocab_size makes logits at the targets only, at most
+    LOGITS_AT_ONCE numbers; where that takes several pieces, each is made again in the backward pass: (B, T, V) is never there.
     """
-    states_of, head = (model.hidden, model.head) if hasattr(model, "hidden") else (model, lambda logits: logits)
     learned = (targets.flatten() >= 0).nonzero()[:, 0]
+    states_of, head, rows = model, lambda logits: logits, len(learned)
+    if hasattr(model, "hidden") and hasattr(model, "head"):
+        states_of, head, rows = model.hidden, model.head, LOGITS_AT_ONCE // model.config.vocab_size
     with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
         states = states_of(ids, positions=positions, segments=segments).flatten(0, 1).index_select(0, learned)  # (n, D) or (n, V)
 
         def loss(states, targets):
             return CrossEntropy.apply(head(states), targets).sum()
 
-        rows = LOGITS_AT_ONCE // model.config.vocab_size if hasattr(model, "hidden") else len(learned)
         pieces = list(zip(states.split(rows), targets.flatten()[learned].split(rows)))
         return sum(loss(*piece) if len(pieces) == 1 else checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
 

@@ -162,7 +162,7 @@ BAD = {  # what is wrong -> the command, and what its one line must name
     "an unknown option": (["pipeline.py", "--nonsense"], "--nonsense"),
     "an unknown preset": (["pipeline.py", "--preset", "huge"], "huge"),
     "an unknown stage": (["pipeline.py", "--from", "r2"], "r2"),
-    "another configuration": (["pipeline.py", "--preset", "smoke", "--seed", "7", "--out", "RUN", "--device", "cpu"], "another configuration"),
+    "another configuration": (["pipeline.py", "--preset", "smoke", "--seed", "7", "--out", "RUN", "--device", "cpu"], "another configuration (seed was 0, is 7)"),
     "a missing file": (["sft.py", "--model", "MODEL", "--data", "DATA/none.jsonl", "--out", "OUT"], "none.jsonl"),
     "an empty file": (["sft.py", "--model", "MODEL", "--data", "DATA/empty.jsonl", "--out", "OUT"], "empty.jsonl"),
     "a row without its field": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_field.jsonl", "--out", "OUT"], "no_field.jsonl:2"),
