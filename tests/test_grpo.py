@@ -1513,6 +1513,15 @@ def test_a_reference_that_waits_elsewhere_changes_nothing_and_is_the_policy_at_f
     assert histories[0][0][0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_an_offloaded_reference_is_on_the_models_device_only_while_it_scores(tiny, monkeypatch):
+    moves, to, score = [], torch.nn.Module.to, grpo.all_logprobs
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append(where) or to(self, where))
+    monkeypatch.setattr(grpo, "all_logprobs", lambda *arguments: moves.append("scores") or score(*arguments))
+    run(tiny(), small(rollouts=2, beta=0.1, old_logprobs="sampler", offload_reference=True))
+    device = torch.device("cpu")  # of the model, where "cpu" is the word for elsewhere
+    assert moves == ["cpu"] + [device, "scores", "cpu"] * 2
+
+
 def test_a_copy_to_run_has_its_weights_cast_its_buffers_kept_and_nothing_to_train(tiny):
     model = tiny()
     copied = grpo.cast_copy(model, "bfloat16")
