@@ -84,6 +84,7 @@ def main():
     from checkpoint import write_jsonl
     from command import Parser, fields_of, open_model
     from data.readers import new_directory, read_problems, read_rows
+    from graphs import with_graphs
     from model import generate, save
     parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
     parser.add_argument("--teacher", required=True, help="model directory")
@@ -99,11 +100,12 @@ def main():
         problems = read_problems(args.data, rewards.check_reference)
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
         (teacher, tokenizer), out = open_model(args.teacher), new_directory(args.out)
+        sample = with_graphs(generate)
         random = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
         config = evaluate.EvalConfig(samples=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
         texts, _ = evaluate.complete(
             [tokenizer.encode_prompt(e["prompt"]) for e in problems],
-            lambda prompts, **settings: generate(teacher, prompts, end_ids=[tokenizer.end_id], generator=random, **settings),
+            lambda prompts, **settings: sample(teacher, prompts, end_ids=[tokenizer.end_id], generator=random, **settings),
             tokenizer.decode, config)
         traces, counts = rejection_sample(problems, texts, rewards.accuracy,
                                           lambda text, example: rewards.language_consistency(text, example) == 1)

@@ -177,6 +177,7 @@ def main():
     import rewards
     from command import Parser, fields_of, open_model
     from data.readers import read_problems
+    from graphs import with_graphs
     from model import generate
     parser = Parser(description="Measure a model directory on problems and requests.")
     parser.add_argument("--model", required=True, help="model directory")
@@ -189,7 +190,7 @@ def main():
         random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
 
         def sample(prompts, **settings):
-            return generate(model, prompts, end_ids=[tokenizer.end_id], generator=random, **settings)
+            return with_graphs(generate)(model, prompts, end_ids=[tokenizer.end_id], generator=random, **settings)
 
         rules = {**rewards.REWARDS, "accuracy_strict": rewards.accuracy,
                  "accuracy": lambda text, example: rewards.accuracy(text, example, strict=False)}

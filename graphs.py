@@ -1,8 +1,7 @@
 """CUDA graphs for decoding: the hundreds of kernels of a step, of one new token a row, are recorded once and launched as one.
 
-Launching is what small steps cost on a GPU: a 0.5B model reads its weights in half a millisecond, and its 24 layers take some
-500 launches of several microseconds. A recording belongs to the cache's tensors and is made anew when the cache grows or
-rows leave. Sampling stays outside.
+Launching is what small steps cost on a GPU: each kernel's launch takes microseconds of the CPU, often more than the
+kernel. A recording belongs to the cache's tensors and is made anew when the cache grows or rows leave. Sampling stays outside.
 
     generate = with_graphs(model.generate)   # on CUDA; elsewhere it changes nothing
 """

@@ -166,8 +166,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     constant budget of tokens [Dr. GRPO]. importance (B, T): weights on the policy's term, for a sampler that differs.
     normaliser: what the whole update is divided by, where this is one micro-batch of several: its number of sequences,
     of tokens, or the budget; by default this batch's own ("constant" has none: B * T stands in, which varies).
-    Returns the scalar loss and metrics as means over this batch's tokens; where the ratio is clipped to 1, clip_fraction is
-    the share of tokens whose ratio has moved (with the sampler's pi_old from the start, by rounding).
+    Returns the scalar loss and metrics as means over this batch's tokens; "drift" is the mean |log pi / pi_old|. Where the ratio
+    is clipped to 1, clip_fraction is the share of tokens whose ratio has moved (with the sampler's pi_old at once, by rounding).
     """
     def clean(x):  # padding may hold anything, even inf, and inf * 0 is NaN
         return x if x is None else torch.where(mask > 0, x, 0)

@@ -31,11 +31,10 @@ from model import Config, Transformer, generate, load, save
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
-generate = with_graphs(generate)
+generate = with_graphs(generate)  # on a GPU a decoding step is one launch
 CODE = ("model.py", "graphs.py", "sft.py", "grpo.py", "rewards.py", "data/world.py")  # what a stage's result depends on
 METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, strict=False), "accuracy_strict": rewards.accuracy,
            "format": rewards.format, "language_consistency": rewards.language_consistency}
-
 
 
 def code_of(files):
