@@ -37,13 +37,13 @@ def chat(model, tokenizer, a):
         with suppress(KeyboardInterrupt):
             if (text := input("\n> ").strip() if a.prompt is None else a.prompt) in ("", "exit"):
                 return
-            prompt = tokenizer.encode_prompt(text)
+            prompt = tokenizer.encode_prompt(text, later=bool(turns))
             while turns and len(sum(turns, prompt)) > context - min(a.max_new_tokens, context // 2):  # room to answer
                 turns.pop(0)
-            generate(model, [sum(turns, []) + prompt], 1, a.max_new_tokens, a.temperature, a.top_p, [tokenizer.end_id],
+            generate(model, [sum(turns, []) + prompt], 1, a.max_new_tokens, a.temperature, a.top_p, tokenizer.end_ids,
                      generator, on_token=show)
         show()
-        turns += [prompt + [id for id in answer if id != tokenizer.end_id] + [tokenizer.end_id]] if prompt else []
+        turns += [prompt + [id for id in answer if id not in tokenizer.end_ids] + [tokenizer.end_id]] if prompt else []
 
 
 def main():

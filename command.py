@@ -9,7 +9,9 @@ from configs import METHODS, PUBLISHED
 from data.readers import new_directory, read_problems
 from graphs import with_graphs
 from model import generate, load, save
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer
+
+PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/readers.py)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,9 +55,15 @@ def prepare(model, args):
     print(f"{args.dtype} on {next(model.parameters()).device}{', compiled' * args.compile}", flush=True)
 
 
-def open_model(dir, dtype=None, device=None):
+def add_template(parser):
+    parser.add_argument("--template", choices=TEMPLATES, help="how the model is asked; default: as its directory says (tokenizer.py)")
+
+
+def open_model(dir, dtype=None, device=None, template=None):
     """Model and tokenizer of a directory, which must fit one another."""
-    model, tokenizer = load(dir, device, dtype), Tokenizer(dir)
+    tokenizer = Tokenizer(dir, template)
+    tokenizer.template  # a chat template that is not known is refused before anything is loaded
+    model = load(dir, device, dtype)
     tokenizer.check_fits(model.config.vocab_size)
     return model, tokenizer
 
@@ -68,10 +76,11 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
     """
     parser = Parser(description=description)
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
+    parser.add_argument("--data", required=True, help=PROBLEMS)
     parser.add_argument("--out", required=True, help="where the trained model goes")
     parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rewards.REWARDS,
                         help="default: %(default)s")
+    add_template(parser)
     parser.add_fields(config_class)
     add_speed(parser)
     if credit_config is not None:
@@ -83,7 +92,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
     try:
         config = fields_of(args, config_class)
         examples = read_problems(args.data, rewards.check_reference)
-        model, tokenizer = open_model(args.model, torch.float32)
+        model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
         out = new_directory(args.out)
         credit = None if credit_class is None else credit_class(model, config, fields_of(args, credit_config))
@@ -95,7 +104,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
                 print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 
         train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, with_graphs(generate),
-              [tokenizer.end_id], {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
+              tokenizer.end_ids, {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
               keep=getattr(credit, "keep", None), log=log)
         save(model, out, tokenizer)
     except (ValueError, OSError) as error:

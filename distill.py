@@ -82,16 +82,17 @@ def main():
     import rewards
     import sft
     from checkpoint import write_jsonl
-    from command import Parser, fields_of, open_model
+    from command import PROBLEMS, Parser, add_template, fields_of, open_model
     from data.readers import new_directory, read_problems, read_rows
     from graphs import with_graphs
     from model import generate, save
     parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
-    parser.add_argument("--data", required=True, help='problems, JSONL rows {"prompt", "answer", "language", "kind"}')
+    parser.add_argument("--data", required=True, help=PROBLEMS)
     parser.add_argument("--general", help='general examples, JSONL rows {"prompt", "completion"}; none: traces alone')
     parser.add_argument("--out", required=True, help="where the student and traces.jsonl go")
+    add_template(parser)
     parser.add_argument("--samples", type=int, default=4, help="of each prompt; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
     parser.add_fields(sft.SFTConfig, ("lr", "epochs", "dtype"))
@@ -99,13 +100,13 @@ def main():
     try:
         problems = read_problems(args.data, rewards.check_reference)
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
-        (teacher, tokenizer), out = open_model(args.teacher), new_directory(args.out)
+        (teacher, tokenizer), out = open_model(args.teacher, template=args.template), new_directory(args.out)
         sample = with_graphs(generate)
         random = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
         config = evaluate.EvalConfig(samples=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
         texts, _ = evaluate.complete(
             [tokenizer.encode_prompt(e["prompt"]) for e in problems],
-            lambda prompts, **settings: sample(teacher, prompts, end_ids=[tokenizer.end_id], generator=random, **settings),
+            lambda prompts, **settings: sample(teacher, prompts, end_ids=tokenizer.end_ids, generator=random, **settings),
             tokenizer.decode, config)
         traces, counts = rejection_sample(problems, texts, rewards.accuracy,
                                           lambda text, example: rewards.language_consistency(text, example) == 1)

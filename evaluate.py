@@ -175,22 +175,23 @@ def main():
     import torch
 
     import rewards
-    from command import Parser, fields_of, open_model
+    from command import PROBLEMS, Parser, add_template, fields_of, open_model
     from data.readers import read_problems
     from graphs import with_graphs
     from model import generate
     parser = Parser(description="Measure a model directory on problems and requests.")
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "answer", "language", "kind"}')
+    parser.add_argument("--data", required=True, help=PROBLEMS)
+    add_template(parser)
     parser.add_fields(EvalConfig)
     args = parser.parse_args()
     try:
         config, examples = fields_of(args, EvalConfig), read_problems(args.data, rewards.check_reference)
-        model, tokenizer = open_model(args.model)
+        model, tokenizer = open_model(args.model, template=args.template)
         random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
 
         def sample(prompts, **settings):
-            return with_graphs(generate)(model, prompts, end_ids=[tokenizer.end_id], generator=random, **settings)
+            return with_graphs(generate)(model, prompts, end_ids=tokenizer.end_ids, generator=random, **settings)
 
         rules = {**rewards.REWARDS, "accuracy_strict": rewards.accuracy,
                  "accuracy": lambda text, example: rewards.accuracy(text, example, strict=False)}

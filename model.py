@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -42,6 +44,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     model_type: str = "llama"  # decides the qkv bias (qwen2) and the q/k norm (qwen3)
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "llama3" or "yarn", "factor": ...}, for a longer context
 
     def __post_init__(self):
         if self.model_type not in ARCHITECTURES:
@@ -52,6 +55,7 @@ class Config:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        rope_frequencies(self)  # what is wrong with its scaling shows here
 
 
 # ------------------------------------------------------------------------------------------- the layers
@@ -91,6 +95,49 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, g):
         y, scale = ctx.saved_tensors
         return torch.addcmul(g, y, (y * g).mean(-1, keepdim=True), value=-1).mul_(scale), None
+
+
+def rope_frequencies(c: Config):
+    """Angle per position of each of the d/2 pairs, and what cos and sin are multiplied by: theta^(-2i/d), for a longer context
+
+    linear  divided by the factor
+    llama3  so where the wave is longer than the first context / low_freq_factor, kept where it is shorter than that / high_freq_factor
+    yarn    the same by the turns within the first context, between beta_slow and beta_fast, and a larger scale (arXiv 2309.00071)
+    """
+    pair = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim  # on the CPU also where `load` takes no memory
+    frequency, scaling = c.rope_theta ** -pair, c.rope_scaling or {"rope_type": "default"}
+
+    def number(name, default=None):
+        value = scaling.get(name, default)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"rope scaling: {name} is {value!r}")
+        return value
+
+    kind = scaling.get("rope_type")
+    if kind == "default":
+        return frequency, 1.0
+    factor, first = number("factor"), number("original_max_position_embeddings", c.max_position_embeddings)
+    if kind == "linear":
+        return frequency / factor, 1.0
+    turns = first * frequency / (2 * math.pi)  # of each pair within the first context
+    if kind == "llama3":
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequency + (1 - kept) * frequency / factor, 1.0
+    if kind == "yarn":
+        def pair_with(turns):  # the pair, a fraction, that turns so often
+            return c.head_dim * math.log(first / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+
+        low, high = pair_with(number("beta_fast", 32)), pair_with(number("beta_slow", 1))
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, c.head_dim - 1)
+        slowed = ((torch.arange(len(pair), dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
+        mscale = lambda weight: 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+        both = scaling.get("mscale") and scaling.get("mscale_all_dim")
+        scale = mscale(number("mscale")) / mscale(number("mscale_all_dim")) if both else mscale(1)
+        return (1 - slowed) * frequency + slowed * frequency / factor, number("attention_factor", scale)
+    raise ValueError(f"rope scaling {kind!r} is not supported: linear, llama3 and yarn are")
 
 
 def rotate(x, cos, sin):
@@ -216,10 +263,11 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
-        angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequency).repeat(1, 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (max positions, d); on the CPU also where `load` takes no memory
-        self.register_buffer("sin", angle.sin() * torch.tensor([-1.0, 1.0], device="cpu").repeat_interleave(len(frequency)), persistent=False)
+        frequency, scale = rope_frequencies(config)
+        angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequency)
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        self.register_buffer("cos", torch.cat((cos, cos), dim=1), persistent=False)   # (max positions, d)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -389,7 +437,8 @@ def stored(model):
 
 def save(model, dir, tokenizer=None):
     """Writes a model directory that `transformers` opens too; each file aside, then renamed: whole or not there."""
-    dir, c, end = Path(dir), model.config, {"eos_token_id": tokenizer.end_id if tokenizer else None}
+    dir, c, ends = Path(dir), model.config, getattr(tokenizer, "end_ids", [None])
+    end = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
     dir.mkdir(parents=True, exist_ok=True)
     if tokenizer:
         tokenizer.save(dir)
@@ -404,35 +453,46 @@ def save(model, dir, tokenizer=None):
         os.replace(dir / f"{name}.tmp", dir / name)
 
 
+@torch.no_grad()
 def load(dir, device=None, dtype=None) -> Transformer:
     """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (to train, torch.float32).
+
+    Tensors go to the device and dtype in pieces of up to 16 MB: the peak of memory is little above the weights.
     Raises ValueError, which names the file and the field or tensor, for what is not a whole dense Llama, Qwen2 or Qwen3."""
-    dir, device = Path(dir), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dir = Path(dir)
+    with blame(f"device {device}"):
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with blame(dir / "config.json") as path, torch.device("meta"):  # no memory or random numbers for what is replaced
         model = Transformer(_config(json.loads(path.read_text(encoding="utf-8"))))
     wanted = {name: [*part.shape] for parts in stored(model).values() for name, part in parts.items()}
-    files, weights, tied = {source := dir / "model.safetensors"}, {}, model.config.tie_word_embeddings
+    files, there, tied = {source := dir / "model.safetensors"}, {}, model.config.tie_word_embeddings
     if not source.exists() and (dir / "model.safetensors.index.json").exists():
         with blame(dir / "model.safetensors.index.json") as source:
             files = {dir / name for name in json.loads(source.read_text(encoding="utf-8"))["weight_map"].values()}
             if outside := [path for path in files if path.parent != dir or path.suffix != ".safetensors"]:
                 raise ValueError(f"{outside[0]} is no safetensors file of this directory")
     for path in sorted(files):
-        with blame(path):
-            for name, tensor in load_file(path).items():
+        with blame(path), safe_open(path, "pt") as file:
+            for name in file.keys():
                 if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
                     continue  # old files hold what is computed, and a tied head twice
-                shape = wanted.get(name, "no such tensor")
-                if [*tensor.shape] != shape or not tensor.is_floating_point():
-                    raise ValueError(f"tensor {name} is {tensor.dtype} {[*tensor.shape]}, config.json describes {shape}")
-                weights[name] = tensor.to(device, dtype)
-    if missing := [name for name in wanted if name not in weights]:
+                shape, kind = wanted.get(name, "no such tensor"), file.get_slice(name).get_dtype()
+                if (found := file.get_slice(name).get_shape()) != shape or kind not in FLOATS:
+                    raise ValueError(f"tensor {name} is {kind} {found}, config.json describes {shape}")
+                there[name] = path, FLOATS[kind]
+    if missing := [name for name in wanted if name not in there]:
         raise ValueError(f"{source}: tensor {missing[0]} is missing")
-    joined = {name: torch.cat([weights.pop(part) for part in parts])  # a copy: the file, whose view a tensor is, may change
-              for name, parts in stored(model).items()}
-    model.load_state_dict(joined, strict=False, assign=True)
+    empty = {name: torch.empty_like(p, device=device, dtype=dtype or there[[*stored(model)[name]][0]][1])
+             for name, p in model.named_parameters()}
+    model.load_state_dict(empty, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
+    for parts in stored(model).values():
+        for name, part in parts.items():
+            rows = max(1, 2 ** 22 // part[0].numel())
+            for at in range(0, len(part), rows):
+                with blame(path := there[name][0]), safe_open(path, "pt") as file:  # opened anew: what was read leaves memory
+                    part[at:at + rows] = file.get_slice(name)[at:at + rows]
     return model.to(device)
 
 
@@ -447,18 +507,24 @@ def blame(path):
 
 def _config(raw):
     raw = {name: value for name, value in raw.items() if value is not None}
-    rope = [raw.get("rope_scaling", {}), raw.get("rope_parameters", {})]  # of transformers 4, and 5
+    rope = {"rope_type" if name == "type" else name: value  # of transformers 5, and 4
+            for old in ("rope_parameters", "rope_scaling") for name, value in raw.get(old, {}).items()}
     kind, architectures = raw.get("model_type"), raw.get("architectures", list(ARCHITECTURES.values()))
+    bias = [name for name in ("attention_bias", "mlp_bias") if raw.get(name) and (kind, name) != ("qwen2", "attention_bias")]
     for what, refused in {
         f"model_type {kind!r} with architectures {architectures}": ARCHITECTURES.get(kind) not in architectures,
-        f"rope scaling {rope}": {r.get(k) for r in rope for k in ("rope_type", "type", "partial_rotary_factor")} - {None, "default", 1},
+        f"rope_parameters {rope}": rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(v, dict) for v in rope.values()),
         "a sliding window": raw.get("use_sliding_window") or {*raw.get("layer_types", [])} - {"full_attention"},
+        "quantization_config": raw.get("quantization_config"),
+        f"{' and '.join(bias)} of a {kind}": bias,
         f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
     }.items():
         if refused:
             raise ValueError(f"{what} is not supported, only dense {', '.join(ARCHITECTURES.values())}")
     values = {"num_key_value_heads": raw.get("num_attention_heads"), "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-              "tie_word_embeddings": False} | raw | rope[0] | rope[1]  # before them what their absence means
+              "tie_word_embeddings": False} | raw | rope  # before them what their absence means
+    scaled = rope.get("rope_type", "default") != "default"
+    values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None
     for field in fields(Config):
         if field.type in (int, float) and not (isinstance(value := values.get(field.name), (int, field.type)) and value > 0):
             raise ValueError(f"{field.name} is {value!r}")

@@ -5,6 +5,7 @@
     python pipeline.py --ablations            # and what some of the claims need beside the recipe
     python pipeline.py --from dev2            # this stage and the later ones anew
     python pipeline.py --compare              # GRPO, its relatives, PPO and PRIME beside one another (compare.py)
+    python pipeline.py --base DIR --train FILE --test FILE    # on a checkpoint and a problem set of your own (given.py)
 
 Called again, it goes on where it stopped. A run directory (--out, default runs/PRESET-SEED) holds a model directory
 a stage, results.json and report.html, which can be watched while it grows. `recipe`, at the end, is the page to read.
@@ -12,6 +13,7 @@ a stage, results.json and report.html, which can be watched while it grows. `rec
 
 import itertools
 import os
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,6 +60,7 @@ class Preset:
     hard: int = 100                   # problems with more steps than any in training
     requests: int = 128               # general ones, and as many unsafe ones, of the test
     samples: int = 8                  # a test problem
+    zero_samples: int = 16            # of zero, for maj@16
     many: int = 64                    # for pass@64, with --ablations
     cold_start: int = 200             # examples
     trace_prompts: int = 3000
@@ -256,8 +259,12 @@ STAGES = ("base", "zero", "dev1", "dev2", "traces", "dev3", "r1", "base_qwen", "
 
 
 def main():
+    if any(argument.split("=")[0] == "--base" for argument in sys.argv[1:]):
+        import given
+        return given.main()
     parser = Parser(description="The DeepSeek-R1 recipe, from random weights to distilled students.")
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is CUDA, else cpu")
+    parser.add_argument("--base", metavar="DIR", help="a model directory of your own, with its own options: --base DIR --help")
     parser.add_argument("--out", help="run directory; default runs/PRESET-SEED")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from", dest="from_stage", choices=STAGES, help="make this stage and the later ones anew")
@@ -276,11 +283,7 @@ def main():
     try:
         run = make_run()
         if args.from_stage:
-            for name in STAGES[STAGES.index(args.from_stage):]:
-                for file in (checkpoint.DONE, checkpoint.STATE):
-                    (out / name / file).unlink(missing_ok=True)
-            for file in [*(out / "extras").glob("*.npz"), out / "results.json"]:
-                file.unlink(missing_ok=True)
+            forget(out, STAGES[STAGES.index(args.from_stage):])
             run = make_run()  # without what results.json said of these stages
         if args.compare:
             make_base(run)
@@ -296,6 +299,13 @@ def main():
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 
 
+def forget(out, stages):
+    """They are not finished, and what was measured of them is gone."""
+    for file in [*(out / name / file for name in stages for file in (checkpoint.DONE, checkpoint.STATE)),
+                 *(out / "extras").glob("*.npz"), out / "results.json"]:
+        file.unlink(missing_ok=True)
+
+
 def print_tables(run):
     print("\nstages")
     for name, stage in run.results["stages"].items():
@@ -305,7 +315,9 @@ def print_tables(run):
         figure = f"{c['ours']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}] {c['unit']}"
         print(f"{c['number']:8} {c['verdict']:12} {figure:28} {c['claim']}  {c['detail']}")
     print("\nsamples")
-    for name in ("base", "zero", "dev1", "dev2", "dev3", "r1", "student_qwen", "student_llama"):
+    for name in run.results["stages"]:
+        if name.startswith(("base_", "control", "dev2_", "zero_")) or not (run.out / name / "test_samples.jsonl").exists():
+            continue
         row = checkpoint.read_jsonl(run.out / name / "test_samples.jsonl")[0]
         print(f"{name:14} {row['prompt']} ({row['answer']})\n{'':14} {row['completion']!r}")
 

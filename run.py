@@ -65,7 +65,7 @@ class Run:
         self.results = {"meta": meta, "stages": {}, "claims": [], **self.before()}
         self.cost = {"tokens": 0, "flops": 0.0}
         self.values = {}  # stage -> metric -> per-problem array, of the test
-        settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))}
+        settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))} | self.given()
         path = self.out / "config.json"
         before = json.loads(path.read_text()) if path.exists() else settings
         if before != settings:
@@ -73,7 +73,15 @@ class Run:
                              f"{self.out}")
         if not path.exists():  # several processes of a comparison open one run
             checkpoint.atomic_write(path, json.dumps(settings, indent=1))
-        self.tokenizer = Tokenizer(HERE / "data")
+        self.read_data()
+
+    def given(self):
+        """What of a user's own goes into the run (given.py)."""
+        return {}
+
+    def read_data(self):
+        """Tokenizer, test and validation, problems to train on."""
+        self.tokenizer, seed = Tokenizer(HERE / "data"), self.seed
         split = "test" if seed < 100 else "validation"  # seeds from 100 on are for tuning
         self.test = world.problems(2, split, self.preset.test)
         self.hard = world.problems(2, split, self.preset.hard, world.HARD_LEVELS)
@@ -157,13 +165,14 @@ class Run:
 
     def keeper(self, name):
         """(save, resume, log) of a stage: its state every half minute, and its metrics.jsonl."""
-        dir, last = self.out / name, [time.time()]
+        dir, last = self.out / name, [time.time(), 0.0]
 
         def keep(**parts):
-            if time.time() - last[0] > 30:
+            started = time.time()
+            if started - last[0] > max(30, 50 * last[1]):  # at most 2% of the time, however large the state is
                 checkpoint.save(dir, *checkpoint.state_of(**parts, cost=self.cost))
                 report.write(self.out)
-                last[0] = time.time()
+                last[:] = time.time(), time.time() - started
 
         def resume(**objects):
             rest = checkpoint.restore(*state, **objects)
@@ -234,7 +243,7 @@ class Run:
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
         weights = {name: weights.get(name, 0.0) for name in rules}
-        grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, [self.tokenizer.end_id],
+        grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, self.tokenizer.end_ids,
                    rules, config, weights, credit, getattr(credit, "keep", None), validate_now if validate else None, log=log,
                    save=keep, resume=resume)
         bar.close()
@@ -252,7 +261,7 @@ class Run:
         generator = torch.Generator(device=self.device).manual_seed(seed)
 
         def sample(prompts, **settings):
-            result = generate(model, prompts, end_ids=[self.tokenizer.end_id], generator=generator, **settings)
+            result = generate(model, prompts, end_ids=self.tokenizer.end_ids, generator=generator, **settings)
             self.spend(model, sampled=int(result[1].sum()) + sum(map(len, prompts)))
             return result
         return sample
@@ -263,7 +272,7 @@ class Run:
 
     def measure(self, name, model):
         """Per-problem values {metric: (N,)} for the table and the claims; one sample a problem goes to test_samples.jsonl."""
-        samples, spent = 16 if name == "zero" else self.preset.samples, dict(self.cost)  # 16: for maj@16
+        samples, spent = self.preset.zero_samples if name == "zero" else self.preset.samples, dict(self.cost)
         texts, counts = self.complete(model, self.test, samples=samples)
         values = self.score(self.test, texts, counts, [k for k in (1, 8, 16) if k <= samples])
         hard, hard_counts = self.complete(model, self.hard)

@@ -186,20 +186,21 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
 
 
 def main():
-    from command import Parser, add_speed, fields_of, open_model, prepare
+    from command import Parser, add_speed, add_template, fields_of, open_model, prepare
     from data.readers import new_directory, read_rows
     from model import save
     parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
     parser.add_argument("--out", required=True, help="where the trained model goes")
+    add_template(parser)
     parser.add_argument("--pretrain", action="store_true")
     parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
     add_speed(parser)
     args = parser.parse_args()
     try:
         config, rows = fields_of(args, SFTConfig), read_rows(args.data, ("prompt", "completion"))
-        model, tokenizer = open_model(args.model, torch.float32)
+        model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
         out, examples = new_directory(args.out), []
         for row in rows:

@@ -1,5 +1,5 @@
-"""Text to ids and back: a Hugging Face tokenizer.json (byte-level BPE) read into a tiktoken.Encoding, and the
-making of one of our own.
+"""Text to ids and back: a Hugging Face tokenizer.json (byte-level BPE) read into a tiktoken.Encoding, how a model is
+asked (its prompt template), and the making of a tokenizer of our own.
 
 The recipe needs two things of a tokenizer: <think>, </think>, <answer>, </answer> are one token each and decode as
 text, and a text that *says* <|end|> ends nothing. So added tokens with "special": false are always recognised, as
@@ -32,46 +32,138 @@ CHAR = {b: chr(b) for b in _SHOWN} | {b: chr(256 + i) for i, b in enumerate(sort
 BYTE = {char: b for b, char in CHAR.items()}
 
 
-def split_pattern(pre: dict | None) -> str:
-    """The regex that cuts text into pieces: of Sequence[Split(Regex, Isolated), ByteLevel], or of ByteLevel alone."""
-    parts = (pre or {}).get("pretokenizers", [pre or {"type": None}])
-    kinds = [part["type"] for part in parts]
-    if kinds not in (["Split", "ByteLevel"], ["ByteLevel"]):
-        raise ValueError(f"pre_tokenizer {kinds} is not supported: ['Split', 'ByteLevel'] or ['ByteLevel'] is")
-    split, level = parts[0], parts[-1]
-    if level.get("add_prefix_space", True) or level.get("use_regex", True) != (split is level):
-        raise ValueError(f"pre_tokenizer {level} is not supported")
-    if split is level:
-        return GPT2_PATTERN
-    if "Regex" not in split["pattern"] or split["behavior"] != "Isolated" or split.get("invert"):
-        raise ValueError(f"pre_tokenizer {split} is not supported: a Regex, Isolated, not inverted is")
-    return split["pattern"]["Regex"]
+# How a model is asked. R1-Zero's, for base models, is word for word R1 v1 table 1; ChatML (Qwen, SmolLM) and Llama 3's are
+# for tuned ones. A directory that was written here names its own as "prompt_template" in tokenizer_config.json.
+TEMPLATES = {
+    "none": "{prompt}",
+    "r1-zero": "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+               "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+               "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+               "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+               "User: {prompt}. Assistant:",
+    "chatml": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+
+
+def recognise(chat_template: str) -> str:
+    """The template that a Hugging Face chat template (a Jinja program, which is read and not run) comes to for one question.
+
+    Its control tokens tell the family; ChatML may begin with a fixed system prompt. Raises ValueError for another family, and
+    for what says more than that: a date, a mode of reasoning, functions, a <think> that opens the answer.
+    """
+    markers = {*re.findall(r"<[|｜][^<>|｜]*[|｜]>", chat_template)}
+    more = re.search(r"(?i)strftime|date_string|knowledge|reasoning_mode|functions %}|function calling|assistant(?:\n|\\n)<think>(?:\n|\\n)?(?:</think>)?'",
+                     chat_template)
+    system = {*re.findall(r"<\|im_start\|>system(?:\n|\\n)([^<>{}'\"]+)<\|im_end\|>", chat_template)}
+    if not more and markers == {"<|im_start|>", "<|im_end|>"} and len(system) < 2:
+        return "".join(f"<|im_start|>system\n{text}<|im_end|>\n" for text in system) + TEMPLATES["chatml"]
+    if not more and markers - {"<|begin_of_text|>"} == {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}:
+        return TEMPLATES["llama-3"]
+    raise ValueError(f"the chat template, with {more[0] if more else ', '.join(sorted(markers)) or 'no control tokens'}, is not one that is "
+                     f"known here; choose one: {', '.join(TEMPLATES)}")
+
+
+def split_patterns(pre: dict | None) -> list[str]:
+    """The regexes that cut text into pieces, one after the other: of a sequence of Split and Digits with a ByteLevel at its
+    end, or of ByteLevel alone."""
+    *splits, level = (pre or {}).get("pretokenizers", [pre or {"type": None}])
+    if level["type"] != "ByteLevel" or level.get("add_prefix_space", True):
+        raise ValueError(f"pre_tokenizer {level} is not supported: ByteLevel without add_prefix_space, at the end of a sequence, is")
+    patterns = []
+    for part in splits:
+        kind = (part["type"], part.get("behavior"), bool(part.get("invert")))
+        if part["type"] == "Digits":
+            patterns.append(_isolated(r"\p{N}" if part.get("individual_digits") else r"\p{N}+"))
+        elif kind == ("Split", "Isolated", False) and "Regex" in part["pattern"]:
+            patterns.append(_isolated(part["pattern"]["Regex"]))
+        elif kind == ("Split", "Removed", True) and "Regex" in part["pattern"]:
+            patterns.append(part["pattern"]["Regex"])  # what lies between the matches is left out
+        else:
+            raise ValueError(f"pre_tokenizer {part} is not supported: Digits, or Split by a Regex, Isolated, is")
+    patterns += [_isolated(GPT2_PATTERN)] if level.get("use_regex", True) else []
+    return patterns or [r"[\s\S]+"]
+
+
+def _isolated(pattern: str) -> str:
+    """Matches the pattern, and what lies between its matches."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def start_tokens(post: dict | None) -> list[str]:
+    """The tokens that a post_processor puts before a text, as Llama's <|begin_of_text|>; one after it is refused."""
+    parts = (post or {}).get("processors", [post] if post else [])
+    if strange := [part["type"] for part in parts if part["type"] not in ("ByteLevel", "TemplateProcessing")]:
+        raise ValueError(f"post_processor {strange[0]!r} is not supported: ByteLevel and TemplateProcessing are")
+    singles = [[item.get("SpecialToken", {}).get("id") for item in part["single"]] for part in parts if "single" in part]
+    if any(single[-1:] != [None] or single.count(None) > 1 for single in singles):  # None is the text
+        raise ValueError(f"post_processor {singles} is not supported: it puts a token behind the text")
+    return [token for single in singles for token in single[:-1]]
 
 
 def mergeable_ranks(model: dict, added: Iterable[str]) -> dict[bytes, int]:
     """{token: id}, or a ValueError where tiktoken could not take the id for the merge's rank.
 
     tokenizer.json lists merges (left, right) in order; tiktoken, without a list, joins whichever neighbours make the
-    token of lowest rank. They agree if ids grow along the list and each token's own bytes merge into it: then in any
-    text, when a token's turn comes, the one pair that can stand between its borders is the one that the list names.
+    token of lowest rank, and takes a piece that is a token whole, as Hugging Face does with ignore_merges.
     """
     if model["type"] != "BPE":
         raise ValueError(f"model type {model['type']!r} is not supported: BPE is")
-    for field in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+    for field in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"):
         if model.get(field):
             raise ValueError(f"model.{field} = {model[field]!r} is not supported")
-    ids, made, split, last = model["vocab"], {}, {}, -1  # made: {(left, right): id}; split: {token: (left, right)}
-    if missing := [char for char in BYTE if char not in ids]:
+    if missing := [char for char, b in BYTE.items() if char not in model["vocab"] and 32 <= b < 127]:
         raise ValueError(f"the vocabulary is not byte-level: it lacks {missing[0]!r}")
-    for left, right in (m.split(" ") if isinstance(m, str) else m for m in model["merges"]):
-        if ids.get(left + right, -1) < last or not {left, right} <= split.keys() | BYTE.keys():
+    ids, plain = model["vocab"], {token: id for token, id in model["vocab"].items() if token not in added}
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    kept = plain if model.get("ignore_merges") and _every_pair(merges, plain) else _one_pair_each(merges, ids)
+    if stray := plain.keys() - kept:
+        raise ValueError(f"token {min(stray)!r} is not supported: its own bytes do not merge into it")
+    return {bytes(BYTE[char] for char in token): ids[token] for token in kept}
+
+
+def _every_pair(merges: list, ids: dict) -> bool:
+    """Whether the list, in the order of ids, holds every pair that makes a token, as that of Llama 3: then there is nothing
+    to join that is not listed.
+
+    Several pairs of one token have different ranks here and the same in tiktoken, which takes the leftmost. That can differ
+    only where two of them overlap, a+b = b+c = the token, and appear at once, as b is made later than the token could be:
+    in runs of one character, mostly. Each such a+b+c is tried.
+    """
+    order, last = {pair: i for i, pair in enumerate(merges)}, -1
+    for left, right in merges:
+        if not last <= (last := ids.get(left + right, -1)):
+            return False
+    by_id, ties = {(left, right): ids[left + right] for left, right in merges}, set()
+    for token, id in ids.items():
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+        if not order.keys() >= {*pairs}:
+            return False
+        ties |= {a + b + c for a, b in pairs if ids[b] > id for other, c in pairs if b == other}
+    return all(_merged(text, order) == _merged(text, by_id) for text in ties)
+
+
+def _merged(text: str, ranks: dict) -> list[str]:
+    """The tokens of a text whose neighbours of lowest rank, the leftmost of equals, are joined until there are none."""
+    word = [*text]
+    while pairs := [(ranks[pair], i) for i, pair in enumerate(zip(word, word[1:])) if pair in ranks]:
+        i = min(pairs)[1]
+        word[i:i + 2] = [word[i] + word[i + 1]]
+    return word
+
+
+def _one_pair_each(merges: list, ids: dict) -> set[str]:
+    """The bytes, and the tokens that their own bytes merge into. If ids grow along the list and these are all tokens, then in
+    any text, when a token's turn comes, the one pair that can stand between its borders is the one that the list names."""
+    letters = BYTE.keys() & ids.keys()  # a vocabulary may lack rare control characters, and bytes that no UTF-8 text has
+    made, split, last = {}, {}, -1  # made: {(left, right): id}; split: {token: (left, right)}
+    for left, right in merges:
+        if ids.get(left + right, -1) < last or not all(part in split or part in letters for part in (left, right)):
             raise ValueError(f"merge {left!r} {right!r} is not supported: ids and merges are in different orders")
         made[left, right] = last = ids[left + right]
         if _meet(left, right, made, split):
             split.setdefault(left + right, (left, right))
-    if stray := ids.keys() - split.keys() - BYTE.keys() - set(added):
-        raise ValueError(f"token {min(stray)!r} is not supported: its own bytes do not merge into it")
-    return {bytes(BYTE[char] for char in token): ids[token] for token in [*BYTE, *split]}
+    return letters | split.keys()
 
 
 def _meet(left: str, right: str, made: dict, split: dict) -> bool:
@@ -90,68 +182,138 @@ def _meet(left: str, right: str, made: dict, split: dict) -> bool:
 
 
 class Tokenizer:
-    """The tokenizer of a model directory."""
+    """The tokenizer of a model directory; template: a name in TEMPLATES or a text with {prompt}, by default the directory's."""
 
-    def __init__(self, dir: str | Path):
+    def __init__(self, dir: str | Path, template: str | None = None):
         self.path = path = Path(dir) / "tokenizer.json"
         self.spec = _read(path)
         self.config = _read(path.with_name("tokenizer_config.json"), missing={})
-        self.template = self.config.setdefault("prompt_template", "{prompt}\n")  # how a model is asked
+        if (jinja := path.with_name("chat_template.jinja")).exists():
+            self.config["chat_template"] = jinja.read_text(encoding="utf-8")
         generation = _read(path.with_name("generation_config.json"), missing={})
         try:
             self._build()
-            self.end_id = self._find_end([self.config.get("eos_token"), generation.get("eos_token_id")])
+            self.end_ids = self._find_ends([self.config.get("eos_token"), generation.get("eos_token_id")])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
+        self.end_id = self.end_ids[0]
+        self._template = template or self.config.get("prompt_template")
+        if template:
+            self.template  # checked now
 
     def _build(self):
+        import regex  # tiktoken brings it
         added = self.spec.get("added_tokens") or []
         for token in added:
             if odd := [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]:
                 raise ValueError(f"added token {token['content']!r} with {odd[0]} is not supported")
-        self.normal_form = (self.spec.get("normalizer") or {}).get("type")
-        if self.normal_form not in (None, "NFC"):
-            raise ValueError(f"normalizer {self.normal_form!r} is not supported: NFC or none is")
+        normalizer = self.spec.get("normalizer") or {}
+        forms = [part["type"] for part in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+        if forms not in ([], ["NFC"]):
+            raise ValueError(f"normalizer {forms} is not supported: NFC or none is")
+        self.normal_form = "NFC" if forms else None
         self.added = {token["content"]: token["id"] for token in added}
         self.special_ids = {token["id"] for token in added if token.get("special")}
-        self._all_added = _border(self.added)
-        self._tags = _border(text for text, id in self.added.items() if id not in self.special_ids)
-        pattern, ranks = split_pattern(self.spec.get("pre_tokenizer")), mergeable_ranks(self.spec["model"], self.added)
-        tokens = ranks | {text.encode(): id for text, id in self.added.items()}
+        # first those that are looked for in the raw text, then those in the normalised one; with and without the special ones
+        kinds = [[token for token in added if bool(token.get("normalized")) == normalised] for normalised in (False, True)]
+        self._all_added = [_border(token["content"] for token in kind) for kind in kinds]
+        self._tags = [_border(token["content"] for token in kind if not token.get("special")) for kind in kinds]
+        model = self.spec["model"]
+        patterns, self._ranks = split_patterns(self.spec.get("pre_tokenizer")), mergeable_ranks(model, self.added)
+        tokens = self._ranks | {text.encode(): id for text, id in self.added.items()}
         self.known = set(tokens.values())
         if len(self.known) < len(tokens):
             raise ValueError("two tokens share an id")
         self.vocab_size = max(self.known) + 1
-        self.encoding = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.added)
+        lacking = [bytes([b]) for b in range(256) if bytes([b]) not in self._ranks]
+        self._lacking, self._unknown = {b[0] for b in lacking}, model["vocab"].get(model.get("unk_token"))
+        spare = {b: self.vocab_size + i for i, b in enumerate(lacking)}  # tiktoken wants all 256; these are never made
+        self.encoding = tiktoken.Encoding("ours", pat_str=patterns[-1], mergeable_ranks=self._ranks | spare, special_tokens=self.added)
+        *self._first, self._last = map(regex.compile, patterns)
         probe = "".join(map(chr, range(128))) + "é٣ 苹果，½ €🍎\u00a0\u2028\u200d\ue000 \n"  # characters of each sort
-        if self.encoding.decode(self.encoding.encode_ordinary(probe)) != probe:
-            raise ValueError(f"pre_tokenizer pattern {pattern!r} is not supported: it leaves text out")
+        if "".join(match[0] for match in self._last.finditer(probe)) != probe:
+            raise ValueError(f"pre_tokenizer pattern {patterns[-1]!r} is not supported: it leaves text out")
+        self.start_ids = [self.added[token] for token in start_tokens(self.spec.get("post_processor"))]
 
-    def _find_end(self, named: list) -> int:
-        if len(self.special_ids) == 1:
-            named = [*named, *self.special_ids]
-        end = next((end for end in named if end is not None), None)
-        end = end["content"] if isinstance(end, dict) else end[0] if isinstance(end, list) else end
-        id = self.added.get(end) if isinstance(end, str) else end
-        if id not in self.known:
-            raise ValueError(f"the end token {end!r}, eos_token of tokenizer_config.json, is not among the tokens")
-        return id
+    def _find_ends(self, named: list) -> list[int]:
+        """tokenizer_config.json's eos_token, what generation_config.json names beside it, or else the only special token."""
+        ends = []
+        for end in named:
+            end = end["content"] if isinstance(end, dict) else end
+            ends += [self.added.get(e) if isinstance(e, str) else e for e in (end if isinstance(end, list) else [end]) if e is not None]
+        ends = ends or [*self.special_ids]
+        if len(ends) > 1 and named == [None, None] or not ends or not {*ends} <= self.known:
+            raise ValueError(f"the end token {named[0]!r}, eos_token of tokenizer_config.json, is not among the tokens")
+        return [*dict.fromkeys(ends)]
+
+    @property
+    def template(self) -> str:
+        """The text around a prompt. Raises ValueError for a chat template that is not known, or tokens that are not here."""
+        try:
+            chat = self.config.get("chat_template")
+            if isinstance(chat, list):  # several by name
+                chat = {each["name"]: each["template"] for each in chat}.get("default")
+            text = self._template or (recognise(chat) if chat else TEMPLATES["none"])
+            text = TEMPLATES.get(text, text)
+            if text.count("{prompt}") != 1:
+                raise ValueError(f"the prompt template {text!r} is none of {', '.join(TEMPLATES)}, and has no one {{prompt}}")
+            if strange := {*re.findall(r"<\|[^<>|]*\|>", text)} - self.added.keys():
+                raise ValueError(f"the prompt template's {min(strange)} is not among the tokens")
+            return text
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        raw, normalised = self._all_added if allow_special else self._tags
         ids = []
-        for i, part in enumerate((self._all_added if allow_special else self._tags).split(text)):
+        for i, part in enumerate(raw.split(text)):
             if i % 2:  # every second part is an added token
                 ids.append(self.added[part])
-            else:
-                part = unicodedata.normalize(self.normal_form, part) if self.normal_form else part
-                ids += self.encoding.encode_ordinary(part)
+                continue
+            part = unicodedata.normalize(self.normal_form, part) if self.normal_form else part
+            for j, piece in enumerate(normalised.split(part)):
+                ids += [self.added[piece]] if j % 2 else self._merge_pieces(piece)
         return ids
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids that a model is asked with: the prompt in this directory's template."""
-        return self.encode(self.template.replace("{prompt}", prompt)) if prompt else []
+    def _merge_pieces(self, text: str) -> list[int]:
+        pieces = [text]
+        for pattern in self._first:
+            pieces = [match[0] for piece in pieces for match in pattern.finditer(piece)]
+        ids = []
+        for piece in pieces:
+            if self._lacking and not self._lacking.isdisjoint(piece.encode("utf-8", "replace")):
+                for match in self._last.finditer(piece):
+                    ids += self._merge_lacking(match[0].encode("utf-8", "replace"))
+            else:
+                ids += self.encoding.encode_ordinary(piece)
+        return ids
+
+    def _merge_lacking(self, piece: bytes) -> list[int]:
+        """Of a piece with bytes that are no tokens: they are left out, or unk_token where there is one."""
+        word, unknown = [], b""  # no token has no bytes
+        for b in piece:
+            word += [bytes([b])] if b not in self._lacking else [unknown] * (self._unknown is not None)
+        while pairs := [(self._ranks[a + b], (a, b)) for a, b in zip(word, word[1:]) if a and b and a + b in self._ranks]:
+            word = _merge(word, min(pairs)[1])
+        return [self._ranks[token] if token else self._unknown for token in word]
+
+    def encode_prompt(self, prompt: str, later: bool = False) -> list[int]:
+        """The ids that a model is asked with: the prompt in the template. `later`: of another turn of the same conversation.
+
+        Only the template's own control tokens are recognised: a prompt that says <|im_end|> ends nothing.
+        """
+        if not prompt:
+            return []
+        template = self.template
+        if later and "<|im_start|>" in template:  # ChatML's turns end in a line break; its system prompt stands once
+            template = "\n" + TEMPLATES["chatml"]
+        before, after = template.split("{prompt}")
+        cut = max([0, *(before.rfind(token) + len(token) for token in self.added if token in before)])  # control tokens are borders,
+        rest = min([len(after), *(after.find(token) for token in self.added if token in after)])        # other text joins the prompt
+        ids = self.encode(before[:cut], True) + self.encode(before[cut:] + prompt + after[:rest]) + self.encode(after[rest:], True)
+        return ids if later else self.start_ids + ids
 
     def check_fits(self, vocab_size: int):
         """Raises ValueError if a model of this vocabulary has no place for some of our ids."""
@@ -163,9 +325,10 @@ class Tokenizer:
         return self.encoding.decode([id for id in ids if id in self.known and id not in self.special_ids])
 
     def save(self, dir: str | Path):
-        """As transformers.AutoTokenizer reads it."""
+        """As transformers.AutoTokenizer reads it; the prompt template stays with it."""
         end = self.encoding.decode([self.end_id])
         config = {"pad_token": end, "clean_up_tokenization_spaces": False} | self.config
+        config |= {"prompt_template": self._template} if self._template else {}
         _write(Path(dir) / "tokenizer.json", self.spec)
         _write(Path(dir) / "tokenizer_config.json",
                config | {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})

@@ -1,42 +1,81 @@
-"""Readers of JSONL files of examples: each row is checked, and what is wrong is named with its line.
+"""Readers of JSONL files: rows for SFT, and problem sets as they are published; what is wrong is named with its line.
 
-    {"prompt": "Tom has 47 apples. Tom buys 38 more. How many apples does Tom have now?", "completion": "<think>..."}
-    {"prompt": "天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}
+    {"prompt": "Tom has 47 apples. Tom buys 38 more. How many now?", "completion": "<think>..."}                    SFT
+    {"question": "Natalia sold clips ...", "answer": "Natalia sold 48/2 = 24 clips in May. ...\\n#### 72"}            GSM8K
+    {"problem": "Compute $\\\\sin 60^\\\\circ$.", "solution": "... the answer is $\\\\boxed{\\\\frac{\\\\sqrt{3}}{2}}$."}   MATH
+    {"nums": [44, 19, 35], "target": 98}                                                                           Countdown
+    {"prompt": "What is 17 + 25?", "answer": "42"}                                                                 any other
+    {"prompt": "天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}                              ours
 """
 
 import json
 from pathlib import Path
 
+COUNTDOWN = ("Using the numbers {nums}, each exactly once, with +, -, * and / and with parentheses where they are needed, write an "
+             "expression that equals {target}. The answer is the expression alone.")
 
-def read_rows(path, fields):
+
+def read_rows(path, fields=()):
     """All rows of a JSONL file; each must be an object with these fields as strings. Raises ValueError with file and line."""
+    return [row for _, row in numbered_rows(path, fields)]
+
+
+def numbered_rows(path, fields=()):
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):  # U+2028 stands in texts, and ends no row
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{path}:{number}: not JSON") from None
         for name in fields:
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise ValueError(f"{path}:{number}: no text under {name!r}")
-        rows.append(row)
+        rows.append((number, row))
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
 
 
 def read_problems(path, check):
-    """Rows for reinforcement learning and evaluation; check(row) raises ValueError where no rule could read the reference."""
-    rows = read_rows(path, ("prompt", "answer", "language", "kind"))
-    lines = [n for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-    for number, row in zip(lines, rows):
+    """A problem set as examples for reinforcement learning and evaluation, its format told by its fields.
+
+    check(example) raises ValueError where no rule could read the reference answer.
+    """
+    examples = []
+    for number, row in numbered_rows(path):
         try:
-            check(row)
+            example = as_example(row)
+            check(example)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
-    return rows
+        examples.append(example)
+    return examples
+
+
+def as_example(row):
+    """{"prompt", "answer", "language", "kind", ...} of a row of any of the formats above. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("a row must be an object")
+    english = {"language": row.get("language", "en"), "kind": row.get("kind", "reasoning")}
+    text = lambda name: row[name] if isinstance(row.get(name), str) else ""
+    if {"nums", "target"} <= row.keys():
+        prompt = text("prompt") or COUNTDOWN.format(nums=row["nums"], target=row["target"])
+        return {"prompt": prompt, "answer": str(row["target"]), **english, "nums": row["nums"], "target": row["target"]}
+    if text("question") and "####" in text("answer"):
+        return {"prompt": text("question"), "answer": text("answer").rpartition("####")[2].strip(), **english}
+    if text("problem") and text("solution"):
+        import rewards
+        boxes = [box for box in rewards.boxes(text("solution")) if box]
+        if not (text("answer") or boxes):
+            raise ValueError(r"the solution holds no \boxed{} answer")
+        return {"prompt": text("problem"), "answer": text("answer") or boxes[-1], **english}
+    prompt = text("prompt") or text("question") or text("problem")
+    if not prompt or not text("answer"):
+        raise ValueError(f"fields {', '.join(map(str, row))} are of no problem set known here: texts prompt and answer (or question and "
+                         "answer, problem and solution), or nums and target")
+    return {**row, "prompt": prompt, **english}
 
 
 def new_directory(path):

@@ -1,8 +1,10 @@
 """What transformers makes of the same weights is recorded in tests/fixtures/model_* (make_model_fixtures.py there)."""
 
+import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -292,8 +294,81 @@ def test_logits_are_those_that_transformers_recorded(dir):
     assert (load(dir, "cpu")(recorded["ids"]) - recorded["logits"]).abs().max() <= 1e-4
 
 
-def test_there_is_a_recording_of_each_architecture_tied_and_untied():
-    assert len(FIXTURES) == 6 and {load(dir, "cpu").config.model_type for dir in FIXTURES} == {"llama", "qwen2", "qwen3"}
+def test_there_is_a_recording_of_each_architecture_tied_and_untied_and_of_each_rope_scaling():
+    configs = [load(dir, "cpu").config for dir in FIXTURES]
+    assert {(c.model_type, c.tie_word_embeddings) for c in configs} == {*itertools.product(("llama", "qwen2", "qwen3"), (True, False))}
+    assert {(c.rope_scaling or {}).get("rope_type") for c in configs} == {None, "linear", "llama3", "yarn"}
+
+
+def random_config(rng):
+    """A transformers config of one of the three families, of random sizes and features."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    heads = rng.choice((2, 4, 6))
+    scaling = rng.choice(({}, {}, {"rope_type": "linear"}, {"rope_type": "llama3", "low_freq_factor": rng.choice((1.0, 2.0)),
+                          "high_freq_factor": 4.0}, {"rope_type": "yarn"}, {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0},
+                          {"rope_type": "yarn", "truncate": False, "attention_factor": 1.5}))
+    scaling = {"rope_type": "default"} if not scaling else scaling | {"factor": rng.choice((2.0, 8.0)),
+                                                                      "original_max_position_embeddings": 32}
+    return rng.choice((LlamaConfig, Qwen2Config, Qwen3Config))(
+        vocab_size=rng.randrange(40, 90), hidden_size=heads * rng.choice((4, 8)), intermediate_size=rng.randrange(8, 40),
+        num_hidden_layers=rng.randrange(1, 4), num_attention_heads=heads, num_key_value_heads=rng.choice((1, 2)),
+        head_dim=rng.choice((4, 6, 16)), max_position_embeddings=128, tie_word_embeddings=rng.random() < 0.5,
+        rms_norm_eps=rng.choice((1e-5, 1e-6)), bos_token_id=None, eos_token_id=rng.choice((3, [3, 5])),
+        rope_parameters=scaling | {"rope_theta": rng.choice((1e4, 1e6))})
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_a_random_configuration_computes_decodes_and_saves_as_transformers_does(seed, tmp_path):
+    """Logits of a left-padded batch, 64 greedy tokens a row, then the same of what we save; every third one is in shards."""
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    theirs = transformers.AutoModelForCausalLM.from_config(random_config(rng)).float().eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.normal_(1 if "norm" in name else 0, 0.3)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="4KB" if seed % 3 == 0 else "1GB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (seed % 3 == 0)
+    ours = load(tmp_path / "theirs", "cpu")
+    prompts = [[rng.randrange(6, ours.config.vocab_size) for _ in range(rng.randrange(1, 40))] for _ in range(4)]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = theirs(padded, attention_mask=seen, position_ids=positions).logits
+        cache = model_module.KVCache(ours.config, (1 - seen).sum(1), torch.float32)
+        assert ((ours(padded, cache=cache) - expected)[seen == 1]).abs().max() <= 1e-4
+    ids, _, _ = generate(ours, prompts, 1, 64, temperature=0)
+    for row, prompt in zip(ids, prompts):
+        greedy = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64, do_sample=False,
+                                 eos_token_id=-1, pad_token_id=0)[0, len(prompt):]
+        assert row.tolist() == greedy.tolist()
+    save(ours, tmp_path / "ours", Endless())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert torch.equal(again(padded, attention_mask=seen, position_ids=positions).logits[seen == 1], expected[seen == 1])
+
+
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    """In a process of its own, whose peak is measured from after a first small load: libraries come into memory there."""
+    large = tiny(vocab_size=200_000, hidden_size=256).to(torch.bfloat16)
+    save(large, tmp_path / "large"), save(tiny(), tmp_path / "small")
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, model
+def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+model.load({str(tmp_path / "small")!r}, "cpu")
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = peak()
+for dtype in (None, torch.float32):
+    weights = sum(p.nbytes for p in model.load({str(tmp_path / "large")!r}, "cpu", dtype).parameters())
+    print((peak() - before) / weights)
+"""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("Linux tells a process's peak of memory")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(0.5 < float(ratio) <= 1.15 for ratio in result.stdout.split()), result.stdout
 
 
 @pytest.mark.parametrize("name", [dir.name.removeprefix("model_") for dir in FIXTURES])
@@ -323,7 +398,7 @@ def test_what_save_writes_opens_in_transformers_with_equal_logits(kind, tied, tm
 class Endless:
     """Stands in for a tokenizer where only its end token matters."""
 
-    end_id = 7
+    end_id, end_ids = 7, [7]
 
     def save(self, dir):
         (Path(dir) / "tokenizer.json").write_text("{}")
@@ -401,9 +476,14 @@ def test_what_a_config_leaves_out_has_the_value_that_transformers_gives_it(tmp_p
     ({"model_type": "mistral"}, "mistral"),
     ({"model_type": "qwen3_moe", "num_experts": 8}, "qwen3_moe"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling.*llama3"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling.*linear"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling.*yarn"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling: low_freq_factor is None"),
+    ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "rope scaling: factor is -2"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}}, "rope scaling 'longrope'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.*full_attention"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters.*partial_rotary_factor"),
+    ({"attention_bias": True}, "attention_bias of a llama"), ({"mlp_bias": True}, "mlp_bias of a llama"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ({"use_sliding_window": True, "sliding_window": 16}, "sliding window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
     ({"hidden_act": "gelu"}, "gelu"),

@@ -168,10 +168,16 @@ def test_the_pattern_leaves_nothing_out_and_cuts_alike_in_both_regex_engines(our
     ("Lowercase", lambda s: s.update(normalizer={"type": "Lowercase"})),
     ("Metaspace", lambda s: s.update(pre_tokenizer={"type": "Metaspace"})),
     ("pre_tokenizer", lambda s: s.update(pre_tokenizer=None)),
-    ("Digits", lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits"})),
+    ("Punctuation", lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation"})),
+    ("Digits", lambda s: s["pre_tokenizer"]["pretokenizers"].append({"type": "Digits"})),
+    ("Replace", lambda s: s.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace"}]})),
+    ("RobertaProcessing", lambda s: s.update(post_processor={"type": "RobertaProcessing"})),
+    ("behind the text", lambda s: s.update(post_processor={"type": "TemplateProcessing", "single": [
+        {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|end|>"}}]})),
     ("add_prefix_space", lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
     ("Removed", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
-    ("leaves text out", lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{L}+|\s")),
+    ("leaves text out", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(
+        pattern={"Regex": r"\p{L}+|\s"}, behavior="Removed", invert=True)),
     ("position", lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(")),
     ("Unigram", lambda s: s["model"].update(type="Unigram")),
     ("byte_fallback", lambda s: s["model"].update(byte_fallback=True)),
