@@ -33,7 +33,11 @@ def make_claims(values, difference, best=None):
 
     def add(number, claim, source, paper, stages, change, threshold=0.0, second=None, unit="points", detail=""):
         """change(): arrays (before, after); the claim says that after > before + threshold. second: likewise a second part."""
-        if any(stage not in values for stage in stages):
+        parts = [change] if second is None else [change, second[1]]
+        try:
+            if any(stage not in values for stage in stages) or not all(len(array) for part in parts for array in part()):
+                return  # a given problem set may have no general requests
+        except KeyError:  # or fewer samples than a metric needs
             return
         ours, low, high = difference(*change())
         result = verdict(low, high, threshold)

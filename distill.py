@@ -100,7 +100,7 @@ def main():
     try:
         problems = read_problems(args.data, rewards.check_reference)
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
-        (teacher, tokenizer), out = open_model(args.teacher, template=args.template), new_directory(args.out)
+        (teacher, tokenizer), out = open_model(args.teacher, getattr(torch, args.dtype), template=args.template), new_directory(args.out)
         sample = with_graphs(generate)
         random = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
         config = evaluate.EvalConfig(samples=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)

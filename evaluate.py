@@ -175,7 +175,7 @@ def main():
     import torch
 
     import rewards
-    from command import PROBLEMS, Parser, add_template, fields_of, open_model
+    from command import PROBLEMS, Parser, add_template, fast_dtype, fields_of, open_model
     from data.readers import read_problems
     from graphs import with_graphs
     from model import generate
@@ -183,11 +183,12 @@ def main():
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
     add_template(parser)
+    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"), help="default %(default)s")
     parser.add_fields(EvalConfig)
     args = parser.parse_args()
     try:
         config, examples = fields_of(args, EvalConfig), read_problems(args.data, rewards.check_reference)
-        model, tokenizer = open_model(args.model, template=args.template)
+        model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)
         random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
 
         def sample(prompts, **settings):

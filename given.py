@@ -19,14 +19,14 @@ import torch
 import checkpoint
 import distill
 import rewards
-from command import PROBLEMS, Parser, add_template, fast_dtype
+from command import PROBLEMS, Parser, fast_dtype
 from data.readers import read_problems, read_rows
 from grpo import GRPOConfig
 from model import load
 from pipeline import ACCURACY_AND_FORMAT, WITH_LANGUAGE, Preset, forget, in_dtype, print_tables, rejection_sampling, rl_stages
 from run import Run, machine
 from sft import SFTConfig
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer
 
 # One GPU. Steps as for any pretrained model: 1e-6 for RL is what published runs of this size take, R1's 3e-6 is for 512 outputs
 # an update; 16 x 16 outputs and 4 updates a rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
@@ -58,7 +58,10 @@ class GivenRun(Run):
         return {"given": {name: getattr(self.args, name) for name in names}}
 
     def read_data(self):
-        self.tokenizers = {name: Tokenizer(dir, self.args.template) for name, dir in self.directories.items()}
+        template = None if self.args.template == "own" else self.args.template
+        self.tokenizers = {name: Tokenizer(dir, template) for name, dir in self.directories.items()}
+        for tokenizer in self.tokenizers.values():
+            tokenizer.template  # one that is not known is refused before anything is loaded
         self.tokenizer = self.tokenizers["base"]
         self.test = read_problems(self.args.test, rewards.check_reference)[:self.preset.test]
         self.hard = self.general = self.safety = []
@@ -172,8 +175,8 @@ def main():
     parser.add_argument("--from", dest="from_stage", help="make this stage and the later ones anew")
     parser.add_argument("--out", help="run directory; default runs/NAME-SEED")
     parser.add_argument("--seed", type=int, default=0)
-    add_template(parser)
-    parser.set_defaults(template="r1-zero")
+    parser.add_argument("--template", choices=("own", *TEMPLATES), default="r1-zero",
+                        help="how the models are asked, own: as each directory says; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of forward passes; default: the faster one here")
     parser.add_argument("--recompute", action="store_true", help="make activations again in the backward pass: less memory, slower")

@@ -127,7 +127,8 @@ class Run:
             parameters = sum(p.numel() for p in model.parameters())
             done = {"title": title, "starts_from": starts_from, "by": by, "paper": paper, "parameters": parameters,
                     **self.cost, "seconds": seconds, "code": code}
-            curve = [row.get("validation_accuracy", 0) for row in checkpoint.read_jsonl(dir / "metrics.jsonl")]
+            metrics = dir / "metrics.jsonl"  # of a given model there are none
+            curve = [row.get("validation_accuracy", 0) for row in checkpoint.read_jsonl(metrics)] if metrics.exists() else []
             done |= {"best_validation_accuracy": max(curve)} if any(curve) else {}
             checkpoint.mark_finished(dir, done)
         with np.load(dir / "values.npz") as file:
@@ -282,9 +283,9 @@ class Run:
             values[f"accuracy_{name}"] = np.where([chosen(e) for e in examples], accuracy, np.nan)
 
         for level in world.LEVELS:
-            part(f"level_{level}", self.test, values["accuracy"], lambda e: e["level"] == level)
+            part(f"level_{level}", self.test, values["accuracy"], lambda e: e.get("level") == level)
         for level in world.HARD_LEVELS:
-            part(f"level_{level}", self.hard, hard_accuracy, lambda e: e["level"] == level)
+            part(f"level_{level}", self.hard, hard_accuracy, lambda e: e.get("level") == level)
         for language in ("en", "zh"):
             part(language, self.test, values["accuracy"], lambda e: e["language"] == language)
         if name == "base":
