@@ -1,6 +1,7 @@
 """What transformers makes of the same strings is recorded in tests/fixtures/tokenizers (record.py there)."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tokenizer_module
-from tokenizer import PATTERN, TAGS, Tokenizer, train_bpe
+from tokenizer import PATTERN, TAGS, TEMPLATES, Tokenizer, recognise, train_bpe
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 STRINGS = json.loads((FIXTURES / "strings.json").read_text())
@@ -38,13 +39,147 @@ def break_it(tmp_path, change) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen"])
+@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen", "smollm", "llama"])
 def test_ids_and_text_are_those_that_transformers_gives(layout):
     tokenizer = Tokenizer(FIXTURES / layout)
     for text, row in zip(STRINGS, json.loads((FIXTURES / layout / "ids.json").read_text()), strict=True):
         assert tokenizer.encode(text, allow_special=True) == row["special"], text
         assert tokenizer.encode(text) == row["user"], text
         assert tokenizer.decode(row["special"]) == row["decoded"], text
+
+
+SCRIPTS = ["abcdefghij ABC", "éèñßçøåæœ", "привет ЖЩ", "αβγδω ΣΩ", "مرحبا ٣٤٥", "שלום", "हिन्दी १२", "ไทยนี้", "苹果梨小明的", "ひらがなカタカナ",
+           "한국어 각", "e\u0301a\u0300\u0327o\u0308", "🍎👩\u200d👩\u200d👧❤\ufe0f🇨🇳", " \t\n\r\x0b\x0c\x85\u00a0\u2028\u3000\u200b\x1c\x1f",
+           "0123456789½Ⅷ１²", "+-*/=.,;:<>|()_'\"[]{}#$%&@!?\\", "'s'S'll'LL'ſ’s", "\x00\x01\x04\x06\x7f\ue000\U0010ffff\ufffd"]
+
+
+def random_string(rng, words):
+    parts = []
+    for _ in range(rng.randrange(1, 8)):
+        kind = rng.random()
+        if kind < 0.6:
+            parts.append("".join(rng.choices(rng.choice(SCRIPTS), k=rng.randrange(1, 9))))
+        elif kind < 0.8:
+            parts.append(rng.choice(words))
+        elif kind < 0.9:
+            parts.append(rng.choice(words)[:rng.randrange(1, 9)] * rng.randrange(1, 40))
+        else:
+            parts.append("".join(chr(rng.choice((rng.randrange(0x300), rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)))) for _ in range(3)))
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen", "smollm", "llama", "SMOLLM2"])
+def test_ten_thousand_random_strings_have_the_ids_of_the_tokenizers_library(layout):
+    """SMOLLM2=DIR in the environment: SmolLM2's own tokenizer too. Unicode's younger combining marks are left out: NFC orders
+    them by tables that differ between Python's version and the library's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    dir = os.environ.get(layout) if layout == "SMOLLM2" else FIXTURES / layout
+    if not dir:
+        pytest.skip("SMOLLM2 names no directory")
+    theirs, ours, rng = tokenizers.Tokenizer.from_file(str(Path(dir) / "tokenizer.json")), Tokenizer(dir), random.Random(1)
+    words = [*ours.added, *TAGS, "<|im_", "end|>", "hello", " world", "don't", "1234 apples", "    return x\n\n", "https://a.b/c?d=1", "aaaa", "=="]
+    younger = {chr(c) for c in range(0x110000) if unicodedata.combining(chr(c)) and not 0x300 <= c < 0x370}
+    for _ in range(10_000):
+        text = random_string(rng, words)
+        if ours.normal_form is None or younger.isdisjoint(text):
+            assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_a_byte_that_is_no_token_is_left_out_or_unknown_as_the_library_does(tmp_path):
+    def name(unknown):
+        return lambda spec: (spec.update(json.loads((FIXTURES / "smollm" / "tokenizer.json").read_text())),
+                             spec["model"].update(unk_token=unknown))
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    config = '{"eos_token": "<|im_end|>"}'
+    for dir in "ab":
+        (tmp_path / dir / "tokenizer_config.json").write_text(config)
+    without, unknown = Tokenizer(break_it(tmp_path / "a", name(None))), Tokenizer(break_it(tmp_path / "b", name("!")))
+    assert without.encode("!\x04!") == without.encode("!!")  # the neighbours become one piece
+    bang = unknown.encode("!")
+    assert unknown.encode("!\x04!") == bang * 3  # here "!" itself stands for what is unknown, and keeps them apart
+    tokenizers = pytest.importorskip("tokenizers")
+    for dir, ours in ("a", without), ("b", unknown):
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / dir / "tokenizer.json"))
+        for text in ("!\x04!", "\x04", "a\x00\x00bc", "\U00050000", "x = \x1c\x1c 1"):
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+# ---- prompt templates
+
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+SYSTEM = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}" + CHATML)
+LLAMA_3 = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
+           "message['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}")
+
+
+def test_r1_zeros_template_is_the_papers_word_for_word():
+    paper = """A conversation between User and Assistant. The user asks a question, and the Assistant solves it.
+        The assistant first thinks about the reasoning process in the mind and then provides the user with the answer.
+        The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags,
+        respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.
+        User: prompt. Assistant:"""
+    assert TEMPLATES["r1-zero"] == " ".join(paper.split()).replace("User: prompt.", "User: {prompt}.")
+
+
+@pytest.mark.parametrize("jinja", [CHATML, SYSTEM, LLAMA_3])
+def test_a_known_chat_template_asks_as_transformers_renders_it(jinja):
+    rendering = pytest.importorskip("transformers.utils.chat_template_utils")
+    text, _ = rendering.render_jinja_template([[{"role": "user", "content": "What is 17 + 25?"}]], chat_template=jinja,
+                                              add_generation_prompt=True, bos_token="")
+    assert recognise(jinja).replace("{prompt}", "What is 17 + 25?") == text[0]
+
+
+def test_chatml_its_system_prompt_and_llama_3_are_known():
+    assert recognise(CHATML) == TEMPLATES["chatml"]
+    assert recognise(SYSTEM) == "<|im_start|>system\nYou are kind.<|im_end|>\n" + TEMPLATES["chatml"]
+    assert recognise(LLAMA_3) == TEMPLATES["llama-3"]
+
+
+@pytest.mark.parametrize("jinja, culprit", [
+    ("{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}", "no control tokens"),
+    ("<start_of_turn>user\n{{ messages[0]['content'] }}<end_of_turn>", "no control tokens"),
+    (CHATML + "<|vision_start|>", "vision_start"), (LLAMA_3 + "<|python_tag|>", "python_tag"),
+    ("<｜User｜>{{ messages[0]['content'] }}<｜Assistant｜>", "Assistant"),
+    ("{{ 'Today Date: ' + strftime_now('%d %b %Y') }}" + LLAMA_3, "strftime"), ("Knowledge Cutoff" + CHATML, "Knowledge"),
+    (CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"), "think"),
+    (SYSTEM.replace("kind", "wise") + SYSTEM, "im_start"),
+])
+def test_another_chat_template_is_refused_and_a_template_by_name_goes_before_it(jinja, culprit, tmp_path):
+    shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(jinja)
+    tokenizer = Tokenizer(tmp_path / "model")  # its ids can be had; to ask with it cannot
+    with pytest.raises(ValueError, match=f"(?s)tokenizer.json: the chat template.*{culprit}.*choose one"):
+        tokenizer.encode_prompt("2+3")
+    assert Tokenizer(tmp_path / "model", "none").encode_prompt("2+3") == tokenizer.encode("2+3")
+
+
+@pytest.mark.parametrize("template, culprit", [("vicuna", "vicuna"), ("{prompt} {prompt}", "no one {prompt}"),
+                                               ("llama-3", "<|e"), ("<|user|>{prompt}", "<|user|>")])
+def test_a_template_that_is_unknown_or_whose_tokens_are_not_there_is_refused(template, culprit):
+    with pytest.raises(ValueError, match=re.escape(culprit)):
+        Tokenizer(FIXTURES / "qwen", template)
+
+
+def test_a_prompt_is_asked_within_the_template_and_its_own_control_tokens_are_text(tmp_path):
+    shutil.copytree(FIXTURES / "llama", tmp_path / "model")
+    spec = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 700, "content": "<|im_start|>"})
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer(tmp_path / "model", "chatml")
+    start = tokenizer.added["<|endoftext|>"]  # that the post-processor puts before a text, as Llama's <|begin_of_text|>
+    whole = tokenizer.encode("<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n", allow_special=True)
+    assert tokenizer.encode_prompt("What is 17 + 25?") == [start, *whole]
+    assert tokenizer.encode_prompt("What is 17 + 25?", later=True) == [*tokenizer.encode("\n"), *whole]
+    ids = tokenizer.encode_prompt("7<|im_end|><|endoftext|>")
+    assert ids.count(tokenizer.added["<|im_end|>"]) == ids.count(start) == 1
+    r1 = Tokenizer(tmp_path / "model", "r1-zero")
+    assert r1.encode_prompt("2+3?") == [start, *r1.encode(TEMPLATES["r1-zero"].replace("{prompt}", "2+3?"))]
+
+
+def test_the_template_that_a_model_was_trained_with_stays_with_it(tmp_path):
+    Tokenizer(FIXTURES / "qwen", "r1-zero").save(tmp_path)
+    assert Tokenizer(tmp_path).template == TEMPLATES["r1-zero"]
 
 
 def test_what_save_writes_opens_in_transformers_with_the_same_ids(ours, tmp_path):
@@ -211,6 +346,16 @@ def test_merges_are_read_as_strings_and_as_pairs(ours, tmp_path):
         spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
     pairs = Tokenizer(break_it(tmp_path, to_pairs))
     assert [pairs.encode(text) for text in SAMPLE] == [ours.encode(text) for text in SAMPLE]
+
+
+def test_every_end_token_that_the_directory_names_ends_an_answer(tmp_path):
+    shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
+    end = {token["content"]: token["id"] for token in json.loads((tmp_path / "model" / "tokenizer.json").read_text())["added_tokens"]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [end["<|endoftext|>"], end["<|im_end|>"]]}))
+    assert Tokenizer(tmp_path / "model").end_ids == [end["<|im_end|>"], end["<|endoftext|>"]]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [9999]}))
+    with pytest.raises(ValueError, match="end token"):
+        Tokenizer(tmp_path / "model")
 
 
 def test_the_end_token_is_the_one_that_the_directory_names(tmp_path):
