@@ -4,7 +4,7 @@ As R1 evaluates [v1 3]: k samples a problem at T 0.6 and top-p 0.95, pass@1 = me
 avoided. Every figure is a mean over problems, with a 95% bootstrap interval over problems; a comparison of two
 models on the same problems is a paired bootstrap.
 
-    python evaluate.py --model DIR --data FILE.jsonl     # rows {"prompt", "answer", "language", "kind"}
+    python evaluate.py --model DIR --data FILE.jsonl     # a problem set (data/readers.py)
 """
 
 from collections import Counter

@@ -37,7 +37,7 @@ PRESET = Preset(
     **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384))
 RL_OPTIONS = ("rollouts", "prompts_per_rollout", "group_size", "minibatches", "lr", "warmup", "beta", "max_new_tokens",
               "micro_batch_tokens", "offload_reference", "validate_every")
-SFT_OPTIONS = {"sft_lr": "lr", "sft_epochs": "epochs", "row_length": "row_length"}
+SFT_OPTIONS = {"sft_lr": "lr", "sft_epochs": "epochs", "sft_batch_tokens": "batch_tokens", "row_length": "row_length"}
 SIZES = ("samples", "test", "cold_start", "trace_prompts", "trace_samples")
 
 

@@ -15,7 +15,7 @@ is not: watch the reward, the KL (to the latest reference: a sawtooth), the clip
 A truncated completion keeps its reward and its gradient (DeepSeekMath and R1 do not say; DAPO masks or penalises it). The
 sampled end token is part of the action and has its gradient.
 
-    python grpo.py --model DIR --data FILE.jsonl --out DIR    # rows {"prompt", "answer", "language", "kind"}
+    python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/readers.py)
 
 Shapes: N prompts, G completions each, B = N*G rows (prompt-major), V vocabulary; ids are (B, T+1), and what predicts
 them is (B, T): position t predicts ids[:, t+1].

@@ -5,7 +5,7 @@ is how much better things went than it expected. Sampling, clipped ratio, mini-b
 DeepSeekMath (arXiv 2402.03300) eq. 1-2; R1 v2: DeepSeek-R1 (arXiv 2501.12948v2), appendix A.3.
 
     grpo.train(..., config, credit=PPO(model, config, PPOConfig()))
-    python ppo.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt", "answer", "language", "kind"}
+    python ppo.py --model DIR --data FILE.jsonl --out DIR     # a problem set (data/readers.py)
 
 Shapes: N prompts, G completions each, B = N*G rows (prompt-major), T positions; position t stands for the state before
 token t+1 is sampled, as log-probabilities do.

@@ -8,7 +8,7 @@ summed return is whitened.
 
     credit = PRIME(model, config, PRIMEConfig())
     grpo.train(..., config, credit=credit, keep=credit.keep)
-    python prime.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt", "answer", "language", "kind"}
+    python prime.py --model DIR --data FILE.jsonl --out DIR     # a problem set (data/readers.py)
 
 Shapes: N prompts, K completions each, B = N*K rows (prompt-major), T positions; position t predicts token t+1.
 """
