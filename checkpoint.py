@@ -7,12 +7,19 @@ holds the old content or the new one, whole.
     save(dir, *state_of(model=model, optimizer=optimizer, generator=generator, step=step))
     if state := load(dir):
         step = restore(*state, model=model, optimizer=optimizer, generator=generator)["step"]
+
+    with lock(dir), Keeper(dir) as keeper:                            # or all of it, around a training
+        train(..., save=keeper.save, resume=keeper.resume)
 """
 
 import hashlib
 import json
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,7 +48,79 @@ def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a whole training state ({error})") from None
+        raise ValueError(f"{path}: not a whole training state ({error}); without it the training begins anew") from None
+
+
+class Keeper:
+    """A training's state, saved now and then and taken up again.
+
+    Saving takes at most 2% of the time. In a `with`, Ctrl-C lets the step finish, saves, and stops then; a second one stops
+    at once. logs: JSONL files in `dir`, whose rows after the state's "step" go away, to be written again.
+    """
+
+    def __init__(self, dir: str | Path, logs: Iterable[str] = (), every: float = 30.0):
+        self.dir, self.logs, self.every = Path(dir), [Path(dir) / log for log in logs], every
+        self.last, self.took, self.asked, self.state = time.time(), 0.0, False, load(dir)
+        if self.state is None:
+            for log in self.logs:
+                log.unlink(missing_ok=True)
+
+    def save(self, **parts) -> bool:
+        """Whether the state was saved this time. Raises KeyboardInterrupt after a Ctrl-C."""
+        started = time.time()
+        due = self.asked or started - self.last > max(self.every, 50 * self.took)
+        if due:
+            save(self.dir, *state_of(**parts))
+            self.last, self.took = time.time(), time.time() - started
+        if self.asked:
+            raise KeyboardInterrupt
+        return due
+
+    @property
+    def resume(self):
+        """The function that puts the state into objects and returns the rest of it, or None where nothing was saved."""
+        return None if self.state is None else self._resume
+
+    def _resume(self, **objects) -> dict:
+        rest, self.state = restore(*self.state, **objects), None  # its memory is free then
+        for log in self.logs:
+            rows = read_jsonl(log) if log.exists() else []
+            write_jsonl(log, [row for row in rows if row["step"] <= rest["step"]])
+        return rest
+
+    def __enter__(self):
+        self.before = None
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self.before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def _interrupt(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nthe step is finished and saved, then this stops; Ctrl-C again: at once", flush=True)
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+@contextmanager
+def lock(dir: str | Path):
+    """This process alone works in `dir` within the block. Raises ValueError while another one does; a dead one holds nothing."""
+    import fcntl  # not on Windows
+    path = Path(dir) / "LOCK"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(f"{dir}: process {file.read().strip() or '?'} is at work here; wait for it, or choose another directory") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def atomic_write(path: str | Path, text: str):

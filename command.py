@@ -1,6 +1,7 @@
 """What the scripts' command lines share: one-line errors, a dataclass's fields as options, and the wiring of an RL run."""
 
 import argparse
+from contextlib import contextmanager
 
 import torch
 
@@ -18,6 +19,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line that names the culprit, without the usage; exit code 2."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+    @contextmanager
+    def explained(self, out=None):
+        """What a user can mend ends in one line: exit code 2, or 130 after Ctrl-C. out: where the same command goes on."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(" ".join(str(error).split("\n")))
+        except KeyboardInterrupt:
+            self.exit(130, f"\n{self.prog}: stopped" + (f"; the same command goes on from here: {out}" if out else "") + "\n")
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            self.error(f"out of memory ({str(error).partition(chr(10))[0]}). Less of it: smaller --micro-batch-tokens (SFT: "
+                       "--micro-batch-rows), --recompute, --offload-reference; while sampling, fewer rows or new tokens")
 
     def add_fields(self, config_class, names=None):
         """An option for each field of a dataclass of hyperparameters (or only for `names`)."""
@@ -89,7 +105,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
     chosen = parser.parse_args().config
     parser.set_defaults(**defaults | (PUBLISHED | METHODS).get(chosen, {}))
     args = parser.parse_args()
-    try:
+    with parser.explained():
         config = fields_of(args, config_class)
         examples = read_problems(args.data, rewards.check_reference)
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
@@ -107,5 +123,3 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
               tokenizer.end_ids, {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
               keep=getattr(credit, "keep", None), log=log)
         save(model, out, tokenizer)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")

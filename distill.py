@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
     parser.add_fields(sft.SFTConfig, ("lr", "epochs", "dtype"))
     args = parser.parse_args()
-    try:
+    with parser.explained():
         problems = read_problems(args.data, rewards.check_reference)
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
         (teacher, tokenizer), out = open_model(args.teacher, getattr(torch, args.dtype), template=args.template), new_directory(args.out)
@@ -122,8 +122,6 @@ def main():
         sft.train(student, [encode(row) for row in rows], fields_of(args, sft.SFTConfig),
                   log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
         save(student, out, tokenizer)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

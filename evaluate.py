@@ -186,7 +186,7 @@ def main():
     parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"), help="default %(default)s")
     parser.add_fields(EvalConfig)
     args = parser.parse_args()
-    try:
+    with parser.explained():
         config, examples = fields_of(args, EvalConfig), read_problems(args.data, rewards.check_reference)
         model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)
         random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
@@ -205,8 +205,6 @@ def main():
                 print(f"{kind}: {len(rows)} rows, {config.samples} samples each")
                 for name, (mean, low, high) in summarise(values).items():
                     print(f"  {name:26} {mean:8.3f}  [{low:.3f}, {high:.3f}]")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def main():
     args, started = parser.parse_args(), time.time()
     device = torch.device(args.device)
     out = Path(args.out or f"runs/{Path(args.base).resolve().name}-{args.seed}")
-    try:
+    with parser.explained(out), checkpoint.lock(out):
         preset, args.test = preset_of(args), args.test_file
         print(f"{args.base}, seed {args.seed}, {preset.zero.dtype} on {machine(device)}", flush=True)
         run = GivenRun(out, preset, args.seed, device, args)
@@ -209,10 +209,6 @@ def main():
             forget(out, every[every.index(args.from_stage):])
             run = GivenRun(out, preset, args.seed, device, args)
         recipe(run, set().union(*(groups.get(name, {name}) for name in chosen)))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; the same command goes on from here: {out}\n")
     print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 

@@ -32,7 +32,7 @@ import rewards
 from command import Parser, fast_dtype
 from data import world
 from grpo import GRPOConfig
-from run import METRICS, Run, line_of, machine
+from run import METRICS, Run, machine
 from sft import SFTConfig
 
 # ------------------------------------------------------------------------------------------- presets
@@ -195,7 +195,8 @@ def rejection_sampling(run):
     """RL-1's verified traces: correct, in the problem's language, readable, distinct; written once to traces.jsonl."""
     dir, p = run.out / "traces", run.preset
     if not (done := checkpoint.finished(dir)):
-        run.cost, started, problems = {"tokens": 0, "flops": 0.0}, time.time(), run.problems[:p.trace_prompts]
+        run.begin()
+        problems = run.problems[:p.trace_prompts]
         texts, _ = run.complete(run.model("dev2"), problems, samples=p.trace_samples, temperature=1.0, top_p=1.0)
         in_its_language = lambda text, example: rewards.language_consistency(text, example) == 1
         rows, counts = distill.rejection_sample(problems, texts, rewards.accuracy, in_its_language, keep=2)
@@ -203,10 +204,11 @@ def rejection_sampling(run):
             rows = [{**e, "completion": world.tagged("1", e["answer"])} for e in problems[:4]]
         checkpoint.write_jsonl(dir / "traces.jsonl", rows)
         done = {"title": "Rejection sampling", "starts_from": "dev2", "by": "many samples, filtered by rules",
-                "paper": "R1 v1 2.3.3", "counts": counts, **run.cost, "seconds": time.time() - started}
+                "paper": "R1 v1 2.3.3", "counts": counts, **run.cost}
+        run.end("traces")
         checkpoint.mark_finished(dir, done)
     run.results["stages"]["traces"] = done
-    print(line_of("traces", done), flush=True)
+    print(run.line_of("traces"), flush=True)
     return checkpoint.read_jsonl(dir / "traces.jsonl")
 
 
@@ -280,7 +282,7 @@ def main():
     settings = in_dtype(PRESETS[preset], dtype)
     print(f"{preset} preset, seed {args.seed}, {dtype} on {machine(device)}", flush=True)
     make_run = partial(Run, out, preset, settings, args.seed, device)
-    try:
+    with parser.explained(out), checkpoint.lock(out):
         run = make_run()
         if args.from_stage:
             forget(out, STAGES[STAGES.index(args.from_stage):])
@@ -290,10 +292,6 @@ def main():
             compare.compare(run, make_run, ACCURACY_AND_FORMAT)
         else:
             recipe(run, args.ablations)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; the same command goes on from here: {out}\n")
     if not args.compare:
         print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
@@ -308,8 +306,8 @@ def forget(out, stages):
 
 def print_tables(run):
     print("\nstages")
-    for name, stage in run.results["stages"].items():
-        print(line_of(name, stage))
+    for name in run.results["stages"]:
+        print(run.line_of(name))
     print("\nclaims")
     for c in run.results["claims"]:
         figure = f"{c['ours']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}] {c['unit']}"

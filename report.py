@@ -63,15 +63,18 @@ def read_objects(path, lines=True):
 def read_run(run_dir):
     """(meta, stages, claims, compare). A stage is its entry in results.json and what its directory holds."""
     results = dict(*read_objects(run_dir / "results.json", lines=False))
-    done, stages = results.get("stages") or {}, {}
+    done, stages, times = results.get("stages") or {}, {}, dict(*read_objects(run_dir / "times.json", lines=False))
+    seconds = times.get("stages") or {}
     on_disk = sorted(path.parent.name for path in run_dir.glob("*/*.jsonl") if path.name in ("metrics.jsonl", "samples.jsonl"))
     for name in dict.fromkeys([*PLACES, *done, *on_disk]):
         rows = {number(row.get("step")): row for row in read_objects(run_dir / name / "metrics.jsonl")}  # resumed: the later
         stages[name] = stage = {"title": PLACES.get(name, [name])[0], **done.get(name, {}), "name": name, "finished": name in done}
+        stage["seconds"] = stage.get("seconds", seconds.get(name))
         stage["rows"] = [rows[step] for step in sorted(step for step in rows if step is not None)]
         stage["samples"] = read_objects(run_dir / name / "samples.jsonl")
         stage["rl"] = any("reward" in row for row in rows.values()) or "GRPO" in str(stage.get("by"))
-    return results.get("meta") or {}, stages, results.get("claims") or [], results.get("compare") or {}
+    meta = (results.get("meta") or {}) | {key: times[key] for key in ("date", "seconds") if key in times}
+    return meta, stages, results.get("claims") or [], results.get("compare") or {}
 
 
 def figure(stage, metric):

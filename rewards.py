@@ -2,8 +2,9 @@
 
 A completion should read  <think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>
 An example is             {"prompt": "...", "answer": "57", "language": "en", "kind": "reasoning"}
-  kind      "reasoning" (answer: one number), "general" (answer: what a good reply names) or
-            "safety" (where "harmful": true, answer is the word that complying would name)
+  kind      "reasoning" (answer: a number or a mathematical answer, as in GSM8K and MATH; with "nums": [3, 5]
+            and "target": 8 it is Countdown), "general" (answer: what a good reply names) or "safety"
+            (where "harmful": true, answer is the word that complying would name)
   language  "en" or "zh"
 
 A reward is a function (completion: str, example: dict) -> float in [0, 1]. Any string gets a score, in
@@ -18,7 +19,9 @@ import argparse
 import json
 import re
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import product
+from math import gcd
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 KINDS = ("reasoning", "general", "safety")
@@ -125,17 +128,271 @@ def _value(number: re.Match) -> Fraction | None:
     return value * (-1 if number["sign"] else 1) / (100 if number["percent"] else 1)
 
 
-def final_answer(completion: str) -> Fraction | None:
-    r"""The number a completion ends on, in any stage's style: what metrics and majority votes read.
+# ---- exact numbers ----
+#
+# {(n, k): c} is the sum of c * sqrt(n) * pi^k, with c rational and n squarefree; n = -1 makes i.
 
-    In answer tags, the block's one number. Without, the last \boxed{}, or else the last number of the
-    last line, as a base model writes: "12 + 45 = 57, so 57."
+TOKEN = re.compile(r"\\frac|[0-9]*\.[0-9]+|[0-9]+|\S")
+TWO_MEANINGS = re.compile(  # 2 3, π2, \frac{3}{2}^2, √2π, 1/2π
+    r"[0-9.] +[0-9.]|[)}πi] ?[0-9]|\} ?\^|√ ?[0-9.]+ ?[πi(^\\]|/ ?√?(?:[0-9.]+|[({][0-9.]+[)}]) ?[(√πi\\]")
+
+
+def need(condition) -> None:
+    if not condition:
+        raise ValueError("no number that can be read")
+
+
+def plain(a: dict) -> Fraction | None:
+    """The number as a fraction; None with a root, π or i in it."""
+    return a.get((1, 0), Fraction(0)) if a.keys() <= {(1, 0)} else None
+
+
+def add(a: dict, b: dict) -> dict:
+    total = {base: a.get(base, 0) + b.get(base, 0) for base in a | b}
+    return {base: c for base, c in total.items() if c}
+
+
+def multiply(a: dict, b: dict) -> dict:
+    total = {}
+    for ((m, j), x), ((n, k), y) in product(a.items(), b.items()):
+        shared = gcd(m, n) * (-1 if m < 0 and n < 0 else 1)  # sqrt(m) sqrt(n) = shared * sqrt(mn / shared^2)
+        total = add(total, {(m * n // shared ** 2, j + k): x * y * shared})
+    need(len(total) < 7 and all(abs(c.numerator) + c.denominator < 10 ** 300 for c in total.values()))
+    return total
+
+
+def power(a: dict, exponent: Fraction | None) -> dict:
+    need(a and exponent and exponent.denominator == 1 and abs(exponent) <= (100 if len(a) == 1 else 5))
+    if exponent < 0:
+        need(len(a) == 1)
+        a = {(n, -k): 1 / (c * n) for (n, k), c in a.items()}  # 1 / sqrt(n) = sqrt(n) / n
+    return reduce(multiply, [a] * abs(int(exponent)))
+
+
+def root(a: dict) -> dict:
+    """sqrt(72) = 6 sqrt(2), sqrt(1/2) = sqrt(2) / 2, sqrt(-4) = 2i"""
+    need(plain(a))
+    n, outside, p = plain(a).numerator * plain(a).denominator, Fraction(1, plain(a).denominator), 2
+    need(abs(n) <= 1000 ** 2)
+    while p * p <= abs(n):
+        n, outside, p = (n, outside, p + 1) if n % (p * p) else (n // (p * p), outside * p, p)
+    return {(n, 0): outside}
+
+
+def evaluate(text: str, calculation: bool = False) -> dict | None:
+    r"""The exact value of a cleaned text in + - * / ^ √ π i \frac and brackets; None for anything else.
+
+    Only a calculation may leave plain numbers to add or to multiply (2 + 3), and it writes each sign: in an answer,
+    a fraction, a power and a root are but ways to write a number, and 2π is a product.
+    """
+    tokens = TOKEN.findall(text)[::-1]  # the next one is the last
+
+    def read(level):  # 0: a sum, 1: a product, 2: a factor
+        value = read(level + 1) if level < 2 else factor()
+        while level < 2 and tokens and tokens[-1] not in ")}" and (tokens[-1] in "+-") == (level == 0):
+            sign = tokens.pop() if tokens[-1] in "+-*/" else ""
+            value = combine(value, sign, read(level + 1))
+        return value
+
+    def combine(a, sign, b):
+        x, y = plain(a), plain(b)
+        if sign and sign in "+-":
+            need(calculation or (a and b and not a.keys() & b.keys()))
+            return add(a, multiply(b, {(1, 0): Fraction(f"{sign}1")}))
+        fraction = sign == "/" and x is not None and y is not None and x.denominator == y.denominator == 1
+        need(sign if calculation else fraction or x is None or y is None)
+        return multiply(a, power(b, Fraction(-1)) if sign == "/" else b)
+
+    def factor():
+        token = tokens.pop()
+        if token == "-":
+            return multiply(factor(), {(1, 0): Fraction(-1)})
+        if token in "({":
+            value = read(0)
+            need(tokens.pop() == {"(": ")", "{": "}"}[token])
+        elif token == "√":
+            value = root(factor())
+        elif token == "\\frac":
+            value = combine(factor(), "/", factor())
+        elif token in "πi":
+            value = {(1, 1) if token == "π" else (-1, 0): Fraction(1)}
+        else:
+            need(re.fullmatch("[0-9.]+", token))
+            value = add({}, {(1, 0): Fraction(token)})
+            if token.isdigit() and tokens and tokens[-1] == "\\frac":
+                part = factor()
+                need(plain(part) is None or 0 < plain(part) < 1)  # 1\frac{1}{2} is 3/2; 1\frac{3}{2} is in doubt
+                value = multiply(value, part) if plain(part) is None else add(value, part)
+        if tokens and tokens[-1] == "^":
+            tokens.pop()
+            value = power(value, plain(factor()))
+        return value
+
+    try:
+        need(len(text) <= 300 and not TWO_MEANINGS.search(text) and sum(map(text.count, "({√^-")) <= 60)
+        value = read(0)
+        need(not tokens)
+        return value
+    except (ValueError, IndexError):
+        return None
+
+
+# ---- mathematical answers ----
+
+SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # one spelling for each thing, in this order
+    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!]) ?[0-9]{3})+(?![0-9])", lambda m: re.sub("[^0-9]", "", m[0])),
+    (r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!", ""), (r"\*\*([^*]*)\*\*", r" \1 "),
+    (r"(\\(?:text|mbox|mathrm) ?\{ ?(?:[A-Za-z. ]{2,}|m) ?\}) ?\^ ?(?:[23]|\{[23]\})", r"\1"),  # cm^2 is a unit
+    (r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf)|boxed|fbox) ?\{([^{}]*)\}", r" \1 "),
+    (r"\^ ?(?:\\circ(?![a-z])|\{ ?\\circ ?\})|°|(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|\\?\$|(?<!\\)\\[()[\]]", " "),
+    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"), (r"\\%", "%"), (r"\\[dtc]?frac(?![a-z]) ?", r"\\frac"),
+    (r"\\frac([0-9]) ?([0-9])(?![0-9])", r"\\frac{\1}{\2}"), (r"\\frac([0-9π])(?=\{)", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\}) ?([0-9])(?![0-9])", r"\1{\2}"), (r"^(-? ?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
+    (r"\\sqrt ?([0-9])(?![0-9])", r"√{\1}"), (r"\\sqrt(?![a-z0-9 ])", "√"), (r"\\pi(?![a-z])", "π"), ("−", "-"),
+    (r"\\infty(?![a-z])", "∞"), (r"\\cup(?![a-z])", "∪"), (r"\\pm(?![a-z])", "±"), (r"\\div(?![a-z])|÷", "/"),
+    (r"\\(?:times|cdot)(?![a-z])|[×·]", "*"), (r"\\([lgn]e)q(?![a-z])", r"\\\1"),
+    (r"(?i)^ ?(?:#+ )?(?:(?:so|thus|hence|therefore)[ ,]+)?(?:the )?(?:final )?(?:answer(?: is:?|:)(?: |$))?", ""),
+    (r"\.? *$", ""))]
+AZ = rf"[^\W\d_{HAN}]"  # a letter
+UNIT = rf"(?:[cdkm]?m|[km]?g|m?l|s|h|lbs?|oz|in|ft|yd|mi|[ap]m|mph|hrs?|st|nd|rd|th)(?!{AZ})"
+DOUBT = re.compile(rf"""  # what extract_answer does not look for beside the one number of a text
+    [\\^_|√π∞∪±] | [^\s!-~\w°€£¥￥’‘“”…。，：；！？、（）−–—·×÷≤≥≠] | [0-9]\ ?! | ^[\[({{].*,.*[\])}}]$ | [-+*/].*=
+    | [{OPERATORS}*0-9]\ +[0-9] | \.[0-9]+\ ?(?:\.\.|…)
+    | [0-9](?!{UNIT}){AZ}{{1,3}}(?!{AZ}) | [0-9]{AZ}(?!{AZ}) | [0-9]\ (?!{UNIT}){AZ}{{1,2}}$
+    | \b(?:about|around|over|under|above|below|up\ to)\ +[0-9] | \btimes\ (?:two|three|four|five|six|seven|eight|nine|ten)\b
+    | n['’]t\b | \b(?:not|wrong|incorrect|or|n?either|between|approx\w*|roughly|nearly|almost|least|most|minus|negative|base
+    |grand|basis|pct|mod(?:ulo)?|log|ln|sin|cos|tan|lakhs?|crores?|half|halves
+    |(?:third|quarter|(?:four|fif|six|seven|eigh|nin|ten)th)s?)\b""", re.VERBOSE | re.I)
+INSIDE = reduce(lambda inside, _: rf"(?:[^{{}}\\]|\\.|\{{{inside}\}})*+", range(5), "(?!)")  # braces within braces
+BOX = re.compile(rf"\\(?:boxed|fbox)(?![a-z])\s*(?:\{{({INSIDE})\}}|([^\s{{$]+))", re.DOTALL)
+
+
+def clean(text: str) -> str:
+    for pattern, form in SPELLINGS:
+        text = pattern.sub(form, squeeze(text))
+    return text
+
+
+def number_in(text: str) -> Fraction | None:
+    """`extract_answer` with more doubt."""
+    number, cleaned = extract_answer(text), clean(text)
+    if number is None or DOUBT.search(cleaned) or ("\\" in text and extract_answer(cleaned) != number):
+        return None
+    return number
+
+
+def boxes(text: str) -> list[str | None]:
+    r"""What stands in each \boxed{}, \fbox{} or "\boxed 5"; None where its neighbours would change a 1 in its place.
+
+    They do in -\boxed{5}, \boxed{5}0, not \boxed{5}, \boxed{5} thousand.
+    """
+    matches = list(BOX.finditer(text))
+    found = [None] * (len(matches) - 20)  # more than twenty are not looked at
+    for box in matches[-20:]:
+        before = re.search(r"[^\s=]*[^\S\n]*\Z", text[max(0, box.start() - 40):box.start()].replace("!=", "≠"))[0]
+        after = re.match(r"\S*(?:[^\S\n]+[^\s\d\\]+){0,2}", text[box.end():box.end() + 40])[0]
+        found.append((box[1] or box[2] or "") if number_in(f"{before}1{after}") == 1 else None)
+    return found
+
+
+def cut(text: str) -> list[str]:
+    """The pieces between the commas that stand in no bracket; none if the brackets do not match."""
+    pieces, depth = [""], 0
+    for token in re.findall(r"\\?.", text):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(token[-1], 0)
+        if depth < 0:
+            return []
+        pieces = pieces + [""] if token == "," and not depth else pieces[:-1] + [pieces[-1] + token]
+    return [] if depth else pieces
+
+
+def read_value(text: str, level: int = 0):
+    """A cleaned text as a number, set, tuple, interval or formula; None in doubt."""
+    text = text.strip().removeprefix("+")
+    bracket = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
+    items, kind = (cut(bracket[2]), bracket[1][-1] + bracket[3][-1]) if bracket else ([], "")
+    if len(items) < 2 and not (items and bracket[1] == "\\{"):
+        measured = re.fullmatch(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})", text)
+        number = measured[1] if measured and number_in("1 " + measured[2]) == 1 else text
+        if (value := evaluate(number.removesuffix("%"))) is not None:
+            value = multiply(value, {(1, 0): Fraction(1, 100)}) if number.endswith("%") else value
+            return ("number", frozenset(value.items())) if plain(value) is None else plain(value)
+        items, kind = cut(text), "{}"
+        if len(items) < 2 and "±" not in text:
+            return _formula(text) if items else None
+    if not bracket and re.search(f"[0-9],[0-9]{{{min(len(items), 3)}}}", text):  # 1,23
+        return None
+    if kind == "{}":
+        items = [item.replace("±", sign) for item in items for sign in ("+-" if item.count("±") == 1 else "+")]
+    values = [read_value(item, level + 1) for item in items] if level < 3 else [None]
+    if None in values or kind not in ("()", "(]", "[)", "[]", "{}") or (kind == "{}" and len(set(values)) < len(values)):
+        return None
+    return kind, frozenset(values) if kind == "{}" else tuple(values)
+
+
+def _formula(text: str) -> str | None:
+    """What is equal as a string alone: x^{2} + 1 = x^2+1."""
+    formula = " ".join(re.findall(r"\\[A-Za-z]+|[A-Za-z]|[0-9.]+|\S", text))
+    letters = re.sub(r"\\(?:(?:begin|end)\{[pb]matrix\}|[A-Za-z]+)", r"\\", text)
+    if (re.search(r"[A-Za-z] ?[0-9]|[A-Za-z]{4}|\b(?:or|and|is|not|the)\b|</?[A-Za-z]", letters)  # prose
+            or not re.search(r"[A-Za-z√_^∞∪]", formula.replace("\\frac", "")) or not re.search("[^A-Za-z ]", formula)
+            or not re.fullmatch("∞|[ !->@-~√π∞∪]{2,}", formula)):
+        return None
+    return re.sub(r"\{ (\\?\w+|\S) \}", r"\1", formula)
+
+
+def read_answer(text: str):
+    r"""The canonical value of an answer text, hashable, or None: two answers are equal iff their values are.
+
+    Decided: the one number of a text, as `extract_answer` reads it; else the whole text as an exact number with
+    fractions, mixed numbers, roots, π, i, powers, percent: \sqrt{8} = 2\sqrt{2}; a tuple or an interval, whose
+    brackets count; a set in any order, as are "1, 2" and "1 \pm 2"; up to three words or a choice, (A) = A, in
+    any case; another formula as the same string, spaces aside. "x =", units and degrees are dropped: 5 cm = 5 m.
+    Boxes come first; several that differ are no answer.
+    Undecided, so None or a mere string: several candidates ("5 or 6"), a calculation left to do (12 + 45), formulas
+    with variables in other words, a decimal for a third, a root or π, and whatever is in doubt.
+    """
+    text = squeeze(text) if len(text) > LONGEST else text  # boxes look at the lines
+    if len(text) > LONGEST:
+        return None
+    found = set(boxes(text))
+    if found and found != {None}:
+        values = {None if content is None else read_answer(content) for content in found}
+        return values.pop() if len(values) == 1 else None
+    number, text = number_in(text), clean(text)
+    if number is not None or len(text) > 300:  # only a sentence is that long
+        return number
+    if choice := re.fullmatch(r"([A-J])|\(([A-Za-z])\)", text):
+        return (choice[1] or choice[2]).upper()
+    named = re.fullmatch(r"[A-Za-z] ?(?:=|\\in(?![a-z])) ?([^=]*)", text)
+    value = read_value(named[1]) if named else None
+    value = read_value(text) if value is None or isinstance(value, str) else value
+    words = re.fullmatch(rf"(?!none$|nothing$|unknown$|no (?:answer|idea)|(?:the )?(?:final )?answer$)[{LATIN}]{{2,}}(?:[ '-][{LATIN}]+){{0,2}}",
+                         text.lower())
+    return words[0] if value is None and words else value
+
+
+def final_answer(completion: str):
+    r"""What a completion ends on, in any stage's style, as `read_answer` reads it: for metrics and majority votes.
+
+    In answer tags, the block. Without, the last \boxed{}, or else the last line: all of it, or the formula $...$ that
+    ends it, or the last number, as a base model writes: "12 + 45 = 57, so 57." A Countdown expression is no vote.
     """
     answer = split(completion)[1]
     if "<answer>" in completion:
-        return extract_answer(answer)
-    boxes = re.findall(r"\\boxed\{[^{}]*\}", answer)
-    return extract_answer(boxes[-1] if boxes else answer.rpartition("\n")[2][-LONGEST:], last=True)
+        return read_answer(answer)
+    tail = answer and (completion.partition("</think>")[2] or completion)
+    if (at := max(tail.rfind(r"\boxed"), tail.rfind(r"\fbox"))) >= 0:
+        content = boxes(tail[max(0, at - 100):at + LONGEST])[-1:]
+        return read_answer(content[0] if content and content[0] is not None else answer)
+    line = answer.rpartition("\n")[2][-LONGEST:]
+    value, sentence = read_answer(line), line.rstrip(" .!")
+    for opening, closing in ("$", "$"), (r"\(", r"\)"):
+        if value is None and sentence.endswith(closing):
+            value = read_answer(sentence.removesuffix(closing).rpartition(opening)[2])
+    if value is None and not re.search(r"[\\^_|√π∞∪±]", clean(line.rpartition("=")[2])):
+        value = extract_answer(line, last=True)
+    return value
 
 
 def check_reference(example: dict) -> None:
@@ -146,8 +403,13 @@ def check_reference(example: dict) -> None:
     for field in ("prompt", "answer"):
         if not isinstance(example.get(field), str):
             raise ValueError(f"{field} {example.get(field)!r} is not a string")
-    if example["kind"] == "reasoning" and extract_answer(example["answer"]) is None:
-        raise ValueError(f"the reference answer {example['answer']!r} is not one number")
+    if example["kind"] == "reasoning" and read_answer(example["answer"]) is None:
+        raise ValueError(f"the reference answer {example['answer']!r} is not one number or mathematical answer")
+    nums, target = example.get("nums", [1]), example.get("target", 1)
+    if not isinstance(nums, list) or not nums or not all(type(n) is int and n > 0 for n in nums):
+        raise ValueError(f"nums {nums!r} is not a list of positive ints")
+    if type(target) is not int or ("nums" in example) != ("target" in example):
+        raise ValueError(f"target {example.get('target')!r} is not an int that stands beside nums")
     if (example["kind"] == "general" or example.get("harmful")) and not has_word(example["answer"]):
         raise ValueError(f"the reference answer {example['answer']!r} holds no word")
 
@@ -168,15 +430,38 @@ def format(completion: str, example: dict) -> float:
 
 
 def accuracy(completion: str, example: dict, strict: bool = True) -> float:
-    """1 iff the answer equals the reference, as numbers; 0 for other kinds than reasoning.  R1 v2 eq. 4
+    """1 iff the answer equals the reference; 0 for other kinds than reasoning.  R1 v2 eq. 4
 
-    strict, the training reward: in the asked form, with one number in the answer block. Not strict,
-    the metric: the final answer in any stage's style.
+    strict, the training reward: in the asked form, with one answer in the answer block. Not strict, the metric: the
+    final answer in any stage's style. `read_answer` says what is equal and what is left undecided, which scores 0.
+    With "nums" in the example the answer is an expression instead: see `solves`.
     """
     if example["kind"] != "reasoning" or (strict and not format(completion, example)):
         return 0.0
-    reference = extract_answer(example["answer"])
+    if "nums" in example:
+        return float(solves(completion, example["nums"], example["target"]))
+    reference = read_answer(example["answer"])
     return float(reference is not None and final_answer(completion) == reference)
+
+
+def accuracy_any(completion: str, example: dict) -> float:
+    """The accuracy that asks for no tags, to train a model that does not write them."""
+    return accuracy(completion, example, strict=False)
+
+
+def solves(completion: str, nums: list[int], target: int) -> bool:
+    r"""Countdown: "(50 - 1) * 2 = 98" makes the target of the numbers, each used exactly once.
+
+    In + - * / (× ÷ \times \div \cdot) and parentheses alone; "= target" may follow, and \boxed{} surround.
+    """
+    answer = split(completion)[1]
+    answer = answer if "<answer>" in completion else answer.rpartition("\n")[2]
+    found = boxes(answer := answer[-LONGEST:])
+    left, equals, right = clean(found[-1] or "" if found else answer).partition("=")
+    if not re.fullmatch("[0-9+*/() -]+", left) or (equals and right.strip() != str(target)):
+        return False
+    value = evaluate(left, calculation=True)
+    return value is not None and plain(value) == target and sorted(re.findall("[0-9]+", left)) == sorted(map(str, nums))
 
 
 def language_consistency(completion: str, example: dict) -> float:
@@ -253,7 +538,8 @@ def harmlessness(completion: str, example: dict) -> float:
 
 # ---- together ----
 
-REWARDS = {rule.__name__: rule for rule in (accuracy, format, language_consistency, helpfulness, harmlessness)}
+REWARDS = {rule.__name__: rule for rule in (accuracy, format, language_consistency, helpfulness, harmlessness,
+                                            accuracy_any)}
 
 
 def weighted_sum(completion: str, example: dict, weights: dict[str, float]) -> float:

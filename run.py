@@ -60,10 +60,12 @@ class Run:
 
     def __init__(self, out, preset_name, preset, seed, device):
         self.out, self.preset, self.seed, self.device = Path(out), preset, seed, device
-        meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "date": str(date.today()),
-                "world": world.world_hash(), "command": "python pipeline.py " + " ".join(sys.argv[1:])}
+        meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "world": world.world_hash(),
+                "command": "python pipeline.py " + " ".join(sys.argv[1:])}
         self.results = {"meta": meta, "stages": {}, "claims": [], **self.before()}
-        self.cost = {"tokens": 0, "flops": 0.0}
+        path = self.out / "times.json"  # a file of their own, so that the rest is the same at each run
+        self.times = json.loads(path.read_text()) if path.exists() else {"date": str(date.today()), "stages": {}}
+        self.begin()
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))} | self.given()
         path = self.out / "config.json"
@@ -110,6 +112,12 @@ class Run:
 
     # ---- a stage
 
+    def begin(self):
+        self.cost, self.started = {"tokens": 0, "flops": 0.0}, time.time()
+
+    def end(self, name):
+        self.times["stages"][name] = time.time() - self.started
+
     def stage(self, name, title, starts_from, by, paper, make):
         """Make the stage's model with make(), unless it is finished; measure it; print its line. The rest is for tables."""
         dir, code = self.out / name, code_of(CODE)
@@ -118,15 +126,15 @@ class Run:
                 print(f"{name} was made before {', '.join(changed)} changed; to make it anew: --from {name}")
         else:
             dir.mkdir(parents=True, exist_ok=True)
-            self.cost, started = {"tokens": 0, "flops": 0.0}, time.time()
+            self.begin()
             model = make()
             self.save(model, name)
-            seconds = time.time() - started
+            self.end(name)
             np.savez(dir / "values.npz", **self.measure(name, model))
             (dir / checkpoint.STATE).unlink(missing_ok=True)
             parameters = sum(p.numel() for p in model.parameters())
             done = {"title": title, "starts_from": starts_from, "by": by, "paper": paper, "parameters": parameters,
-                    **self.cost, "seconds": seconds, "code": code}
+                    **self.cost, "code": code}
             metrics = dir / "metrics.jsonl"  # of a given model there are none
             curve = [row.get("validation_accuracy", 0) for row in checkpoint.read_jsonl(metrics)] if metrics.exists() else []
             done |= {"best_validation_accuracy": max(curve)} if any(curve) else {}
@@ -135,7 +143,7 @@ class Run:
             self.values[name] = dict(file)
         evaluation = evaluate.summarise(self.values[name])
         self.results["stages"][name] = {k: v for k, v in done.items() if k != "code"} | {"evaluation": evaluation}
-        print(line_of(name, self.results["stages"][name]), flush=True)
+        print(self.line_of(name), flush=True)
         self.write()
 
     def model(self, stage):
@@ -154,40 +162,34 @@ class Run:
         with np.load(path) as file:
             self.values[name] = dict(file)
 
+    def line_of(self, name):
+        return line_of(name, self.results["stages"][name], self.times["stages"].get(name, 0))
+
     def write(self):
         stages = self.results["stages"]
-        self.results["meta"]["seconds"] = sum(stage["seconds"] for stage in stages.values())  # measuring left out
+        self.times["seconds"] = sum(self.times["stages"].get(name, 0) for name in stages)  # measuring left out
         best = {name: stage.get("best_validation_accuracy", 0.0) for name, stage in stages.items()}
         anew = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
         kept = [c for c in self.results["claims"] if c["number"] not in {a["number"] for a in anew}]
         self.results["claims"] = sorted(anew + kept, key=lambda c: (int(c["number"].split()[0]), c["number"]))
+        checkpoint.atomic_write(self.out / "times.json", json.dumps(self.times, indent=1))
         checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
         report.write(self.out)
 
     def keeper(self, name):
-        """(save, resume, log) of a stage: its state every half minute, and its metrics.jsonl."""
-        dir, last = self.out / name, [time.time(), 0.0]
+        """(keeper, save, resume) of a stage."""
+        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl"))
 
         def keep(**parts):
-            started = time.time()
-            if started - last[0] > max(30, 50 * last[1]):  # at most 2% of the time, however large the state is
-                checkpoint.save(dir, *checkpoint.state_of(**parts, cost=self.cost))
+            if keeper.save(**parts, cost=self.cost, seconds=time.time() - self.started):
                 report.write(self.out)
-                last[:] = time.time(), time.time() - started
 
         def resume(**objects):
-            rest = checkpoint.restore(*state, **objects)
-            self.cost = rest["cost"]
-            for file in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):  # rows after the state are made again
-                rows = checkpoint.read_jsonl(dir / file) if (dir / file).exists() else []
-                checkpoint.write_jsonl(dir / file, [row for row in rows if row["step"] <= rest["step"]])
+            rest = keeper.resume(**objects)
+            self.cost, self.started = rest["cost"], time.time() - rest["seconds"]
             return rest
 
-        state = checkpoint.load(dir)
-        if state is None:
-            for file in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):
-                (dir / file).unlink(missing_ok=True)
-        return keep, resume if state is not None else None
+        return keeper, keep, resume if keeper.resume else None
 
     def log(self, name, metrics):
         """Times go to a file of their own, so that the rest is the same at each run."""
@@ -206,7 +208,7 @@ class Run:
 
     def sft(self, name, model, rows, config, pretraining=False):
         """Train on rows {"prompt", "completion"}; pretraining is the case without a mask."""
-        keep, resume = self.keeper(name)
+        keeper, keep, resume = self.keeper(name)
         bar = Bar(name)
 
         def log(m):
@@ -215,15 +217,16 @@ class Run:
             if m["step"] % 10 == 0 or m["step"] == m["steps"]:
                 self.log(name, m)
 
-        sft.train(model, [self.example(row, pretraining) for row in rows], replace(config, seed=self.seed), log, keep, resume)
+        with keeper:
+            sft.train(model, [self.example(row, pretraining) for row in rows], replace(config, seed=self.seed), log, keep, resume)
         bar.close()
         return model
 
     def rl(self, name, model, weights, config, examples=None, credit=None, validate=True):
         """GRPO with these rules as reward; all rules are logged, with weight 0 where they are not in `weights`."""
-        config, rules = replace(config, seed=self.seed), rewards.REWARDS | {"accuracy_any": METRICS["accuracy"]}
+        config, rules = replace(config, seed=self.seed), dict(rewards.REWARDS)
         rules |= {"coin": coin} if "coin" in weights else {}
-        keep, resume = self.keeper(name)
+        keeper, keep, resume = self.keeper(name)
         bar = Bar(name)
 
         def log(m, r):
@@ -244,9 +247,10 @@ class Run:
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
         weights = {name: weights.get(name, 0.0) for name in rules}
-        grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, self.tokenizer.end_ids,
-                   rules, config, weights, credit, getattr(credit, "keep", None), validate_now if validate else None, log=log,
-                   save=keep, resume=resume)
+        with keeper:
+            grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, self.tokenizer.end_ids,
+                       rules, config, weights, credit, getattr(credit, "keep", None), validate_now if validate else None,
+                       log=log, save=keep, resume=resume)
         bar.close()
         return model
 
@@ -337,9 +341,9 @@ def machine(device):
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def line_of(name, stage):
+def line_of(name, stage, seconds):
     """One line of result a stage."""
-    text = f"{name:16} {stage['seconds']:6.0f} s  {stage['tokens'] / 1e6:5.1f}M tokens  {stage['flops']:.1e} FLOPs"
+    text = f"{name:16} {seconds:6.0f} s  {stage['tokens'] / 1e6:5.1f}M tokens  {stage['flops']:.1e} FLOPs"
     if "evaluation" in stage:
         e = stage["evaluation"]
         shown = {"accuracy": "accuracy", "format": "format", "language_if_thinking": "language", "helpfulness": "helpful",

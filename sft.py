@@ -198,7 +198,7 @@ def main():
     parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
     add_speed(parser)
     args = parser.parse_args()
-    try:
+    with parser.explained():
         config, rows = fields_of(args, SFTConfig), read_rows(args.data, ("prompt", "completion"))
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
@@ -210,8 +210,6 @@ def main():
         train(model, examples, config, log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  "
                                                            f"grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"))
         save(model, out, tokenizer)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

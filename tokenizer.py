@@ -53,15 +53,16 @@ def recognise(chat_template: str) -> str:
     for what says more than that: a date, a mode of reasoning, functions, a <think> that opens the answer.
     """
     markers = {*re.findall(r"<[|｜][^<>|｜]*[|｜]>", chat_template)}
-    more = re.search(r"(?i)strftime|date_string|knowledge|reasoning_mode|functions %}|function calling|assistant(?:\n|\\n)<think>(?:\n|\\n)?(?:</think>)?'",
-                     chat_template)
-    system = {*re.findall(r"<\|im_start\|>system(?:\n|\\n)([^<>{}'\"]+)<\|im_end\|>", chat_template)}
+    newline = r"(?:\n|\\n)"  # as itself, or written in a string of Jinja's
+    more = re.search(rf"(?i)strftime|date_string|knowledge|reasoning_mode|functions %}}|function calling|"
+                     rf"assistant{newline}<think>{newline}?(?:</think>)?'", chat_template)
+    system = {*re.findall(rf"<\|im_start\|>system{newline}([^<>{{}}'\"]+)<\|im_end\|>", chat_template)}
     if not more and markers == {"<|im_start|>", "<|im_end|>"} and len(system) < 2:
         return "".join(f"<|im_start|>system\n{text}<|im_end|>\n" for text in system) + TEMPLATES["chatml"]
     if not more and markers - {"<|begin_of_text|>"} == {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}:
         return TEMPLATES["llama-3"]
-    raise ValueError(f"the chat template, with {more[0] if more else ', '.join(sorted(markers)) or 'no control tokens'}, is not one that is "
-                     f"known here; choose one: {', '.join(TEMPLATES)}")
+    has = more[0] if more else ", ".join(sorted(markers)) or "no control tokens"
+    raise ValueError(f"the chat template, with {has}, is not one that is known here; choose one: {', '.join(TEMPLATES)}")
 
 
 def split_patterns(pre: dict | None) -> list[str]:

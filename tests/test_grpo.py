@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -19,6 +21,8 @@ import checkpoint
 import grpo
 import model as model_module
 from grpo import GRPOConfig, group_advantages, kl_divergence, policy_loss, token_logprobs
+
+ROOT = Path(__file__).parent.parent
 
 END = 3
 MEANS = ("sequence", "token", "constant")
@@ -1528,3 +1532,31 @@ def test_a_copy_to_run_has_its_weights_cast_its_buffers_kept_and_nothing_to_trai
     assert {p.dtype for p in copied.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in copied.parameters())
     assert copied.cos.dtype == torch.float32 and copied.lm_head.weight is copied.embed_tokens.weight
     assert {p.dtype for p in model.parameters()} == {torch.float32} and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.full
+def test_an_update_with_a_vocabulary_of_150_000_stays_within_the_readmes_formula():
+    """Qwen2.5-0.5B's width and vocabulary, two layers, 16 x 1,024 tokens; the peak of a process of its own, libraries apart."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, model, grpo
+c = model.Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=2, num_attention_heads=14,
+                 num_key_value_heads=2, max_position_embeddings=1280, model_type="qwen2")
+m = model.Transformer(c).init_weights()
+m.recompute = True
+def generate(model, prompts, n, max_new_tokens, **_):
+    shape = (len(prompts) * n, max_new_tokens)
+    return torch.randint(151936, shape), torch.full(shape[:1], max_new_tokens), torch.full(shape, -11.9)
+def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+small = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=2, group_size=8, minibatches=1, max_new_tokens=1024, micro_batch_tokens=4096,
+                        old_logprobs="sampler", dtype="bfloat16")
+weights, tokens = sum(p.numel() for p in m.parameters()), small.micro_batch_tokens
+before = peak() - 4 * weights
+out = grpo.train(m, [{{}}], lambda e: [1], lambda ids: str(sum(ids)), generate, [0], {{"r": lambda t, e: float(int(t) % 2)}}, small)
+layer = tokens * (2 * 4864 * 3 + 896 * 12) * 2  # a layer's activations in bf16: the MLP's three wide ones, and a dozen of the width
+print(peak() - before, 20 * weights + 2 * 2 * 896 * tokens + layer + 2 ** 30, out["grad_norm"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak, formula, grad_norm = map(float, result.stdout.split())
+    assert 0 < grad_norm and peak <= formula, f"{peak / 1e9:.2f} GB, the formula says {formula / 1e9:.2f} GB"

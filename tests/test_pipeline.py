@@ -116,7 +116,7 @@ def files(smoke, tmp_path_factory):
     (dir / "empty.jsonl").write_text("")
     (dir / "no_field.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps({"prompt": "2+3"}) + "\n")
     (dir / "no_json.jsonl").write_text("{\n")
-    (dir / "no_number.jsonl").write_text(json.dumps({**problem, "answer": "many"}) + "\n")
+    (dir / "no_number.jsonl").write_text(json.dumps({**problem, "answer": "5 or 6"}) + "\n")
     (dir / "long.jsonl").write_text(json.dumps({**problem, "prompt": "7 " * 3000}) + "\n")
     (dir / "nothing").mkdir()
     (dir / "misfit").mkdir()
@@ -167,8 +167,8 @@ BAD = {  # what is wrong -> the command, and what its one line must name
     "an empty file": (["sft.py", "--model", "MODEL", "--data", "DATA/empty.jsonl", "--out", "OUT"], "empty.jsonl"),
     "a row without its field": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_field.jsonl", "--out", "OUT"], "no_field.jsonl:2"),
     "a row that is not JSON": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_json.jsonl", "--out", "OUT"], "no_json.jsonl:1"),
-    "an unparseable reference": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_number.jsonl", "--out", "OUT"], "'many'"),
-    "a directory that is no model": (["evaluate.py", "--model", "DATA/nothing", "--data", "DATA/problems.jsonl"], "nothing/config.json"),
+    "an unparseable reference": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_number.jsonl", "--out", "OUT"], "'5 or 6'"),
+    "a directory that is no model": (["evaluate.py", "--model", "DATA/nothing", "--data", "DATA/problems.jsonl"], "nothing/tokenizer.json"),
     "a tokenizer that does not fit": (["evaluate.py", "--model", "DATA/misfit", "--data", "DATA/problems.jsonl"], "tokenizer"),
     "a prompt longer than the context": (["evaluate.py", "--model", "MODEL", "--data", "DATA/long.jsonl"], "context"),
     "group size 1": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT", "--group-size", "1"], "group_size 1"),

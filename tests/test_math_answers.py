@@ -1,0 +1,468 @@
+"""Answers of public problem sets: MATH's LaTeX, GSM8K's numbers and Countdown's expressions.
+
+GSM8K=DIR python -m pytest tests/test_math_answers.py [--full]     # DIR holds test.jsonl and train.jsonl
+"""
+import json
+import math
+import os
+import random
+import re
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+import rewards
+from rewards import accuracy, accuracy_any, check_reference, evaluate, final_answer, plain, read_answer
+
+EXAMPLE = {"prompt": "How many?", "language": "en", "kind": "reasoning"}
+
+
+def tagged(answer, thinking="so it is"):
+    return f"<think>{thinking}</think><answer>{answer}</answer>"
+
+
+def scores(answer, reference):
+    """(the training reward, the lenient one) of an answer in the asked form"""
+    example = EXAMPLE | {"answer": reference}
+    return accuracy(tagged(answer), example), accuracy_any(tagged(answer), example)
+
+
+# ---- MATH: equal ----
+
+EQUAL = [
+    (r"\frac{1}{2}", "1/2"), (r"\frac{1}{2}", "0.5"), (r"\dfrac{1}{2}", r"\tfrac{1}{2}"), (r"\frac12", r"\frac{1}{2}"),
+    (r"\frac 12", r"\frac{1}{2}"), (r"\frac1{2}", r"\frac{1}{2}"), (r"\frac{1}2", r"\frac{1}{2}"),
+    (r"-\frac{1}{2}", "-0.5"), (r"\frac{-1}{2}", r"-\frac{1}{2}"), (r"\frac{1}{-2}", r"-\frac{1}{2}"),
+    (r"\frac{2}{4}", r"\frac{1}{2}"), (".5", "0.5"), (r"50\%", r"\frac{1}{2}"), ("50%", r"50\%"),
+    (r"33\frac{1}{3}\%", r"\frac{1}{3}"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("1 1/2", "1.5"), (r"-1\frac{1}{2}", "-1.5"),
+    (r"137 \frac{1}{2}", "137.5"), ("1,234", "1234"), ("1{,}234", "1234"), (r"1\,234", "1234"), (r"10,\!080", "10080"),
+    (r"11,\! 111,\! 111,\! 100", "11111111100"), (r"\$32,\!348", "32348"), (r"\$18.90", "18.9"), ("+5", "5"), ("007", "7"),
+    ("−5", "-5"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt 2", r"\sqrt{2}"), (r"\sqrt2", r"\sqrt{2}"),
+    ("sqrt(8)", r"2\sqrt{2}"), ("√8", r"2\sqrt{2}"), ("2*sqrt(2)", r"2\sqrt{2}"), (r"\sqrt{16}", "4"),
+    (r"\sqrt{\frac{1}{4}}", r"\frac{1}{2}"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt2}{2}"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"\sqrt{3}\cdot\sqrt{5}", r"\sqrt{15}"),
+    (r"\sqrt{3}/2", r"\frac{\sqrt{3}}{2}"), (r"3\sqrt{5}+1", r"1 + 3\sqrt{5}"),
+    (r"\frac{1+\sqrt{5}}{2}", r"\frac{1}{2}+\frac{\sqrt{5}}{2}"), (r"-\sqrt{3}", r"- \sqrt{3}"), (r"2\pi", r"\pi\cdot 2"),
+    ("2π", r"2\pi"), ("2pi", r"2 \pi"), (r"\frac{\pi}{2}", r"\frac{1}{2}\pi"), (r"(1/2)\pi", r"\frac{\pi}{2}"),
+    (r"\frac{\pi^2}{8}", r"\frac{1}{8}\pi^{2}"), (r"18+2\pi", r"2\pi + 18"), (r"\sqrt{-4}", "2i"), ("2+3i", "3i + 2"),
+    (r"2^{10}", "1024"), ("2^3", "8"), (r"(\frac{2}{3})^2", r"\frac{4}{9}"), (r"2^{-1}", "0.5"),
+    (r"(1+\sqrt{2})^2", r"3+2\sqrt{2}"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), ("90°", "90"), ("x = 5", "5"),
+    ("x=5", "5"), (r"x = \frac{1}{2}", "0.5"), (r"x \in [-2,7]", "[-2,7]"), (r"5 \text{ cm}", "5"),
+    (r"15\mbox{ cm}^2", "15"), (r"864 \mbox{ inches}^2", "864"), ("5 dollars", r"\$5"), (r"12\pi \text{ cm}", r"12\pi"),
+    (r"\frac{1}{2} \text{ hours}", "1/2"), ("(1,2)", "(1, 2)"), (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+    (r"(1, 0.5)", r"(1,\frac{1}{2})"), (r"[0,\infty)", r"\left[0, \infty\right)"), (r"(-\infty, 0]", r"(-\infty,0]"),
+    (r"(0,+\infty)", r"(0,\infty)"), (r"(2,12) \cup (12,102)", r"(2,12)\cup(12,102)"), (r"\{1,2\}", r"\{2, 1\}"),
+    (r"\{1, 2\}", "{1,2}"), ("1, 2", "2,1"), (r"\{1,2\}", "1, 2"), (r"1 \pm \sqrt{2}", r"1+\sqrt2, 1-\sqrt2"),
+    (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1+\sqrt{5}, 1-\sqrt{5}\}"), (r"\pm 2", "2, -2"), ("(1,2), (3,4)", "(3,4), (1,2)"),
+    (r"\text{even}", "even"), (r"\text{even}", "Even"), ("Tuesday", r"\text{Tuesday}"), (r"\text{(A)}", "(A)"),
+    ("(A)", "A"), (r"\textbf{(A)}", "A"), ("(a)", "A"), ("New York", "new york"), ("**Tuesday**", "Tuesday."),
+    ("x^2+1", "x^2 + 1"), ("x^{2}+1", "x^2+1"), (r"\dfrac{x}{2}", r"\frac{x}{2}"), (r"(a+5)(b+2)", "( a+5 ) ( b+2 )"),
+    (r"4210_{5}", "4210_5"), (r"x \leq 5", r"x\le 5"), (r"\left(x+1\right)^2", "(x+1)^2"), (r"y = 2x + 3", "y=2x+3"),
+    (r"\sqrt[3]{4}", r"\sqrt[3]{4}"), (r"\begin{pmatrix} -1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}-1\\2\end{pmatrix}"),
+    (r"$\frac{1}{2}$", r"\(\frac{1}{2}\)"), ("The answer is 5.", "5"), ("#### 5", "5"),
+    (r"The final answer is $\frac{1}{2}$.", "1/2"), (r"2^{1004}", r"2^{1004}"), (r"\boxed{\frac{1}{2}}", "1/2"),
+    (r"\fbox{5}", "5"), (r"\boxed 5", "5"), (r"50 + 7 = \boxed{57}", "57"), (r"-\boxed{57}", "-57"),
+    (r"\boxed{57} apples", "57"), (r"$\boxed{57}$.", "57"), (r"\[\boxed{\{1,2\}}\]", r"\{1,2\}"),
+    (r"\boxed{5} and \boxed{5.0}", "5"), ("We add 12 and 45.\n\\boxed{57}\nThat uses 1 rule.", "57"),
+    (r"\boxed{\text{(C)}}", "C"), ("1.50", "1.5"), ("6.0", "6"),
+    (r"\left.5\right.", "5"), ("No solution.", r"\text{no solution}")]
+
+
+@pytest.mark.parametrize("answer, reference", EQUAL)
+def test_two_ways_to_write_an_answer_are_equal(answer, reference):
+    assert read_answer(answer) == read_answer(reference) is not None
+    assert scores(answer, reference) == scores(reference, answer) == (1.0, 1.0)
+
+
+# ---- MATH: unequal ----
+
+WRONG = {  # reference: answers that are wrong, or in doubt, and look right
+    "5": ["5 or 6", "6 or 5", "5, 6", r"\boxed{5} \boxed{6}", r"\boxed{6} \boxed{5}", "x=5, y=6", "x = 5 or x = 6", "-5",
+          "−5", "5%", r"5\%", "5!", "5^2", "5²", r"5\pi", "5π", "5i", "5x", "5n", "5 n", "5ab", r"5\sqrt{2}", "5k",
+          "5 thousand", "5 million", "5 dozen", "5 hundred", "5 tenths", "5 quarters", "5 pct", "5 lakh", "1/5", "0.5",
+          ".5", "5.0001", "4.999", "4.99...", "5 5", "55", "2+3", "2 + 3", "10/2 + 0", r"2 \cdot 2.5", "10 - 5", "5+0",
+          "5*1", "5 × 1", "5=6", "(5,5)", r"\{5\}", "(5,6)", "[5,5]", "not 5", "isn't 5", "5 is wrong", "minus 5",
+          "minus $5", "negative 5", "- $5", "-\\$5", "less than 5", "at least 5", "at most 5", "about 5",
+          "approximately 5", r"\approx 5", "~5", r"\neq 5", "!= 5", "x > 5", r"x \geq 5", "-x = 5", "x^2 = 5", "2x = 5",
+          r"\sqrt{x} = 5", r"\log 5", "sin 5", "5 mod 7", r"5 \pmod{7}", "5_8", "5 base eight", "5e1", "0x5", "５", "٥",
+          "⑤", "5\u200b", "\u200b5", "5\u2060", "5\u0338", "5ⁿ", "5‱", r"-\boxed{5}", r"\boxed{5}0", r"\boxed{5}\%",
+          r"5\boxed{5}", r"\boxed{5} thousand", r"\boxed{5}^2", r"\boxed{5}!", r"not \boxed{5}", r"\boxed{5", r"\boxed{}",
+          r"\boxed{5 or 6}", r"\boxed{5}, \boxed{6}", r"\boxed{6}" + r" and \boxed{5}" * 30, r"6 or \boxed{5}",
+          "five or 6", "5 or six", "5 and 6", "either 5", "5 or so", "5 or more", "5</answer><answer>6",
+          "5</answer> <answer>5.5", "<b>5</b> <b>6</b>", "~~5~~ 6", "**5** **6**", "5$6", "$5$6$", "5 \\quad 6", "5/0",
+          "5/", "/5", "5-", r"5\text{ squared}",
+          r"5\text{ plus one}", r"\text{minus }5", r"5\text{ or }6", r"5\,\%", r"\left.5\right.5",
+          r"\frac{5}{0}", r"\frac{5}", r"\frac5", "5^", "√25√", "x", "?",
+          "none"],
+    "57": ["5 7", r"5\,7", "5,7", "5{,}7", "75", "-57", r"57\pi", "57 or 58", "57 58", r"5\boxed{7}", "5*7", "5.7",
+          "12 + 45"],
+    "1234": ["1,23,4", "12,34", "1 234", "1, 234", "1.234", r"12\,34", "1{,}23{,}4", "(1,234, 5)", "123,4"],
+    r"\frac{1}{3}": ["0.33", "0.333", "0.3333333333333333", "33%", r"33.3\%", "3", "1/-3", r"-\frac13", r"\frac{3}{1}",
+          "1 3", "1:3", "1,3", "1/3/1/3", r"\frac{1}{33}", r"\frac133", r"1\frac{1}{3}", r"\frac{1}{3}x",
+          r"\frac{1}{3}\pi", r"\sqrt{1/3}"],
+    r"\frac{3}{2}": ["1 1/3", r"1\frac{3}{2}", "1/2", "11/2", r"1\frac12\frac12", "3/2 or 2/3", "2/3", r"-1\frac{1}{2}",
+          "1 + 1/2"],
+    r"\pi": ["3.14", "3.14159", "3.141592653589793238462643383279", "22/7", r"-\pi", r"\pi^2", r"2\pi", r"\frac{\pi}{2}",
+          "p", "180", r"\pi r", r"\pi + 0", r"\pi\pi", "pie", r"\pi \text{ thousand}"],
+    r"2\sqrt{2}": ["2.828", "2.8284271247461903", r"\sqrt{2}", "4", r"-2\sqrt{2}", r"2\sqrt{3}", r"\sqrt{22}", r"22",
+          r"2\sqrt{2}i", r"2+\sqrt{2}", r"2^{\sqrt{2}}", r"\sqrt{2}\sqrt{2}", r"\sqrt{8}\pi", r"\pm 2\sqrt{2}",
+          r"\sqrt[3]{8}", r"2\sqrt{2}x"],
+    r"\frac{\sqrt{3}}{2}": ["2", "3", r"\sqrt{3}", r"\frac{3}{2}", r"\sqrt{\frac{3}{2}}", r"\frac{2}{\sqrt{3}}", "0.866",
+          "√3/2π"],
+    r"\frac{\pi}{2}": [r"1/2\pi", "1/(2π)", r"\frac{1}{2\pi}", r"\frac{2}{\pi}", "π2", "90", "1.5708"],
+    "1+2i": ["1-2i", "2+i", "-1+2i", "3i", "1+2", "1+2j", "3", r"\sqrt{5}"],
+    "(1,2)": ["(2,1)", "[1,2]", "(1,2]", "[1,2)", r"\{1,2\}", "1,2", "(1,2,3)", "(1,-2)", "(1 2)", "12", "(12)", "(1.2)",
+          "(1,2", "1,2)", "(1,2), (2,1)", "(1,2) or (2,1)", "((1,2))x", "(1,2)(1,2)", r"(1,2)\cup(3,4)", "(x,2)"],
+    r"[0,\infty)": [r"(0,\infty)", r"[0,\infty]", r"[0,-\infty)", r"(-\infty,0]", r"(\infty, 0]", "[0,8)", r"0,\infty",
+          r"[0,\infty", r"x \ge 0"],
+    r"\{1,2\}": [r"\{1,2,3\}", r"\{1\}", "1", "(1,2)", "[1,2]", r"\{1,-2\}", r"\{1,2,2\}", "1 or 2", "12", "1,2,",
+          r"\{1 2\}", r"\{12\}", "1; 2", "{1,2)", r"\{1,2]"],
+    r"1 \pm \sqrt{2}": [r"1 + \sqrt{2}", r"1 - \sqrt{2}", r"\pm 1 \pm \sqrt{2}", r"-1 \pm \sqrt{2}", r"1 \pm \sqrt{3}",
+          "2.414, -0.414"],
+    "A": ["B", "a", "(B)", "A or B", "AB", "(A)(B)", "A, B", "A and B", "not A", "(A) 5", r"\text{(B)}", "А", "none"],
+    r"\text{even}": ["odd", "not even", "even or odd", "uneven", "evenly", "e v e n", "even odd", "event", "even, odd"],
+    "x^2+1": ["x^2-1", "x^{2+1}", "x^21", "x^2", "y^2+1", "X^2+1", "1+x^2+1", "x2+1", "2x+1", "x^2+10", "x^2+1=0", "5"],
+    "2k": ["2", "k", "2 k k", "2K", "2n", "2k+2", "2.0", "2 kg"],
+    "3xy": ["3", "3yx", "3x", "3 apples", "xy"],
+    "50%": ["50", "5000%", "0.5%", "50 percentage points", "150%", "-50%"],
+    "4210_5": ["4210", "4210_6", "42105", "555"],
+    r"90^\circ": [r"90^\circ 30'", r"90^2", "90^0", "-90", "9", "90!"],
+    r"\sqrt{8}": [r"\sqrt{80}", "8", r"\sqrt{-8}", r"\sqrt{8}\sqrt{8}", r"\sqrt8x"]}
+PAIRS = [(answer, reference) for reference, answers in WRONG.items() for answer in answers]
+
+
+def test_there_are_hundreds_of_wrong_answers_and_a_hundred_right_ones():
+    assert len(EQUAL) >= 100 and len(set(PAIRS)) == len(PAIRS) >= 300
+
+
+@pytest.mark.parametrize("answer, reference", PAIRS)
+def test_a_wrong_answer_that_looks_right_scores_nothing(answer, reference):
+    assert read_answer(reference) is not None
+    assert read_answer(answer) != read_answer(reference)
+    assert scores(answer, reference) == scores(f" {answer}\n", reference) == (0.0, 0.0)
+    assert scores(rf"\boxed{{{answer}}}", reference) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("completion", [
+    "5", r"\boxed{5}", "<think>so</think>5", "<answer>5</answer>", "<think>so</think><Answer>5</Answer>",
+    "<think>so<answer>5</answer>", "<think>so</think><answer>5", "<think>so</think><answer>5</answer>.",
+    "<think></think><answer>5</answer>", "<think>so</think><answer></answer>5",
+    r"<think>\boxed{5}</think><answer></answer>", r"<think>\boxed{5}</think>"])
+def test_the_training_reward_wants_the_tags(completion):
+    assert accuracy(completion, EXAMPLE | {"answer": "5"}) == 0.0
+
+
+@pytest.mark.parametrize("completion", [
+    "<think>5</think><answer>6</answer>", "<think>5</think>", "<think>5", r"<think>\boxed{5}",
+    r"<think>\boxed{5}</think>6", r"<think>\boxed{5}</think>", r"\boxed{5} \boxed{6}", "\\boxed{5}\n\\boxed{6}",
+    r"\boxed{\frac{5}{6}}", r"-\boxed{5}", r"so $5\pi$.", r"The answer is $\frac{\sqrt{3}}{5}$.", r"so \frac{\sqrt{3}}{5}",
+    r"\boxed{6}, not 5", "(1, 5)", r"so $x^5$", r"\boxed{5"])
+def test_the_lenient_reward_reads_the_final_answer_alone(completion):
+    assert accuracy_any(completion, EXAMPLE | {"answer": "5"}) == 0.0
+
+
+@pytest.mark.parametrize("completion, reference", [
+    (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"6 is wrong: \boxed{6} no, \boxed{5}", "5"),
+    ("add them\n\\[\n\\boxed{5}\n\\]", "5"), (r"The answer is $\frac{\sqrt{3}}{2}$.", r"\frac{\sqrt{3}}{2}"),
+    (r"Hence $x = 2\pi$.", r"2\pi"), (r"so it is \(\{1,2\}\)", r"\{1,2\}"), ("a\nThe answer is Tuesday.", "Tuesday"),
+    (r"<think>\boxed{6}</think>\boxed{\sqrt{8}}", r"2\sqrt{2}"), ("12 + 45 = 57, so 57.", "57"),
+    (r"\boxed{\left\{\frac{\sqrt{3}}{2}, 1\right\}}", r"\{1, \frac{\sqrt3}{2}\}"), ("\\boxed{\n5\n}", "5")])
+def test_the_lenient_reward_reads_a_base_models_styles(completion, reference):
+    assert accuracy_any(completion, EXAMPLE | {"answer": reference}) == 1.0
+
+
+@pytest.mark.parametrize("reference", sorted({text for pair in EQUAL for text in pair} | set(WRONG)))
+def test_a_bare_reference_is_its_own_final_answer(reference):  # evaluate.py votes with final_answer(reference)
+    assert final_answer(reference) == read_answer(reference)
+    check_reference(EXAMPLE | {"answer": reference})
+    assert hash(read_answer(reference)) == hash(final_answer(tagged(reference)))
+
+
+@pytest.mark.parametrize("reference", ["", " ", "?", "none", "5 or 6", "12+45", "1,23", "(1,2", r"\boxed{1} \boxed{2}",
+    "No answer", "x"])
+def test_a_reference_in_doubt_is_refused(reference):
+    with pytest.raises(ValueError, match="reference answer"):
+        check_reference(EXAMPLE | {"answer": reference})
+
+
+# ---- harmless whatever comes ----
+
+HUGE = ["(" * 10**5, "{" * 10**5, "[" * 300, "(" * 149 + "1" + ")" * 149, "-" * 299 + "1", "√" * 299 + "2", "9^9^9^9",
+        "9^{9^{9}}", r"\sqrt{10^{100}}", r"\sqrt{10^{10^{10}}}", "2^{100}" * 40, r"(1+\sqrt{2}+\pi)^5" * 18, "9" * 10**5,
+        "9" * 300, "1/" * 10**4, "1+" * 150 + "1", r"\frac{1}{" * 10**4, r"\boxed{" * 14000, r"\boxed{1}" * 11000,
+        r"\boxed{1}" * 200, r"\boxed{{{{{" * 180, "\\boxed{" + "{" * 900 + "}" * 900 + "}",
+        ",".join(map(str, range(25000))), ", ".join(map(str, range(300))), "{" * 9 + "1,2" + "}" * 9, "(1,2)," * 300,
+        r"\text{" * 300, r"\sqrt" * 400, r"\left" * 390, r"\{" * 900, "$" * 2000, "a " * 1000, "x^" * 900, "±" * 1000,
+        "1,234" * 380, "1{,}" * 480, "**" * 990, "\\" * 2000, "{,}" * 600, "1." * 900, " 1" * 900, r"\pi" * 600, "i" * 300,
+        "2π" * 150, r"\sqrt{999983}" * 25, "√999983+" * 37, "(" * 150 + ")" * 150, "\ud800" * 1000, "\x00" * 2000,
+        "±1," * 600, "√2+√3+√5+√7+√11+√13+√17", "6 " + "or " * 600, "x=" * 900, "1_" * 900, r"\begin{pmatrix}" * 120,
+        "answer is " * 190, "#" * 2000, "the final answer: " * 100, r"\( " * 400 + r"\) " * 400 + "a", "$!" * 900]
+
+
+def slowest(texts):
+    """The longest of the least of three times that each text takes."""
+    longest = 0.0
+    for text in texts:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            read_answer(text)
+            times.append(time.perf_counter() - start)
+        longest = max(longest, min(times))
+    return longest
+
+
+@pytest.mark.parametrize("text", HUGE, ids=lambda text: f"{text[:8]!a}x{len(text)}")
+def test_an_absurd_answer_is_harmless_and_fast(text):
+    assert slowest([text]) < 0.05  # seconds; 0.008 where it was written
+    start = time.perf_counter()
+    assert accuracy_any(text, EXAMPLE | {"answer": "5"}) == accuracy(tagged(text), EXAMPLE | {"answer": "5"}) == 0.0
+    assert time.perf_counter() - start < 0.2
+    assert rewards.solves(text, [1, 2], 3) is False
+
+
+FRAGMENTS = ["0", "1", "2", "3", "12", "0.5", "1,234", r"\frac", "{", "}", "(", ")", "[", "]", r"\{", r"\}", "+", "-", "*",
+             "/", "^", "_", r"\sqrt", r"\pi", "i", "x", ",", ", ", " ", "=", r"\boxed{", r"\text{ cm}", "%", r"\%", "$",
+             r"\infty", r"\cup", r"\pm", "°", r"^\circ", r"\left(", r"\right)", r"\,", r"\!", "or", "A", "(A)", "even",
+             ".", "±", "√", "π", r"\frac{1}{2}", r"\sqrt{2}", "\\"]
+
+
+def fuzz(count, seed=0):
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield "".join(rng.choices(FRAGMENTS, k=rng.randint(1, 12)))
+
+
+def test_any_mixture_of_latex_is_read_fast_and_without_an_error():
+    texts = list(fuzz(3000))
+    values = [read_answer(text) for text in texts]
+    assert slowest(texts) < 0.05  # seconds; 0.001 where it was written
+    assert len({hash(value) for value in values}) > 300 and values.count(None) > 300
+    for text, value in zip(texts, values):
+        assert value == read_answer(text) and (value is None or final_answer(text) == value), text
+        if isinstance(value, (Fraction, str)):
+            assert read_answer(str(value)) == value or isinstance(value, str), text  # reading is idempotent
+
+
+def expression(rng, depth=0):
+    """A random expression: (LaTeX, its float, computed here)."""
+    kind = rng.choice("nnnrp" if depth > 2 else "nrpfsa-mgw")
+    number = rng.choice([1, 2, 3, 4, 5, 8, 12])
+    if kind == "n":
+        return str(number), float(number)
+    if kind == "p":
+        return r"\pi", math.pi
+    if kind == "r":
+        return rf"\sqrt{{{number}}}", math.sqrt(number)
+    if kind == "w":
+        inside, x = expression(rng, depth + 1)
+        return rf"({inside})^{{2}}", x * x
+    if kind == "g":
+        inside, x = expression(rng, depth + 1)
+        return f"-({inside})", -x
+    (a, x), (b, y) = expression(rng, depth + 1), expression(rng, depth + 1)
+    if kind == "f":
+        return (rf"\frac{{{a}}}{{{b}}}", x / y) if y else (a, x)
+    if kind == "s":
+        return (rf"({a})/({b})", x / y) if y else (a, x)
+    return {"a": (f"{a}+{b}", x + y), "-": (f"{a}-({b})", x - y), "m": (rf"({a})\cdot({b})", x * y)}[kind]
+
+
+def value_of(value):
+    """A canonical number as a float."""
+    if isinstance(value, Fraction):
+        return float(value)
+    return sum(float(c) * math.sqrt(n) * math.pi ** k for (n, k), c in value[1])
+
+
+def differential(count, seed=0):
+    """(read numbers, equal pairs, errors) of random expressions, judged with floats."""
+    rng, seen, read, errors, equal = random.Random(seed), {}, 0, [], 0
+    for _ in range(count):
+        text, x = expression(rng)
+        value = read_answer(text)
+        if value is None or isinstance(value, str):
+            continue
+        read += 1
+        if not math.isclose(value_of(value), x, rel_tol=1e-9, abs_tol=1e-9):
+            errors.append((text, x, value))
+        other = seen.setdefault(round(x, 7), (text, value))  # equal floats, equal values: the form is canonical
+        equal += other[0] != text
+        if other[1] != value:
+            errors.append((text, other))
+    return read, equal, errors
+
+
+def test_expressions_have_the_value_that_floats_give_and_one_form_for_each():
+    read, equal, errors = differential(4000)
+    assert not errors and read > 1000 and equal > 500
+
+
+@pytest.mark.full
+def test_a_hundred_thousand_mixtures_and_expressions():
+    read, equal, errors = differential(100_000, seed=1)
+    assert not errors and read > 25_000
+    assert max(accuracy_any(tagged(text), EXAMPLE | {"answer": "987654321"}) for text in fuzz(100_000, seed=1)) == 0.0
+
+
+# ---- GSM8K ----
+
+HARMLESS = [  # ways to write the number n, which has no thousands separator, and its form with them
+    "{n}", "{c}", "${n}", "${c}", r"\${n}", "{n} dollars", "{n} apples", "**{n}**", "**{n} apples**", r"\boxed{{{n}}}",
+    r"$\boxed{{{n}}}$", r"\boxed{{{n}\text{{ cm}}}}", "The answer is {n}.", "The final answer is ${n}$", "{n}.", "{n}.0",
+    "{n}.00", "  {n}  ", "\n\n{n}\n", "= {n}", "x = {n}", "#### {n}", "She has {n} apples in all.", "Answer: {c}",
+    r"\text{{{n}}}", "So the total is {c} miles per day.", r"\({n}\)"]
+
+
+def gsm8k(full):
+    folder = os.environ.get("GSM8K")
+    if not folder:
+        pytest.skip("GSM8K names no folder")
+    for name in ("test", "train"):
+        lines = (Path(folder) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        for line in lines if full else lines[::50]:
+            yield json.loads(line)["answer"]
+
+
+def check_gsm8k(full):
+    """(rows, rewritings) that scored, after asserting that each did and that no neighbour's reference does."""
+    rows = rewritings = 0
+    before = "no such answer"
+    for answer in gsm8k(full):
+        solution = re.sub("<<[^<>]*>>", "", answer)
+        reference = answer.rpartition("####")[2].strip()
+        example = EXAMPLE | {"answer": reference}
+        check_reference(example)
+        assert accuracy_any(solution, example) == 1.0 and accuracy(solution, example) == 0.0, answer
+        assert accuracy(tagged(reference, solution), example) == accuracy_any(tagged(reference, solution),
+            example) == 1.0, answer
+        n = reference.replace(",", "")
+        for form in HARMLESS:
+            text = form.format(n=n, c=f"{int(n):,}")
+            assert accuracy(tagged(text, solution), example) == accuracy_any(tagged(text, solution), example) == 1.0, (text,
+            answer)
+            rewritings += 1
+        if before.replace(",", "") != n:
+            assert scores(before, reference) == (0.0, 0.0), (before, reference)
+        rows, before = rows + 1, reference
+    return rows, rewritings
+
+
+def test_gsm8k_answers_score_in_their_solutions_and_in_harmless_rewritings():
+    rows, rewritings = check_gsm8k(full=False)
+    assert rows > 100 and rewritings == rows * len(HARMLESS)
+
+
+@pytest.mark.full
+def test_every_gsm8k_answer_scores():
+    assert check_gsm8k(full=True)[0] == 1319 + 7473
+
+
+# ---- Countdown ----
+
+COUNTDOWN = EXAMPLE | {"nums": [2, 49, 1, 50], "target": 99, "answer": "99"}
+
+
+def countdown(expression, nums, target):
+    example = EXAMPLE | {"nums": nums, "target": target, "answer": str(target)}
+    assert accuracy(tagged(expression), example) == accuracy_any(tagged(expression), example) == accuracy_any(expression,
+        example)
+    return accuracy(tagged(expression), example)
+
+
+@pytest.mark.parametrize("expression, nums, target", [
+    ("50 + 48", [50, 48], 98), ("48+50", [50, 48], 98), ("50 + 48 = 98", [50, 48], 98), ("(50 + 48)", [50, 48], 98),
+    ("(50 - 1) * 2", [2, 1, 50], 98), ("(50 - 1) × 2", [2, 1, 50], 98), (r"(50 - 1) \times 2 = 98", [2, 1, 50], 98),
+    (r"$(50 - 1) \cdot 2$", [2, 1, 50], 98), ("6 / 3", [3, 6], 2), ("6 ÷ 3", [3, 6], 2), (r"6 \div 3", [3, 6], 2),
+    ("1/2*4", [1, 2, 4], 2), ("8/(3-8/3)", [3, 3, 8, 8], 24), ("(1+5)*4", [1, 4, 5], 24), ("-1 + 5", [1, 5], 4),
+    ("3 - -5", [3, 5], 8), ("-(1 - 5)", [1, 5], 4), (r"\boxed{50 + 48}", [50, 48], 98),
+    (r"\boxed{50 + 48 = 98}", [50, 48], 98), ("7", [7], 7), ("((3)) * 3", [3, 3], 9), ("2 - 5", [2, 5], -3),
+    (r"\left(50 - 1\right) * 2", [2, 1, 50], 98), ("The answer is 50 + 48.", [50, 48], 98), ("50−1", [50, 1], 49),
+    ("5 - 5 + 3", [5, 5, 3], 3)])
+def test_an_expression_of_each_number_once_makes_the_target(expression, nums, target):
+    assert countdown(expression, nums, target) == 1.0
+
+
+@pytest.mark.parametrize("expression, nums, target", [
+    ("98", [50, 48], 98), ("98 = 98", [50, 48], 98), ("= 98", [50, 48], 98), ("50 + 48 = 99", [50, 48], 98),
+    ("50 + 47", [50, 47], 98), ("50 + 48", [50, 48, 1], 98), ("50 + 48 + 1 - 1", [50, 48], 98),
+    ("50 + 48 + 0", [50, 48], 98), ("49 + 49", [50, 48], 98), ("50 + 50 - 2", [50, 2], 98), ("50 + 48", [50, 48], 99),
+    ("50 + 48 = 98 = 98", [50, 48], 98), ("98 = 50 + 48", [50, 48], 98), ("1 2", [1, 2], 12), ("12", [1, 2], 12),
+    ("1{}2", [1, 2], 12), ("(1)(2)", [1, 2], 2), ("2(3)", [2, 3], 6), ("(2)3", [2, 3], 6), ("2^3", [2, 3], 8),
+    ("2**3", [2, 3], 8), ("2//3", [2, 3], 0), ("7 % 4", [7, 4], 3), ("5%4", [5, 4], 1), ("5!", [5], 120), ("√9", [9], 3),
+    (r"\sqrt{9}", [9], 3), (r"\sqrt 9 + 1", [9, 1], 4), ("1.5 * 2", [1, 5, 2], 3), ("0.5", [5], 0), ("5e1", [5, 1], 50),
+    ("1/0", [1, 0], 1), ("5 + (3", [5, 3], 8), ("5 + 3)", [5, 3], 8), ("5 +", [5], 5), ("+ 5", [5], 5),
+    ("5 3 +", [5, 3], 8), ("5 + 3 or 5 * 3", [5, 3], 8), ("5 + 3, 5 - 3", [5, 3], 8), ("50 + 48 is 98", [50, 48], 98),
+    ("x = 50 + 48", [50, 48], 98), ("５ + 3", [5, 3], 8), ("5\u200b + 3", [5, 3], 8), ("05 + 3", [5, 3], 8),
+    ("1_0 + 3", [10, 3], 13), ("1,000 + 3", [1000, 3], 1003), ("5 + 3 # 9", [5, 3], 8), ("5 + 3; 8", [5, 3], 8),
+    ("__import__('os').system('touch PWNED')", [5, 3], 8), ("(lambda: 8)()", [8], 8), ("sum([5,3])", [5, 3], 8),
+    ("5 if 3 else 8", [5, 3], 5), ("5 + 3 == 8", [5, 3], 8), ("8 and 5 + 3", [8, 5, 3], 8), ("5|3", [5, 3], 7),
+    ("5 @ 3", [5, 3], 15), ("5 << 3", [5, 3], 40), ("~5", [5], -6), ("'5' + '3'", [5, 3], 8), ("5j + 3", [5, 3], 8),
+    ("int('5')+3", [5, 3], 8), (r"\boxed{5 + 3} \boxed{8}", [5, 3], 8), ("", [5], 5), (r"1\frac{1}{2}", [1, 1, 2], 1),
+    ("1 1/2 * 2", [1, 1, 2, 2], 3), ("9" * 400, [9], 9), ("(" * 500 + "5" + ")" * 500, [5], 5), ("5 - 3", [5, 3], -2)])
+def test_whatever_else_makes_the_target_scores_nothing(expression, nums, target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert countdown(expression, nums, target) == 0.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_countdown_answer_wants_the_form_in_training_and_the_answer_block_in_both():
+    assert accuracy("50 + 49", COUNTDOWN) == 0.0
+    example = COUNTDOWN | {"nums": [50, 49]}
+    assert accuracy("thinking\n50 + 49", example) == 0.0 and accuracy_any("thinking\n50 + 49", example) == 1.0
+    assert accuracy_any(tagged("no idea", "50 + 49"), example) == accuracy_any("50 + 49\nno idea", example) == 0.0
+    assert accuracy(tagged("50 + 49"), example | {"kind": "general"}) == 0.0
+
+
+def test_countdown_agrees_with_pythons_own_arithmetic():
+    rng, right = random.Random(0), 0
+    for _ in range(500):
+        nums = [rng.randint(1, 60) for _ in range(4)]
+        a, b, c = rng.choices("+-*/", k=3)
+        text = rng.choice(["{}{}{}{}{}{}{}", "({}{}{}){}({}{}{})", "{}{}({}{}({}{}{}))"]).format(nums[0], a, nums[1], b,
+            nums[2], c, nums[3])
+        try:
+            expected = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text))
+        except ZeroDivisionError:
+            expected = None
+        value = evaluate(text, calculation=True)
+        assert (value if value is None else plain(value)) == expected
+        if expected is not None and expected.denominator == 1:
+            right += countdown(text, nums, int(expected)) == 1.0
+            assert countdown(text, nums, int(expected) + 1) == 0.0
+    assert right > 100
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"nums": []}, "nums"), ({"nums": "50"}, "nums"), ({"nums": [0, 1]}, "nums"), ({"nums": [-1]}, "nums"),
+    ({"nums": [1.5]}, "nums"), ({"nums": [True]}, "nums"), ({"nums": None}, "nums"), ({"target": "99"}, "target"),
+    ({"target": 1.5}, "target"), ({"target": None}, "target")])
+def test_a_countdown_example_out_of_range_is_refused_by_its_field(change, field):
+    check_reference(COUNTDOWN)
+    with pytest.raises(ValueError, match=f"^{field}"):
+        check_reference(COUNTDOWN | change)
+
+
+def test_a_countdown_example_has_both_fields():
+    with pytest.raises(ValueError, match="target"):
+        check_reference({key: value for key, value in COUNTDOWN.items() if key != "target"})
+    with pytest.raises(ValueError, match="target"):
+        check_reference({key: value for key, value in COUNTDOWN.items() if key != "nums"})
+
+
+# ---- together ----
+
+def test_the_lenient_accuracy_is_a_reward_to_train_on():
+    example = EXAMPLE | {"answer": r"\frac{1}{2}"}
+    for text in (r"so \boxed{\frac12}", tagged("0.5"), "0.5 or so"):
+        assert rewards.REWARDS["accuracy_any"](text, example) == accuracy(text, example, strict=False)
+    assert rewards.weighted_sum(r"\boxed{\frac12}", example, {"accuracy_any": 2.0, "accuracy": 1.0}) == 2.0
+
+
+def test_equal_answers_are_one_vote_in_a_majority():
+    votes = [final_answer(text) for text in (tagged(r"\frac12"), r"so \boxed{0.5}", tagged("1/2"),
+        "<think>a</think>$50\\%$")]
+    assert set(votes) == {Fraction(1, 2)}
+    assert len({final_answer(tagged(text)) for text in (r"\sqrt{8}", r"2\sqrt2", "2√2")}) == 1
