@@ -83,9 +83,8 @@ class Keeper:
 
     def _resume(self, **objects) -> dict:
         rest, self.state = restore(*self.state, **objects), None  # its memory is free then
-        for log in self.logs:
-            rows = read_jsonl(log) if log.exists() else []
-            write_jsonl(log, [row for row in rows if row["step"] <= rest["step"]])
+        for log in filter(Path.exists, self.logs):
+            write_jsonl(log, [row for row in read_jsonl(log) if row["step"] <= rest["step"]])
         return rest
 
     def __enter__(self):

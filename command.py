@@ -4,6 +4,7 @@ import argparse
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 
 import rewards
 from configs import METHODS, PUBLISHED
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         """What a user can mend ends in one line: exit code 2, or 130 after Ctrl-C. out: where the same command goes on."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, SafetensorError) as error:  # the latter where a disk is full
             self.error(" ".join(str(error).split("\n")))
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: stopped" + (f"; the same command goes on from here: {out}" if out else "") + "\n")
@@ -51,6 +52,14 @@ def fast_dtype(device=None):
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     has = [getattr(torch.cpu, f"_is_{feature}_supported", bool) for feature in ("avx512_bf16", "amx_tile")]
     return "bfloat16" if any(check() for check in has) else "float32"
+
+
+def device_of(name):
+    """Raises ValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each case
+        raise ValueError(f"device {name}: {str(error).partition(chr(10))[0]}") from None
 
 
 def fields_of(args, config_class):

@@ -22,8 +22,8 @@ def repeats(text, size=12, times=3):
     return re.search(rf"(.{{{size},{4 * size}}}?)\1{{{times - 1}}}", text[:4000], re.DOTALL) is not None
 
 
-def readable(completion, longest=1000):
-    """A length that a person reads, no code block, no loop [R1 v2 B.3.3: no long paragraphs, no code blocks]."""
+def readable(completion, longest=10_000):
+    """No code block, no loop, no more characters than that [R1 v2 B.3.3: no long paragraphs, no code blocks]."""
     return len(completion) <= longest and "```" not in completion and not repeats(completion)
 
 
@@ -86,6 +86,7 @@ def main():
     from data.readers import new_directory, read_problems, read_rows
     from graphs import with_graphs
     from model import generate, save
+    from tokenizer import Tokenizer
     parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
@@ -95,10 +96,11 @@ def main():
     add_template(parser)
     parser.add_argument("--samples", type=int, default=4, help="of each prompt; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
-    parser.add_fields(sft.SFTConfig, ("lr", "epochs", "dtype"))
+    parser.add_fields(sft.SFTConfig, ("lr", "epochs", "batch_tokens", "row_length", "dtype"))
     args = parser.parse_args()
     with parser.explained():
         problems = read_problems(args.data, rewards.check_reference)
+        Tokenizer(args.student, args.template).template  # what cannot be asked is refused before the teacher samples
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
         (teacher, tokenizer), out = open_model(args.teacher, getattr(torch, args.dtype), template=args.template), new_directory(args.out)
         sample = with_graphs(generate)
@@ -112,14 +114,16 @@ def main():
                                           lambda text, example: rewards.language_consistency(text, example) == 1)
         print(explain(counts))
         write_jsonl(out / "traces.jsonl", traces)
-        student, tokenizer = open_model(args.student, torch.float32)
+        del teacher
+        student, tokenizer = open_model(args.student, torch.float32, template=args.template)
 
         def encode(row):
             prompt = tokenizer.encode_prompt(row["prompt"])
             return prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id], len(prompt)
 
-        rows = mix(traces, general) if general else traces
-        sft.train(student, [encode(row) for row in rows], fields_of(args, sft.SFTConfig),
+        examples = [encode(row) for row in (mix(traces, general) if general else traces)]
+        print(sft.say_cut(examples, args.row_length), end="")
+        sft.train(student, examples, fields_of(args, sft.SFTConfig),
                   log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
         save(student, out, tokenizer)
 

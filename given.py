@@ -8,7 +8,6 @@ Here the base and the students are given, not made. What a real set has no data 
 unsafe requests, unless --general brings examples for SFT-2; the swap of a cold start's words into the problem's language.
 """
 
-import json
 import random
 import time
 from dataclasses import replace
@@ -19,10 +18,10 @@ import torch
 import checkpoint
 import distill
 import rewards
-from command import PROBLEMS, Parser, fast_dtype
+from command import PROBLEMS, Parser, device_of, fast_dtype
 from data.readers import read_problems, read_rows
 from grpo import GRPOConfig
-from model import load
+from model import inspect, load
 from pipeline import ACCURACY_AND_FORMAT, WITH_LANGUAGE, Preset, forget, in_dtype, print_tables, rejection_sampling, rl_stages
 from run import Run, machine
 from sft import SFTConfig
@@ -38,43 +37,67 @@ PRESET = Preset(
 RL_OPTIONS = ("rollouts", "prompts_per_rollout", "group_size", "minibatches", "lr", "warmup", "beta", "max_new_tokens",
               "micro_batch_tokens", "offload_reference", "validate_every")
 SFT_OPTIONS = {"sft_lr": "lr", "sft_epochs": "epochs", "sft_batch_tokens": "batch_tokens", "row_length": "row_length"}
-SIZES = ("samples", "test", "cold_start", "trace_prompts", "trace_samples")
+SIZES = {name: name for name in ("samples", "cold_start", "trace_prompts", "trace_samples")} | {"test_problems": "test"}
+
+
+def named(students):
+    """{"qwen": its directory, "llama": ..., "qwen_3": ...} by family. Raises ValueError for what is no model."""
+    names = {}
+    for number, dir in enumerate(students, 1):
+        family = "llama" if inspect(dir)[0].config.model_type == "llama" else "qwen"
+        names[family if family not in names else f"{family}_{number}"] = dir
+    return names
 
 
 class GivenRun(Run):
     """A run whose base, students and problems are files of the user's."""
 
-    def __init__(self, out, preset, seed, device, args):
-        self.args, self.students = args, {}
-        for dir in args.student:
-            with open(Path(dir) / "config.json", encoding="utf-8") as file:
-                family = "llama" if json.load(file).get("model_type") == "llama" else "qwen"
-            self.students[family + f"_{len(self.students) + 1}" * (family in self.students)] = dir
-        self.directories = {"base": args.base} | {f"base_{name}": dir for name, dir in self.students.items()}
+    def __init__(self, out, preset, seed, device, args, students):
+        self.args, self.students = args, students
+        self.directories = {"base": args.base} | {f"base_{name}": dir for name, dir in students.items()}
         super().__init__(out, "given", preset, seed, device)
 
     def given(self):
-        names = ("base", "student", "train", "test", "general", "template")
-        return {"given": {name: getattr(self.args, name) for name in names}}
+        """Paths, and what is in the problem sets; students may join later."""
+        files = {name: [str(Path(path).resolve()), checkpoint.code_hash(path)] if path else None for name, path in (
+            ("train", self.args.train), ("test", self.args.test_file), ("general", self.args.general))}
+        return {"given": {"base": str(Path(self.args.base).resolve()), "template": self.args.template, **files}}
 
     def read_data(self):
-        template = None if self.args.template == "own" else self.args.template
+        """All that can be wrong with the files shows here, before anything is trained."""
+        template, context = None if self.args.template == "own" else self.args.template, []
         self.tokenizers = {name: Tokenizer(dir, template) for name, dir in self.directories.items()}
-        for tokenizer in self.tokenizers.values():
-            tokenizer.template  # one that is not known is refused before anything is loaded
+        for name, tokenizer in self.tokenizers.items():
+            config = inspect(self.directories[name])[0].config
+            tokenizer.check_fits(config.vocab_size)
+            tokenizer.template  # one that is not known is refused
+            context.append(config.max_position_embeddings)
+        shorter = {name: replace(config, row_length=min(config.row_length, *context)) for name, config in
+                   vars(self.preset).items() if isinstance(config, SFTConfig)}
+        self.preset = replace(self.preset, **shorter)
         self.tokenizer = self.tokenizers["base"]
-        self.test = read_problems(self.args.test, rewards.check_reference)[:self.preset.test]
         self.hard = self.general = self.safety = []
-        tested = {example["prompt"] for example in self.test}
-        rows = read_problems(self.args.train, rewards.check_reference)
-        problems = [example for example in rows if example["prompt"] not in tested]
-        if len(problems) < len(rows):
-            print(f"{len(rows) - len(problems)} of {len(rows)} training problems stand in the test too: left out", flush=True)
+        same = lambda example: " ".join(example["prompt"].split())
+        self.test = self.problems_of(self.args.test_file)[:self.preset.test]
+        rows, tested = self.problems_of(self.args.train), {same(example) for example in self.test}
+        problems = [*{same(example): example for example in rows if same(example) not in tested}.values()]
+        examples = read_rows(self.args.general, ("prompt", "completion")) if self.args.general else []
+        self.examples = [example for example in examples if same(example) not in tested]
+        for file, before, after in ((self.args.train, rows, problems), (self.args.general, examples, self.examples)):
+            if len(after) < len(before):
+                print(f"{file}: {len(before) - len(after)} of {len(before)} stand in the test or twice: left out", flush=True)
         random.Random(self.seed).shuffle(problems)
         held_out = min(96, len(problems) // 10)  # for the curve of validation accuracy
         self.validation, self.problems = problems[:held_out], problems[held_out:]
         if not self.validation:
             raise ValueError(f"{self.args.train} has {len(problems)} problems that are not in the test: there must be 10 or more")
+
+    def problems_of(self, path):
+        rows = read_problems(path, rewards.check_reference)
+        kept = [example for example in rows if example["kind"] == "reasoning"]
+        if len(kept) < len(rows):
+            print(f"{path}: {len(rows) - len(kept)} of {len(rows)} rows are no problems: left out", flush=True)
+        return kept
 
     def stage(self, name, *rest):
         self.tokenizer = self.tokenizers.get(f"base_{name.partition('_')[2]}", self.tokenizers["base"])
@@ -82,7 +105,6 @@ class GivenRun(Run):
 
     def model(self, stage):
         model = load(self.directories.get(stage, self.out / stage), self.device, torch.float32)
-        self.tokenizer.check_fits(model.config.vocab_size)
         model.recompute = self.args.recompute
         return model
 
@@ -91,58 +113,69 @@ class GivenRun(Run):
             super().save(model, stage)
 
 
+NEEDS = {"dev1": "zero", "dev2": "dev1", "traces": "dev2", "dev3": "traces", "r1": "dev3"}  # and a student: traces
+
+
 def recipe(run, stages):
     """pipeline.py's recipe, of these stages. Raises ValueError where one of them needs another that is not finished."""
     p = run.preset
+    for name in stages:
+        need = NEEDS.get(name, "traces" if name.startswith("student_") else None)
+        if need and need not in stages and not checkpoint.finished(run.out / need):
+            raise ValueError(f"stage {name} needs {need}, which is not finished: --stages {need},{name}")
+    for name, dir in run.directories.items():
+        if (done := checkpoint.finished(run.out / name)) and done["by"] != given_by(dir):
+            raise ValueError(f"{run.out / name} is of another model ({done['by']}); choose another --out, or --from {name}")
 
-    def stage(name, needs, title, start, by, paper, make):
+    def stage(name, *rest):
         if name in stages:
-            if missing := [need for need in needs if not checkpoint.finished(run.out / need)]:
-                raise ValueError(f"stage {name} needs {missing[0]}, which is not finished: --stages {missing[0]},{name}")
-            run.stage(name, title, start, by, paper, make)
+            run.stage(name, *rest)
 
-    stage("base", [], "Base", "given", "given", "", lambda: run.model("base"))
-    stage("zero", [], "R1-Zero", "base", "GRPO: accuracy + format", "R1 v1 2.2", lambda: run.rl(
+    stage("base", "Base", "", given_by(run.args.base), "", lambda: run.model("base"))
+    stage("zero", "R1-Zero", "base", "GRPO: accuracy + format", "R1 v1 2.2", lambda: run.rl(
         "zero", run.model("base"), ACCURACY_AND_FORMAT, p.zero))
-    stage("dev1", ["zero"], "Cold start", "base", "SFT on samples of zero", "R1 v2 B.3.2", lambda: run.sft(
-        "dev1", run.model("base"), cold_start_examples(run), p.cold))
-    stage("dev2", ["dev1"], "RL-1", "dev1", "GRPO: accuracy + format + language", "R1 v2 3.2.1", lambda: run.rl(
+    stage("dev1", "Cold start", "base", "SFT on samples of zero", "R1 v2 B.3.2", lambda: run.sft(
+        "dev1", *[make() for make in (lambda: cold_start_examples(run), lambda: run.model("base"))][::-1], p.cold))
+    stage("dev2", "RL-1", "dev1", "GRPO: accuracy + format + language", "R1 v2 3.2.1", lambda: run.rl(
         "dev2", run.model("dev1"), WITH_LANGUAGE, p.rl1))
 
-    later = stages & {"traces", "dev3", *(f"student_{name}" for name in run.students)}
-    if later and not checkpoint.finished(run.out / "dev2"):
-        raise ValueError(f"stage {min(later)} needs dev2, which is not finished: --stages dev2,{min(later)}")
-    general = read_rows(run.args.general, ("prompt", "completion")) if run.args.general else []
-    traces = rejection_sampling(run) if later else []
-    rows = distill.mix(traces, general, ratio=3, seed=run.seed) if general else traces
-    if later and not general:
+    learn = stages & {"dev3", *(f"student_{name}" for name in run.students)}
+    traces = rejection_sampling(run) if learn or "traces" in stages else []
+    rows = distill.mix(traces, run.examples, ratio=3, seed=run.seed) if traces and run.examples else traces
+    if learn and not run.examples:
         print("no --general examples: SFT-2 and the students learn from traces alone", flush=True)
-    stage("dev3", [], "SFT-2", "base", "SFT on traces" + " + general" * bool(general), "R1 v1 2.3.3", lambda: run.sft(
+    stage("dev3", "SFT-2", "base", "SFT on traces" + " + general" * bool(run.examples), "R1 v1 2.3.3", lambda: run.sft(
         "dev3", run.model("base"), rows, p.sft2))
     if "r1" in stages:
         print("no general or unsafe requests: RL-2 is by accuracy, format and language alone, at T 0.7", flush=True)
-    stage("r1", ["dev3"], "RL-2", "dev3", "GRPO: accuracy + format + language, T 0.7", "R1 v2 3.2.2", lambda: run.rl(
+    stage("r1", "RL-2", "dev3", "GRPO: accuracy + format + language, T 0.7", "R1 v2 3.2.2", lambda: run.rl(
         "r1", run.model("dev3"), WITH_LANGUAGE, p.rl2, run.problems[::-1]))
-    for name in run.students:
+    for name, dir in run.students.items():
         base, student, control = f"base_{name}", f"student_{name}", f"control_{name}"
-        stage(base, [], f"Small base, {name}", "given", "given", "", lambda: run.model(base))
-        stage(student, [], f"Distilled, {name}", base, "SFT on the same traces", "R1 v1 2.4", lambda: run.sft(
+        stage(base, f"Small base, {name}", "", given_by(dir), "", lambda: run.model(base))
+        stage(student, f"Distilled, {name}", base, "SFT on the same traces", "R1 v1 2.4", lambda: run.sft(
             student, run.model(base), rows, p.sft2))
-        stage(control, [], f"Control, {name}", base, "GRPO alone", "R1 v1 4.1", lambda: run.rl(
+        stage(control, f"Control, {name}", base, "GRPO alone", "R1 v1 4.1", lambda: run.rl(
             control, run.model(base), ACCURACY_AND_FORMAT, p.control))
     run.write()
 
 
+def given_by(dir):
+    return f"given: {Path(dir).resolve()}"
+
+
 def cold_start_examples(run):
     """Zero's correct, readable samples that think in the problem's language: their words are its own, nothing is swapped."""
-    problems = run.problems[:4 * run.preset.cold_start]
+    path, problems = run.out / "dev1" / "cold_start.jsonl", run.problems[:4 * run.preset.cold_start]
+    if path.exists():  # of a call that was killed later on
+        return checkpoint.read_jsonl(path)
     texts, _ = run.complete(run.model("zero"), problems, samples=4, temperature=1.0, top_p=1.0)
     in_its_language = lambda text, example: rewards.language_consistency(text, example) == 1
     rows, counts = distill.rejection_sample(problems, texts, rewards.accuracy, in_its_language, keep=1)
     print(f"{'cold start':16} {distill.explain(counts)}", flush=True)
     if not rows:
         raise ValueError("none of zero's samples can start dev1: it takes a longer R1-Zero, easier problems or a stronger base")
-    checkpoint.write_jsonl(run.out / "dev1" / "cold_start.jsonl", rows[:run.preset.cold_start])
+    checkpoint.write_jsonl(path, rows[:run.preset.cold_start])
     return rows[:run.preset.cold_start]
 
 
@@ -157,7 +190,7 @@ def preset_of(args):
         elif isinstance(stage, SFTConfig) and name != "pretrain":
             longer = {"batch_tokens": max(stage.batch_tokens, sft.get("row_length", 0))}
             stages[name] = replace(stage, **longer | sft)
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes = {field: getattr(args, name) for name, field in SIZES.items() if getattr(args, name) is not None}
     sizes |= {"zero_samples": args.samples} if args.samples else {}
     if wrong := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
         raise ValueError(f"{wrong[0]} must be positive")
@@ -165,7 +198,7 @@ def preset_of(args):
 
 
 def main():
-    parser = Parser(description="The recipe on a checkpoint and a problem set of your own.")
+    parser = Parser(description="The recipe on a checkpoint and a problem set of your own.", allow_abbrev=False)
     parser.add_argument("--base", required=True, metavar="DIR", help="Hugging Face directory of a dense Llama, Qwen2 or Qwen3")
     parser.add_argument("--train", required=True, metavar="FILE", help=PROBLEMS)
     parser.add_argument("--test", dest="test_file", required=True, metavar="FILE", help="the same; never trained on")
@@ -187,27 +220,27 @@ def main():
     for name, field in SFT_OPTIONS.items():
         value = getattr(PRESET.sft2, field)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"of every SFT stage; default {value}")
-    for name, what in zip(SIZES, ("of a test problem; default 16", "at most so many problems; default all", "examples; default 500",
-                                  "problems for traces; default all", "of each of them; default 4")):
-        option = "--test-problems" if name == "test" else f"--{name.replace('_', '-')}"
-        parser.add_argument(option, dest=name, type=int, help=what)
+    for name, what in zip(SIZES, ("of a test problem; default 16", "examples; default 500", "problems for traces; default all",
+                                  "of each of them; default 4", "at most so many; default all")):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=what)
     args, started = parser.parse_args(), time.time()
-    device = torch.device(args.device)
     out = Path(args.out or f"runs/{Path(args.base).resolve().name}-{args.seed}")
     with parser.explained(out), checkpoint.lock(out):
-        preset, args.test = preset_of(args), args.test_file
+        device = device_of(args.device)
+        preset = preset_of(args)
         print(f"{args.base}, seed {args.seed}, {preset.zero.dtype} on {machine(device)}", flush=True)
-        run = GivenRun(out, preset, args.seed, device, args)
-        names = [(f"base_{name}", f"student_{name}", f"control_{name}") for name in run.students]
+        students = named(args.student)
+        names = [(f"base_{name}", f"student_{name}", f"control_{name}") for name in students]
         every = ["base", "zero", "dev1", "dev2", "traces", "dev3", "r1", *(name for three in names for name in three)]
         groups = {"students": {name for base, student, _ in names for name in (base, student)},
                   "controls": {control for _, _, control in names}}
         chosen = (args.stages or "base,zero,dev1,dev2,traces,dev3,r1,students").split(",")
-        if unknown := [name for name in [*chosen, args.from_stage or "base"] if name not in {*every, *groups}]:
+        if unknown := [name for name in chosen if name not in {*every, *groups}] + [args.from_stage] * (args.from_stage not in {None, *every}):
             raise ValueError(f"stage {unknown[0]!r} is none of {', '.join([*every, *groups])}")
         if args.from_stage:
             forget(out, every[every.index(args.from_stage):])
-            run = GivenRun(out, preset, args.seed, device, args)
+            (out / "dev1" / "cold_start.jsonl").unlink(missing_ok=True) if args.from_stage in ("base", "zero", "dev1") else None
+        run = GivenRun(out, preset, args.seed, device, args, students)
         recipe(run, set().union(*(groups.get(name, {name}) for name in chosen)))
     print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")

@@ -23,6 +23,7 @@ them is (B, T): position t predicts ids[:, t+1].
 
 import copy
 import itertools
+import math
 import time
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
+SKIPS = 5  # updates in a row that are not finite end a run
 CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "old_logprobs": ("trainer", "sampler"),
            "dtype": ("float32", "bfloat16")}
 
@@ -363,9 +365,19 @@ def update(model, optimizer, r: Rollout, rows, advantages, importance, config):
             sums[name] = sums.get(name, 0.0) + value * share
         sums["loss"] = sums.get("loss", 0.0) + loss.item()
     sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
-    optimizer.step()
+    sums["skipped"] = float(not math.isfinite(sums["loss"] + sums["grad_norm"]))  # Adam would keep a NaN for good
+    if not sums["skipped"]:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums
+
+
+class NotFinite(ValueError):
+    """SKIPS updates in a row were skipped. `batch`: tensors of the last one, to be saved for a look."""
+
+    def __init__(self, step, batch):
+        super().__init__(f"rollout {step}: {SKIPS} updates in a row had a loss or gradient that is not finite")
+        self.batch = batch
 
 
 def train(model, examples, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None, credit=None,
@@ -386,6 +398,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) after each rollout.
     save(**state) is called with the state after each rollout; resume(**objects) puts such a state back into the objects
     and returns the counters. Returns the last metrics.
+    An update whose loss or gradient is not finite is skipped and counted; after SKIPS in a row NotFinite is raised.
     """
     c, weights = config, weights or {}
     if not examples or not rewards or weights.keys() - rewards.keys():
@@ -400,8 +413,9 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
     # a state to save: objects, which `resume` fills in place, and counters, which it returns
     objects = dict(model=model, optimizer=optimizer, generator=generator, shuffler=shuffler,
                    **({"reference": reference} if needs_reference else {}), **getattr(credit, "objects", {}))
-    counters = {"step": 0, "updates": 0, "prompts": 0, "samples": 0} if resume is None else resume(**objects)
-    step, updates, taken, samples, metrics = *(counters[name] for name in ("step", "updates", "prompts", "samples")), {}
+    names = ("step", "updates", "prompts", "samples", "skips")
+    counters = dict.fromkeys(names, 0) if resume is None else resume(**objects)
+    step, updates, taken, samples, skips, metrics = *(counters[name] for name in names), {}
     while step < c.rollouts and not (c.sample_budget and samples >= c.sample_budget):
         started = time.time()
 
@@ -437,7 +451,11 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = c.lr * min(1.0, updates / max(1, c.warmup))
                 history.append(update(model, optimizer, r, rows.tolist(), advantages, importance, c))
-                if credit is not None:
+                skips = skips + 1 if history[-1]["skipped"] else 0
+                if skips == SKIPS:
+                    raise NotFinite(step + 1, {"ids": r.ids[rows], "mask": r.mask[rows], "advantages": advantages[rows],
+                                               "old_logprobs": r.old_logprobs[rows]})
+                if credit is not None and not skips:
                     history[-1] |= credit.learn(r, rows.tolist())
         step += 1
 
@@ -456,7 +474,9 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
                    # pi_old is the sampler's: the weights have not moved yet
                    "sampler_gap": history[0]["drift"] if c.old_logprobs == "sampler" else (gap.abs().sum() / r.mask.sum()).item()}
         metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
-        metrics |= {name: sum(h[name] for h in history) / len(history) for name in history[0]}
+        good = [h for h in history if not h["skipped"]] or history[:1]
+        metrics |= {name: sum(h[name] for h in good) / len(good) for name in good[0]}
+        metrics["skipped"] = sum(h["skipped"] for h in history)
         metrics |= {"seconds": time.time() - started, "sampling_seconds": sampled - started, "tokens": int(r.lengths.sum())}
         over = step == c.rollouts or 0 < c.sample_budget <= samples
         if validate is not None and (step % c.validate_every == 0 or over):
@@ -464,7 +484,7 @@ def train(model, examples, encode, decode, generate, end_ids, rewards, config: G
         if log is not None:
             log(metrics, r)
         if save is not None:
-            save(**objects, step=step, updates=updates, prompts=taken, samples=samples)
+            save(**objects, step=step, updates=updates, prompts=taken, samples=samples, skips=skips)
     return metrics
 
 

@@ -122,6 +122,8 @@ def rope_frequencies(c: Config):
     turns = first * frequency / (2 * math.pi)  # of each pair within the first context
     if kind == "llama3":
         low, high = number("low_freq_factor"), number("high_freq_factor")
+        if not low < high:
+            raise ValueError(f"rope scaling: low_freq_factor {low} is not below high_freq_factor {high}")
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return kept * frequency + (1 - kept) * frequency / factor, 1.0
     if kind == "yarn":
@@ -453,15 +455,11 @@ def save(model, dir, tokenizer=None):
         os.replace(dir / f"{name}.tmp", dir / name)
 
 
-@torch.no_grad()
-def load(dir, device=None, dtype=None) -> Transformer:
-    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (to train, torch.float32).
+def inspect(dir):
+    """The model of a Hugging Face directory on the device "meta", without weights, and {tensor: (its file, its dtype)}.
 
-    Tensors go to the device and dtype in pieces of up to 16 MB: the peak of memory is little above the weights.
     Raises ValueError, which names the file and the field or tensor, for what is not a whole dense Llama, Qwen2 or Qwen3."""
     dir = Path(dir)
-    with blame(f"device {device}"):
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with blame(dir / "config.json") as path, torch.device("meta"):  # no memory or random numbers for what is replaced
         model = Transformer(_config(json.loads(path.read_text(encoding="utf-8"))))
     wanted = {name: [*part.shape] for parts in stored(model).values() for name, part in parts.items()}
@@ -482,10 +480,22 @@ def load(dir, device=None, dtype=None) -> Transformer:
                 there[name] = path, FLOATS[kind]
     if missing := [name for name in wanted if name not in there]:
         raise ValueError(f"{source}: tensor {missing[0]} is missing")
+    return model, there
+
+
+@torch.no_grad()
+def load(dir, device=None, dtype=None) -> Transformer:
+    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (to train, torch.float32).
+
+    Tensors go to the device and dtype in pieces of up to 16 MB: the peak of memory is little above the weights.
+    Raises ValueError as `inspect` does."""
+    with blame(f"device {device}"):
+        device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device  # it is there
+    model, there = inspect(dir)
     empty = {name: torch.empty_like(p, device=device, dtype=dtype or there[[*stored(model)[name]][0]][1])
              for name, p in model.named_parameters()}
     model.load_state_dict(empty, strict=False, assign=True)
-    if tied:
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     for parts in stored(model).values():
         for name, part in parts.items():
@@ -502,31 +512,36 @@ def blame(path):
     try:
         yield path
     except Exception as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from None
 
 
 def _config(raw):
     raw = {name: value for name, value in raw.items() if value is not None}
-    rope = {"rope_type" if name == "type" else name: value  # of transformers 5, and 4
-            for old in ("rope_parameters", "rope_scaling") for name, value in raw.get(old, {}).items()}
+    newer, older = ({name: value for name, value in raw.get(field, {}).items() if value is not None}
+                    for field in ("rope_parameters", "rope_scaling"))  # of transformers 5, and 4
+    rope = newer | older | {name: raw[name] for name in ("original_max_position_embeddings",) if name in raw}
+    types = {each[name] for each in (newer, older) for name in ("rope_type", "type") if name in each}
     kind, architectures = raw.get("model_type"), raw.get("architectures", list(ARCHITECTURES.values()))
     bias = [name for name in ("attention_bias", "mlp_bias") if raw.get(name) and (kind, name) != ("qwen2", "attention_bias")]
     for what, refused in {
         f"model_type {kind!r} with architectures {architectures}": ARCHITECTURES.get(kind) not in architectures,
-        f"rope_parameters {rope}": rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(v, dict) for v in rope.values()),
+        f"rope_parameters {rope}": (len(types) > 1 or rope.get("partial_rotary_factor", 1) != 1
+                                    or any(isinstance(value, dict) for value in rope.values())),
         "a sliding window": raw.get("use_sliding_window") or {*raw.get("layer_types", [])} - {"full_attention"},
         "quantization_config": raw.get("quantization_config"),
         f"{' and '.join(bias)} of a {kind}": bias,
-        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
     }.items():
         if refused:
             raise ValueError(f"{what} is not supported, only dense {', '.join(ARCHITECTURES.values())}")
     values = {"num_key_value_heads": raw.get("num_attention_heads"), "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-              "tie_word_embeddings": False} | raw | rope  # before them what their absence means
-    scaled = rope.get("rope_type", "default") != "default"
-    values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None
+              "tie_word_embeddings": False} | ({"head_dim": 128} if kind == "qwen3" else {}) | raw | rope  # before: what absence means
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")} | {"rope_type": [*types, "default"][0]}
+    values["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
     for field in fields(Config):
-        if field.type in (int, float) and not (isinstance(value := values.get(field.name), (int, field.type)) and value > 0):
+        kinds = {int: (int,), float: (int, float), int | None: (int, type(None)), bool: (bool,)}.get(field.type)
+        value, largest = values.get(field.name), 1e12 if field.type is float else 2 ** 20  # tables of angles grow with the context
+        if kinds and (type(value) not in kinds or type(value) in (int, float) and not 0 < value <= largest):
             raise ValueError(f"{field.name} is {value!r}")
     return Config(**{field.name: values[field.name] for field in fields(Config) if field.name in values})
 

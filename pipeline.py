@@ -29,7 +29,7 @@ import compare
 import distill
 import evaluate
 import rewards
-from command import Parser, fast_dtype
+from command import Parser, device_of, fast_dtype
 from data import world
 from grpo import GRPOConfig
 from run import METRICS, Run, machine
@@ -200,6 +200,8 @@ def rejection_sampling(run):
         texts, _ = run.complete(run.model("dev2"), problems, samples=p.trace_samples, temperature=1.0, top_p=1.0)
         in_its_language = lambda text, example: rewards.language_consistency(text, example) == 1
         rows, counts = distill.rejection_sample(problems, texts, rewards.accuracy, in_its_language, keep=2)
+        if not rows and run.results["meta"]["preset"] != "smoke":
+            raise ValueError(f"none of dev2's samples is a trace ({distill.explain(counts)}): a stronger dev2, or more --trace-samples")
         if not rows:  # a smoke run's dev2 is never right
             rows = [{**e, "completion": world.tagged("1", e["answer"])} for e in problems[:4]]
         checkpoint.write_jsonl(dir / "traces.jsonl", rows)
@@ -264,7 +266,7 @@ def main():
     if any(argument.split("=")[0] == "--base" for argument in sys.argv[1:]):
         import given
         return given.main()
-    parser = Parser(description="The DeepSeek-R1 recipe, from random weights to distilled students.")
+    parser = Parser(description="The DeepSeek-R1 recipe, from random weights to distilled students.", allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is CUDA, else cpu")
     parser.add_argument("--base", metavar="DIR", help="a model directory of your own, with its own options: --base DIR --help")
     parser.add_argument("--out", help="run directory; default runs/PRESET-SEED")
@@ -278,15 +280,14 @@ def main():
     preset = args.preset or ("gpu" if args.device.startswith("cuda") else "cpu")
     out = Path(args.out or f"runs/{preset}-{args.seed}")
     started = time.time()
-    dtype, device = args.dtype or fast_dtype(args.device), torch.device(args.device)
-    settings = in_dtype(PRESETS[preset], dtype)
-    print(f"{preset} preset, seed {args.seed}, {dtype} on {machine(device)}", flush=True)
-    make_run = partial(Run, out, preset, settings, args.seed, device)
     with parser.explained(out), checkpoint.lock(out):
-        run = make_run()
+        device = device_of(args.device)
+        dtype = args.dtype or fast_dtype(device)
+        print(f"{preset} preset, seed {args.seed}, {dtype} on {machine(device)}", flush=True)
+        make_run = partial(Run, out, preset, in_dtype(PRESETS[preset], dtype), args.seed, device)
         if args.from_stage:
             forget(out, STAGES[STAGES.index(args.from_stage):])
-            run = make_run()  # without what results.json said of these stages
+        run = make_run()  # results.json tells of finished stages alone
         if args.compare:
             make_base(run)
             compare.compare(run, make_run, ACCURACY_AND_FORMAT)
@@ -299,8 +300,7 @@ def main():
 
 def forget(out, stages):
     """They are not finished, and what was measured of them is gone."""
-    for file in [*(out / name / file for name in stages for file in (checkpoint.DONE, checkpoint.STATE)),
-                 *(out / "extras").glob("*.npz"), out / "results.json"]:
+    for file in [*(out / name / file for name in stages for file in (checkpoint.DONE, checkpoint.STATE)), *(out / "extras").glob("*.npz")]:
         file.unlink(missing_ok=True)
 
 

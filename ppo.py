@@ -154,8 +154,9 @@ class PPO:
             loss = value_loss(values, old_values, returns, mask, self.ppo.value_clip, tokens)
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
+        if torch.isfinite(norm):  # Adam would keep a NaN for good
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"value_loss": total, "explained_variance": explained_variance(self.old_values, self.returns, r.mask)}
 

@@ -121,8 +121,9 @@ class PRIME:
             rewards[rows, :t], total = scored.detach(), total + loss.item()
         right, sums = outcomes.flatten() > 0.5, rewards.sum(1)
         self.metrics = {"prm_loss": total, "prm_accuracy": ((sums > 0) == right).float().mean().item()}
-        torch.nn.utils.clip_grad_norm_(self.prm.parameters(), self.config.grad_clip)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.prm.parameters(), self.config.grad_clip)
+        if torch.isfinite(norm):  # Adam would keep a NaN for good
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return prime_advantages(rewards, outcomes, r.mask, self.prime.gamma)
 

@@ -9,12 +9,14 @@ import platform
 import sys
 import time
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import checkpoint
@@ -68,6 +70,7 @@ class Run:
         self.begin()
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))} | self.given()
+        self.read_data()  # first: what cannot be read must leave no settings behind
         path = self.out / "config.json"
         before = json.loads(path.read_text()) if path.exists() else settings
         if before != settings:
@@ -75,7 +78,6 @@ class Run:
                              f"{self.out}")
         if not path.exists():  # several processes of a comparison open one run
             checkpoint.atomic_write(path, json.dumps(settings, indent=1))
-        self.read_data()
 
     def given(self):
         """What of a user's own goes into the run (given.py)."""
@@ -97,7 +99,8 @@ class Run:
         path = self.out / "results.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         stages = {name: stage for name, stage in before.get("stages", {}).items() if checkpoint.finished(self.out / name)}
-        return {key: before[key] for key in ("claims", "compare") if key in before} | {"stages": stages}
+        claims = before.get("claims", []) if len(stages) == len(before.get("stages", {})) else []  # they are of all stages
+        return ({"compare": before["compare"]} if "compare" in before else {}) | {"claims": claims, "stages": stages}
 
     # ---- text to ids
 
@@ -191,10 +194,21 @@ class Run:
 
         return keeper, keep, resume if keeper.resume else None
 
+    @contextmanager
+    def offending(self, name):
+        """Where training stops because nothing is finite, the batch is saved, and the last good state is named."""
+        try:
+            yield
+        except (sft.NotFinite, grpo.NotFinite) as error:
+            path, state = self.out / name / "not_finite.safetensors", self.out / name / checkpoint.STATE
+            save_file({key: value.contiguous() for key, value in error.batch.items()}, path)
+            last = f"the last good state is {state}" if state.exists() else f"{name} begins anew with the same command"
+            raise ValueError(f"{name}, {error}. Its batch: {path}; {last}. What usually mends it: a lower --lr, --dtype float32") from None
+
     def log(self, name, metrics):
         """Times go to a file of their own, so that the rest is the same at each run."""
         times = {key: value for key, value in metrics.items() if "seconds" in key}
-        rest = {key: round(value, 6) for key, value in metrics.items() if key not in times}
+        rest = {key: round(value, 6) for key, value in metrics.items() if key not in times and np.isfinite(value)}
         checkpoint.append_jsonl(self.out / name / "metrics.jsonl", rest)
         checkpoint.append_jsonl(self.out / name / "times.jsonl", {"step": metrics["step"], **times})
 
@@ -217,8 +231,10 @@ class Run:
             if m["step"] % 10 == 0 or m["step"] == m["steps"]:
                 self.log(name, m)
 
-        with keeper:
-            sft.train(model, [self.example(row, pretraining) for row in rows], replace(config, seed=self.seed), log, keep, resume)
+        examples = [self.example(row, pretraining) for row in rows]
+        print(sft.say_cut(examples, config.row_length), end="", flush=True)
+        with keeper, self.offending(name):
+            sft.train(model, examples, replace(config, seed=self.seed), log, keep, resume)
         bar.close()
         return model
 
@@ -235,7 +251,7 @@ class Run:
             bar.show(m, config.rollouts, "reward", "accuracy", "length", "kl")
             self.log(name, m)
             if m["step"] % config.validate_every == 0 or m["step"] == 1:
-                for i in range(0, len(r.texts), len(r.texts) // 3):
+                for i in range(0, len(r.texts), max(1, len(r.texts) // 3)):
                     e = r.examples[i // config.group_size]
                     parts = {n: s.flatten()[i].item() for n, s in r.parts.items()}
                     row = {key: e[key] for key in ("prompt", "answer", "language", "kind")}
@@ -247,7 +263,7 @@ class Run:
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
         weights = {name: weights.get(name, 0.0) for name in rules}
-        with keeper:
+        with keeper, self.offending(name):
             grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, self.tokenizer.end_ids,
                        rules, config, weights, credit, getattr(credit, "keep", None), validate_now if validate else None,
                        log=log, save=keep, resume=resume)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
+SKIPS = 5  # steps in a row that are not finite end a run
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def pack(examples, row_length):
             targets[r, at + first - 1:end - 1] = tokens[first:]
             at = end
     return ids, segments, positions, targets
+
+
+def say_cut(examples, row_length):
+    """A line on those that are longer than a row, which lose their end and the end token with it; "" if there are none."""
+    cut = sum(len(ids) > row_length for ids, _ in examples)
+    return f"{cut} of {len(examples)} examples are longer than row_length {row_length} and are cut\n" if cut else ""
 
 
 def learning_rate(step, steps, c: SFTConfig):
@@ -137,11 +144,20 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
         return sum(loss(*piece) if len(pieces) == 1 else checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
 
 
+class NotFinite(ValueError):
+    """SKIPS steps in a row were skipped. `batch`: tensors of the last one, to be saved for a look."""
+
+    def __init__(self, step, batch):
+        super().__init__(f"step {step}: {SKIPS} steps in a row had a loss or gradient that is not finite")
+        self.batch = batch
+
+
 def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics.
 
     log(metrics) is called each step. save(model=..., optimizer=..., step=...) is offered the state after each step;
-    resume(model=..., optimizer=...) puts such a state back and returns {"step": ...}.
+    resume(model=..., optimizer=...) puts such a state back and returns {"step": ..., "skips": ...}.
+    A step whose loss or gradient is not finite is skipped; after SKIPS in a row NotFinite is raised.
     Raises ValueError when there is no example, or none with a token to learn.
     """
     c, device = config, next(model.parameters()).device
@@ -157,9 +173,10 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
     data = [torch.cat(parts) for parts in zip(*rows_of_epochs)]
     rows_a_step = max(1, c.batch_tokens // c.row_length)
     steps = math.ceil(len(data[0]) / rows_a_step)
-    step, metrics = 0, {}
+    step, skips, metrics = 0, 0, {}
     if resume is not None:
-        step = resume(model=model, optimizer=optimizer)["step"]
+        counters = resume(model=model, optimizer=optimizer)
+        step, skips = counters["step"], counters["skips"]
     model.train()
     while step < steps:
         started = time.time()
@@ -173,15 +190,19 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, c)
-        optimizer.step()
+        skips = 0 if math.isfinite(total + grad_norm) else skips + 1  # Adam would keep a NaN for good
+        if not skips:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        if skips == SKIPS:
+            raise NotFinite(step, dict(zip(("ids", "segments", "positions", "targets"), batch)))
         metrics = {"step": step, "steps": steps, "loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
-                   "tokens": int((batch[1] > 0).sum()), "seconds": time.time() - started}
+                   "tokens": int((batch[1] > 0).sum()), "skipped": float(skips > 0), "seconds": time.time() - started}
         if log is not None:
             log(metrics)
         if save is not None:
-            save(model=model, optimizer=optimizer, step=step)
+            save(model=model, optimizer=optimizer, step=step, skips=skips)
     return metrics
 
 
@@ -207,6 +228,7 @@ def main():
             prompt = tokenizer.encode_prompt(row["prompt"])
             ids = prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id]
             examples.append((ids, 0 if args.pretrain else len(prompt)))
+        print(say_cut(examples, config.row_length), end="")
         train(model, examples, config, log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  "
                                                            f"grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"))
         save(model, out, tokenizer)

@@ -10,6 +10,7 @@ Hugging Face does; special ones only where the caller asks for them.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -42,27 +43,27 @@ TEMPLATES = {
                "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
                "User: {prompt}. Assistant:",
     "chatml": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
-    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama-3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+# Of chat templates: the beginning of the hash -> family, and the system prompt that it sets where there is none.
+CHAT_TEMPLATES = {
+    "705d5782da398f5c": ("chatml", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),  # Qwen2.5
+    "bce94d5dd17510b0": ("chatml", "You are a helpful assistant"),                                           # Qwen1.5
+    "6e76f0d0a1bfb2ef": ("chatml", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),  # SmolLM2
+    "ccd61ecea6aa8406": ("chatml", None),                                                                    # Qwen3
+    "fcf7a096fe99a48f": ("chatml", None),                                                                    # plain ChatML
+    "18f3fd186f23cd66": ("llama-3", None),                                                                   # Llama 3
 }
 
 
 def recognise(chat_template: str) -> str:
-    """The template that a Hugging Face chat template (a Jinja program, which is read and not run) comes to for one question.
-
-    Its control tokens tell the family; ChatML may begin with a fixed system prompt. Raises ValueError for another family, and
-    for what says more than that: a date, a mode of reasoning, functions, a <think> that opens the answer.
-    """
-    markers = {*re.findall(r"<[|｜][^<>|｜]*[|｜]>", chat_template)}
-    newline = r"(?:\n|\\n)"  # as itself, or written in a string of Jinja's
-    more = re.search(rf"(?i)strftime|date_string|knowledge|reasoning_mode|functions %}}|function calling|"
-                     rf"assistant{newline}<think>{newline}?(?:</think>)?'", chat_template)
-    system = {*re.findall(rf"<\|im_start\|>system{newline}([^<>{{}}'\"]+)<\|im_end\|>", chat_template)}
-    if not more and markers == {"<|im_start|>", "<|im_end|>"} and len(system) < 2:
-        return "".join(f"<|im_start|>system\n{text}<|im_end|>\n" for text in system) + TEMPLATES["chatml"]
-    if not more and markers - {"<|begin_of_text|>"} == {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}:
-        return TEMPLATES["llama-3"]
-    has = more[0] if more else ", ".join(sorted(markers)) or "no control tokens"
-    raise ValueError(f"the chat template, with {has}, is not one that is known here; choose one: {', '.join(TEMPLATES)}")
+    """The template that a published chat template (a Jinja program) comes to for one question. Programs are told by their text
+    and never run: raises ValueError for any that is not among CHAT_TEMPLATES."""
+    if (known := CHAT_TEMPLATES.get(hashlib.sha256(" ".join(chat_template.split()).encode()).hexdigest()[:16])) is None:
+        raise ValueError(f"the chat template {chat_template[:60]!r}... is not one of those known here; choose one: {', '.join(TEMPLATES)}")
+    family, system = known
+    return (f"<|im_start|>system\n{system}<|im_end|>\n" if system else "") + TEMPLATES[family]
 
 
 def split_patterns(pre: dict | None) -> list[str]:
@@ -190,19 +191,19 @@ class Tokenizer:
         self.spec = _read(path)
         self.config = _read(path.with_name("tokenizer_config.json"), missing={})
         if (jinja := path.with_name("chat_template.jinja")).exists():
-            self.config["chat_template"] = jinja.read_text(encoding="utf-8")
+            self.config["chat_template"] = jinja.read_text(encoding="utf-8", errors="replace")
         generation = _read(path.with_name("generation_config.json"), missing={})
         try:
             self._build()
-            self.end_ids = self._find_ends([self.config.get("eos_token"), generation.get("eos_token_id")])
+            self._ends = self._find_ends([self.config.get("eos_token"), generation.get("eos_token_id")])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
-        self.end_id = self.end_ids[0]
         self._template = template or self.config.get("prompt_template")
-        if template:
+        if self._template:
             self.template  # checked now
+        self.end_id = self.end_ids[0]
 
     def _build(self):
         import regex  # tiktoken brings it
@@ -216,6 +217,10 @@ class Tokenizer:
             raise ValueError(f"normalizer {forms} is not supported: NFC or none is")
         self.normal_form = "NFC" if forms else None
         self.added = {token["content"]: token["id"] for token in added}
+        self.added_text = {id: text for text, id in self.added.items()}
+        for text, id in self.added.items():
+            if not text or len(self.added) < len(added) or self.spec["model"]["vocab"].get(text, id) != id:
+                raise ValueError(f"added token {text!r} is not supported: empty, twice, or with another id in the vocabulary")
         self.special_ids = {token["id"] for token in added if token.get("special")}
         # first those that are looked for in the raw text, then those in the normalised one; with and without the special ones
         kinds = [[token for token in added if bool(token.get("normalized")) == normalised] for normalised in (False, True)]
@@ -225,6 +230,8 @@ class Tokenizer:
         patterns, self._ranks = split_patterns(self.spec.get("pre_tokenizer")), mergeable_ranks(model, self.added)
         tokens = self._ranks | {text.encode(): id for text, id in self.added.items()}
         self.known = set(tokens.values())
+        if strange := [id for id in self.known if type(id) is not int or not 0 <= id < 2 ** 24]:
+            raise ValueError(f"token id {strange[0]!r} is out of range")
         if len(self.known) < len(tokens):
             raise ValueError("two tokens share an id")
         self.vocab_size = max(self.known) + 1
@@ -232,7 +239,10 @@ class Tokenizer:
         self._lacking, self._unknown = {b[0] for b in lacking}, model["vocab"].get(model.get("unk_token"))
         spare = {b: self.vocab_size + i for i, b in enumerate(lacking)}  # tiktoken wants all 256; these are never made
         self.encoding = tiktoken.Encoding("ours", pat_str=patterns[-1], mergeable_ranks=self._ranks | spare, special_tokens=self.added)
-        *self._first, self._last = map(regex.compile, patterns)
+        try:
+            *self._first, self._last = map(regex.compile, patterns)
+        except regex.error as error:
+            raise ValueError(f"pre_tokenizer pattern: {error}") from None
         probe = "".join(map(chr, range(128))) + "é٣ 苹果，½ €🍎\u00a0\u2028\u200d\ue000 \n"  # characters of each sort
         if "".join(match[0] for match in self._last.finditer(probe)) != probe:
             raise ValueError(f"pre_tokenizer pattern {patterns[-1]!r} is not supported: it leaves text out")
@@ -245,7 +255,7 @@ class Tokenizer:
             end = end["content"] if isinstance(end, dict) else end
             ends += [self.added.get(e) if isinstance(e, str) else e for e in (end if isinstance(end, list) else [end]) if e is not None]
         ends = ends or [*self.special_ids]
-        if len(ends) > 1 and named == [None, None] or not ends or not {*ends} <= self.known:
+        if len(ends) > 1 and named == [None, None] or not ends or not {*ends} <= self.known or any(type(e) is not int for e in ends):
             raise ValueError(f"the end token {named[0]!r}, eos_token of tokenizer_config.json, is not among the tokens")
         return [*dict.fromkeys(ends)]
 
@@ -255,7 +265,9 @@ class Tokenizer:
         try:
             chat = self.config.get("chat_template")
             if isinstance(chat, list):  # several by name
-                chat = {each["name"]: each["template"] for each in chat}.get("default")
+                chat = next((each.get("template") for each in chat if isinstance(each, dict) and each.get("name") == "default"), None)
+            if not isinstance(self._template or chat or "", str):
+                raise ValueError(f"the template {self._template or chat!r} is no text")
             text = self._template or (recognise(chat) if chat else TEMPLATES["none"])
             text = TEMPLATES.get(text, text)
             if text.count("{prompt}") != 1:
@@ -265,6 +277,15 @@ class Tokenizer:
             return text
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
+
+    @property
+    def end_ids(self) -> list[int]:
+        """What ends an answer: the template's own end of a turn, then what the directory names."""
+        try:
+            turn = [self.added[token] for token in ("<|im_end|>", "<|eot_id|>") if f"{{prompt}}{token}" in self.template]
+        except ValueError:  # a chat template that is not known, of a tokenizer that is not asked with
+            turn = []
+        return [*dict.fromkeys(turn + self._ends)]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         raw, normalised = self._all_added if allow_special else self._tags
@@ -308,13 +329,15 @@ class Tokenizer:
         if not prompt:
             return []
         template = self.template
-        if later and "<|im_start|>" in template:  # ChatML's turns end in a line break; its system prompt stands once
-            template = "\n" + TEMPLATES["chatml"]
+        if template == TEMPLATES["llama-3"]:
+            prompt = prompt.strip()  # as Llama's own chat template does
+        if later:  # ChatML's turns end in a line break; a system prompt stands once
+            template = "\n" + TEMPLATES["chatml"] if "<|im_start|>" in template else template.removeprefix("<|begin_of_text|>")
         before, after = template.split("{prompt}")
         cut = max([0, *(before.rfind(token) + len(token) for token in self.added if token in before)])  # control tokens are borders,
         rest = min([len(after), *(after.find(token) for token in self.added if token in after)])        # other text joins the prompt
         ids = self.encode(before[:cut], True) + self.encode(before[cut:] + prompt + after[:rest]) + self.encode(after[rest:], True)
-        return ids if later else self.start_ids + ids
+        return ids if later or ids[:len(self.start_ids)] == self.start_ids else self.start_ids + ids
 
     def check_fits(self, vocab_size: int):
         """Raises ValueError if a model of this vocabulary has no place for some of our ids."""
@@ -329,7 +352,11 @@ class Tokenizer:
         """As transformers.AutoTokenizer reads it; the prompt template stays with it."""
         end = self.encoding.decode([self.end_id])
         config = {"pad_token": end, "clean_up_tokenization_spaces": False} | self.config
-        config |= {"prompt_template": self._template} if self._template else {}
+        if self._template:
+            before, after = ("".join(self.added_text[id] for id in self.start_ids) * (not self.template.startswith("<|begin"))
+                             + self.template).split("{prompt}")
+            program = " + ".join([json.dumps(before), "messages[-1]['content']", json.dumps(after)])
+            config |= {"prompt_template": self._template, "chat_template": "{{ " + program + " }}"}  # the same for transformers
         _write(Path(dir) / "tokenizer.json", self.spec)
         _write(Path(dir) / "tokenizer_config.json",
                config | {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
@@ -404,7 +431,7 @@ def _read(path: Path, missing: dict | None = None) -> dict:
         return missing
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON or of the UTF-8
+    except (ValueError, RecursionError) as error:  # of the JSON or of the UTF-8
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")

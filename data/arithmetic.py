@@ -17,8 +17,8 @@ def problems(count, seed, test=False):
     random.Random(0).shuffle(pairs)
     held_out = len(pairs) // 5
     chosen = [(a, op, b) for a, b in (pairs[:held_out] if test else pairs[held_out:]) for op in "+-" if op == "+" or a >= b]
-    if count > len(chosen):
-        raise ValueError(f"{count} problems are wanted, there are {len(chosen)}")
+    if not 0 < count <= len(chosen):
+        raise ValueError(f"{count} problems are wanted, there are 1 to {len(chosen)}")
     random.Random(seed).shuffle(chosen)
     return [{"prompt": f"What is {a} {op} {b}?", "answer": str(a + b if op == "+" else a - b)} for a, op, b in chosen[:count]]
 

@@ -9,6 +9,7 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 COUNTDOWN = ("Using the numbers {nums}, each exactly once, with +, -, * and / and with parentheses where they are needed, write an "
@@ -22,13 +23,14 @@ def read_rows(path, fields=()):
 
 def numbered_rows(path, fields=()):
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):  # U+2028 stands in texts, and ends no row
+    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):  # without a byte order mark
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate could not be written again
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}:{number}: not JSON") from None
+            raise ValueError(f"{path}:{number}: not JSON in UTF-8") from None
         for name in fields:
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise ValueError(f"{path}:{number}: no text under {name!r}")
@@ -58,7 +60,8 @@ def as_example(row):
     """{"prompt", "answer", "language", "kind", ...} of a row of any of the formats above. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("a row must be an object")
-    english = {"language": row.get("language", "en"), "kind": row.get("kind", "reasoning")}
+    chinese = len(re.findall("[\u4e00-\u9fff]", json.dumps(row, ensure_ascii=False))) > 5
+    english = {"language": row.get("language", "zh" if chinese else "en"), "kind": row.get("kind", "reasoning")}
     text = lambda name: row[name] if isinstance(row.get(name), str) else ""
     if {"nums", "target"} <= row.keys():
         prompt = text("prompt") or COUNTDOWN.format(nums=row["nums"], target=row["target"])

@@ -106,11 +106,8 @@ def test_a_byte_that_is_no_token_is_left_out_or_unknown_as_the_library_does(tmp_
 
 # ---- prompt templates
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-SYSTEM = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}" + CHATML)
-LLAMA_3 = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
-           "message['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}")
 
 
 def test_r1_zeros_template_is_the_papers_word_for_word():
@@ -122,40 +119,69 @@ def test_r1_zeros_template_is_the_papers_word_for_word():
     assert TEMPLATES["r1-zero"] == " ".join(paper.split()).replace("User: prompt.", "User: {prompt}.")
 
 
-@pytest.mark.parametrize("jinja", [CHATML, SYSTEM, LLAMA_3])
-def test_a_known_chat_template_asks_as_transformers_renders_it(jinja):
+def renders(chat_template, prompt):
     rendering = pytest.importorskip("transformers.utils.chat_template_utils")
-    text, _ = rendering.render_jinja_template([[{"role": "user", "content": "What is 17 + 25?"}]], chat_template=jinja,
-                                              add_generation_prompt=True, bos_token="")
-    assert recognise(jinja).replace("{prompt}", "What is 17 + 25?") == text[0]
+    text, _ = rendering.render_jinja_template([[{"role": "user", "content": prompt}]], chat_template=chat_template,
+                                              add_generation_prompt=True, bos_token="<|begin_of_text|>")
+    return text[0]
 
 
-def test_chatml_its_system_prompt_and_llama_3_are_known():
+def test_plain_chatml_is_known_and_asks_as_transformers_renders_it():
     assert recognise(CHATML) == TEMPLATES["chatml"]
-    assert recognise(SYSTEM) == "<|im_start|>system\nYou are kind.<|im_end|>\n" + TEMPLATES["chatml"]
-    assert recognise(LLAMA_3) == TEMPLATES["llama-3"]
+    assert recognise(CHATML).replace("{prompt}", "What is 17 + 25?") == renders(CHATML, "What is 17 + 25?")
 
 
-@pytest.mark.parametrize("jinja, culprit", [
-    ("{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}", "no control tokens"),
-    ("<start_of_turn>user\n{{ messages[0]['content'] }}<end_of_turn>", "no control tokens"),
-    (CHATML + "<|vision_start|>", "vision_start"), (LLAMA_3 + "<|python_tag|>", "python_tag"),
-    ("<｜User｜>{{ messages[0]['content'] }}<｜Assistant｜>", "Assistant"),
-    ("{{ 'Today Date: ' + strftime_now('%d %b %Y') }}" + LLAMA_3, "strftime"), ("Knowledge Cutoff" + CHATML, "Knowledge"),
-    (CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"), "think"),
-    (SYSTEM.replace("kind", "wise") + SYSTEM, "im_start"),
-])
-def test_another_chat_template_is_refused_and_a_template_by_name_goes_before_it(jinja, culprit, tmp_path):
+@pytest.mark.parametrize("path", sorted(Path(os.environ["CHAT_TEMPLATES"]).glob("*.jinja")) if "CHAT_TEMPLATES" in os.environ else [])
+def test_a_published_chat_template_is_refused_or_asks_as_transformers_renders_it(path):
+    """CHAT_TEMPLATES=DIR in the environment: a directory of them, which the project does not hold."""
+    try:
+        known = recognise(path.read_text())
+    except ValueError:
+        return
+    assert known.replace("{prompt}", "What is 17 + 25?") == renders(path.read_text(), "What is 17 + 25?")
+
+
+@pytest.mark.parametrize("jinja", ["{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}", CHATML + "!",
+                                   CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"), CHATML.replace("'role'] + ", "'role'] + ' ' + ")])
+def test_another_chat_template_is_refused_and_a_template_by_name_goes_before_it(jinja, tmp_path):
     shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(jinja)
     tokenizer = Tokenizer(tmp_path / "model")  # its ids can be had; to ask with it cannot
-    with pytest.raises(ValueError, match=f"(?s)tokenizer.json: the chat template.*{culprit}.*choose one"):
+    with pytest.raises(ValueError, match="(?s)tokenizer.json: the chat template.*choose one"):
         tokenizer.encode_prompt("2+3")
     assert Tokenizer(tmp_path / "model", "none").encode_prompt("2+3") == tokenizer.encode("2+3")
 
 
+@pytest.mark.parametrize("chat_template", [5, [5], ["x"], {"a": 1}, [{"name": "default"}], [{"name": "tool_use", "template": "x"}]])
+def test_a_chat_template_of_another_type_is_one_line(chat_template, tmp_path):
+    shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": chat_template}))
+    try:
+        assert Tokenizer(tmp_path / "model").template == "{prompt}"
+    except ValueError as error:
+        assert "\n" not in str(error) and "tokenizer.json" in str(error)
+
+
+@pytest.mark.parametrize("named", ["r1-zero", "chatml", "llama-3"])
+def test_what_is_saved_with_a_template_is_asked_so_by_transformers_too(named, tmp_path):
+    shutil.copytree(FIXTURES / "llama", tmp_path / "model")
+    spec = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    for i, token in enumerate(("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")):
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 700 + i, "content": token})
+    if named == "llama-3":
+        spec["post_processor"]["processors"][1]["single"][0]["SpecialToken"]["id"] = "<|begin_of_text|>"
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
+    ours = Tokenizer(tmp_path / "model", named)
+    assert ours.end_ids == [ours.added[{"llama-3": "<|eot_id|>"}.get(named, "<|im_end|>")]] + [ours.added["<|im_end|>"]] * (named == "llama-3")
+    ours.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["chat_template"]
+    ids = ours.encode(renders(saved, "What is 17 + 25?"), allow_special=True)
+    assert ids == ours.encode_prompt("What is 17 + 25?") == Tokenizer(tmp_path / "saved").encode_prompt("What is 17 + 25?")
+
+
 @pytest.mark.parametrize("template, culprit", [("vicuna", "vicuna"), ("{prompt} {prompt}", "no one {prompt}"),
-                                               ("llama-3", "<|e"), ("<|user|>{prompt}", "<|user|>")])
+                                               ("llama-3", "<|begin"), ("<|user|>{prompt}", "<|user|>")])
 def test_a_template_that_is_unknown_or_whose_tokens_are_not_there_is_refused(template, culprit):
     with pytest.raises(ValueError, match=re.escape(culprit)):
         Tokenizer(FIXTURES / "qwen", template)
@@ -171,6 +197,7 @@ def test_a_prompt_is_asked_within_the_template_and_its_own_control_tokens_are_te
     whole = tokenizer.encode("<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n", allow_special=True)
     assert tokenizer.encode_prompt("What is 17 + 25?") == [start, *whole]
     assert tokenizer.encode_prompt("What is 17 + 25?", later=True) == [*tokenizer.encode("\n"), *whole]
+    assert tokenizer.end_ids[0] == tokenizer.added["<|im_end|>"]
     ids = tokenizer.encode_prompt("7<|im_end|><|endoftext|>")
     assert ids.count(tokenizer.added["<|im_end|>"]) == ids.count(start) == 1
     r1 = Tokenizer(tmp_path / "model", "r1-zero")
@@ -323,6 +350,10 @@ def test_the_pattern_leaves_nothing_out_and_cuts_alike_in_both_regex_engines(our
     ("share an id", lambda s: s["added_tokens"][0].update(id=300)),
     ("end token", lambda s: s["added_tokens"][-1].update(special=False)),
     ("'model'", lambda s: s.pop("model")),
+    ("another id", lambda s: s["model"]["vocab"].update({"<think>": 9})), ("twice", lambda s: s["added_tokens"].append(s["added_tokens"][0])),
+    ("empty", lambda s: s["added_tokens"][0].update(content="")), ("out of range", lambda s: s["added_tokens"][0].update(id=10 ** 12)),
+    ("pattern", lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {
+        "type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False})),
 ])
 def test_what_is_not_supported_is_named_with_its_file(culprit, change, tmp_path):
     with pytest.raises(ValueError) as caught:

@@ -1,0 +1,302 @@
+"""What goes wrong in a long run, provoked for real: numbers that are not finite, two runs in one directory, Ctrl-C, SIGKILL,
+a full disk, a directory that cannot be written, a file that is cut off, no memory."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import grpo
+import model as model_module
+import sft
+from command import Parser
+
+ROOT = Path(__file__).parent.parent
+SMOKE = [sys.executable, str(ROOT / "pipeline.py"), "--preset", "smoke", "--device", "cpu", "--out"]
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def reinforce(model, **changes):
+    """Three rollouts of two updates; the sampler's log-probabilities are NaN in the rollouts of `broken`."""
+    broken, calls, history = changes.pop("broken"), [], []
+    config = grpo.GRPOConfig(rollouts=3, prompts_per_rollout=2, group_size=4, minibatches=2, lr=1e-3, warmup=0, max_new_tokens=6,
+                             old_logprobs="sampler", dtype="float32")
+
+    def generate(model, prompts, **settings):
+        calls.append(1)
+        ids, lengths, logprobs = model_module.generate(model, prompts, **settings)
+        return ids, lengths, logprobs * (float("nan") if len(calls) in broken else 1)
+
+    grpo.train(model, [{"p": [1, 2]}, {"p": [3]}], lambda e: e["p"], lambda ids: " ".join(map(str, ids)), generate, [0],
+               {"length": lambda text, e: len(text) % 3 / 2}, config, log=lambda m, r: history.append((m, weights_of(model))), **changes)
+    return history
+
+
+# ---- not finite
+
+def test_an_rl_update_that_is_not_finite_is_skipped_and_counted_and_training_goes_on(tiny):
+    model = tiny()
+    before = weights_of(model)
+    history = reinforce(model, broken={1})
+    assert [m["skipped"] for m, _ in history] == [2, 0, 0]
+    assert torch.equal(history[0][1], before)  # neither weights nor Adam took anything of it
+    assert not torch.equal(history[1][1], before) and torch.isfinite(history[2][1]).all()
+
+
+def test_five_rl_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(tiny):
+    model = tiny()
+    before = weights_of(model)
+    with pytest.raises(grpo.NotFinite, match="rollout 3: 5 updates in a row") as caught:
+        reinforce(model, broken={1, 2, 3})
+    assert torch.equal(weights_of(model), before)
+    assert caught.value.batch["old_logprobs"].isnan().any() and len(caught.value.batch["ids"]) == 4
+
+
+def test_an_sft_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(tiny, monkeypatch):
+    examples, real, calls = [([1, 2, 3, 4], 1)] * 64, sft.loss_sum, []
+    config = sft.SFTConfig(lr=1e-3, epochs=1, batch_tokens=16, row_length=8, dtype="float32")
+
+    def broken(steps):
+        def loss_sum(*args):
+            calls.append(1)
+            return real(*args) * (float("inf") if len(calls) in steps else 1)
+        calls.clear()
+        monkeypatch.setattr(sft, "loss_sum", loss_sum)
+
+    broken({3, 5, 6})
+    model, history = tiny(), []
+    sft.train(model, examples, config, log=lambda m: history.append((m["skipped"], weights_of(model))))
+    assert [skipped for skipped, _ in history[:7]] == [0, 0, 1, 0, 1, 1, 0]
+    assert torch.equal(history[1][1], history[2][1]) and not torch.equal(history[2][1], history[3][1])
+    broken(range(4, 99))
+    with pytest.raises(sft.NotFinite, match="step 8: 5 steps in a row") as caught:
+        sft.train(tiny(), examples, config)
+    assert caught.value.batch["ids"].shape == (2, 8)
+
+
+def test_a_critic_and_a_reward_model_skip_a_step_that_is_not_finite(tiny):
+    from ppo import PPO
+    from prime import PRIME
+    config = grpo.GRPOConfig(prompts_per_rollout=2, group_size=4, minibatches=1, dtype="float32")
+    ids = torch.randint(1, 16, (8, 7), generator=torch.Generator().manual_seed(0))
+    r = grpo.Rollout([{}] * 2, [""] * 8, ids, torch.ones(8, 6, dtype=torch.bool), [7] * 8, torch.full((8,), 6), torch.ones(8), torch.zeros(8, 6),
+                     {"accuracy": torch.tensor([[1.0, 0, 1, 0]] * 2)}, torch.full((2, 4), float("nan")), torch.zeros(8, 6))
+    ppo = PPO(tiny(), config)
+    before = weights_of(ppo.critic)
+    ppo.advantages(r), ppo.learn(r, [*range(8)])
+    assert torch.equal(weights_of(ppo.critic), before)
+    prime = PRIME(tiny(), config)
+    with torch.no_grad():
+        prime.reference.norm.weight.fill_(float("nan"))
+    before = weights_of(prime.prm)
+    prime.advantages(r)
+    assert torch.equal(weights_of(prime.prm), before)
+
+
+def test_a_run_whose_rate_is_far_too_high_stops_in_one_line_and_saves_the_batch(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dataclasses, pipeline; p = pipeline.PRESETS['smoke']\n"
+            "pipeline.PRESETS['smoke'] = dataclasses.replace(p, pretrain=dataclasses.replace(p.pretrain, lr=1e38))\npipeline.main()")
+    result = subprocess.run([sys.executable, "-c", code, *SMOKE[2:], str(tmp_path / "run")], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "5 steps in a row" in result.stderr and "base begins anew" in result.stderr
+    assert load_file(tmp_path / "run" / "base" / "not_finite.safetensors")["ids"].dtype == torch.long
+
+
+# ---- one run a directory, and its end
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(0.05)
+    assert condition()
+
+
+def test_two_runs_in_one_directory_are_refused_and_a_dead_process_holds_nothing(tmp_path):
+    first = subprocess.Popen([*SMOKE, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for((tmp_path / "run" / "config.json").exists)
+    second = subprocess.run([*SMOKE, str(tmp_path / "run")], capture_output=True, text=True)
+    first.kill(), first.wait()
+    assert second.returncode == 2 and f"process {first.pid} is at work here" in second.stderr, second.stderr
+    with checkpoint.lock(tmp_path / "run"):
+        pass
+
+
+class Slow:
+    """A training of ten steps of a tenth of a second, as sft.train and grpo.train call save."""
+
+    def __init__(self, keeper):
+        self.keeper, self.step = keeper, 0
+
+    def run(self):
+        if self.keeper.resume:
+            self.step = self.keeper.resume()["step"]
+        while self.step < 10:
+            time.sleep(0.1)
+            self.step += 1
+            checkpoint.append_jsonl(self.keeper.dir / "metrics.jsonl", {"step": self.step})
+            self.keeper.save(step=self.step, tensor=torch.zeros(1))
+
+
+def test_the_first_ctrl_c_finishes_the_step_and_saves_and_the_next_call_goes_on(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        with checkpoint.Keeper(tmp_path, ["metrics.jsonl"]) as keeper:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            signal.setitimer(signal.ITIMER_REAL, 0.25)
+            Slow(keeper).run()
+    assert checkpoint.load(tmp_path)[1]["step"] == 3 and "the step is finished" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    checkpoint.append_jsonl(tmp_path / "metrics.jsonl", {"step": 4})  # of a step that the state does not know
+    with checkpoint.Keeper(tmp_path, ["metrics.jsonl"]) as keeper:
+        slow = Slow(keeper)
+        slow.run()
+    assert [row["step"] for row in checkpoint.read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 11)]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with checkpoint.Keeper(tmp_path) as keeper:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert keeper.asked
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    assert not (tmp_path / checkpoint.STATE).exists()
+
+
+def test_ctrl_c_in_a_run_says_how_to_go_on(tmp_path):
+    run = subprocess.Popen([*SMOKE, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "run" / "config.json").exists)
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and f"the same command goes on from here: {tmp_path / 'run'}" in said
+
+
+def test_saving_takes_two_percent_of_the_time_at_most(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "time", lambda: now[0])
+    monkeypatch.setattr(checkpoint, "save", lambda *args: now.__setitem__(0, now[0] + 7))  # a save of seven seconds
+    keeper = checkpoint.Keeper(tmp_path, every=30)
+    saved = 0
+    for _ in range(20000):
+        now[0] += 1
+        saved += keeper.save(step=1)
+    assert 5 <= saved and saved * 7 <= 0.02 * now[0]
+
+
+# ---- SIGKILL
+
+def content(dir):
+    """{file: bytes} of all that a run leaves, but for times, the page that shows them, and the lock."""
+    apart = ("times.json", "times.jsonl", "report.html", "LOCK")
+    return {str(path.relative_to(dir)): path.read_bytes() for path in sorted(dir.rglob("*")) if path.is_file() and path.name not in apart}
+
+
+KILLED = """
+import sys; sys.path.insert(0, {root!r})
+import os, random, signal, time
+import checkpoint
+checkpoint.Keeper.__init__.__defaults__ = ((), 0.0)  # save after each step, so that a resumption is from within a stage
+class Often(checkpoint.Keeper):
+    def save(self, **parts):
+        self.took = 0.0
+        return super().save(**parts)
+checkpoint.Keeper = Often
+import pipeline
+signal.setitimer(signal.ITIMER_REAL, {after})
+signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+sys.argv = ["pipeline.py", *{args!r}]
+pipeline.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = subprocess.run([*SMOKE, str(out)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return content(out)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_a_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(kills, undisturbed, tmp_path):
+    out, rng = tmp_path / "run", random.Random(kills)
+    args, killed = SMOKE[2:] + [str(out)], 0
+    for _ in range(60):
+        after = rng.uniform(1.5, 6 if kills == 4 else 4) if killed < kills else 1000
+        code = KILLED.format(root=str(ROOT), after=after, args=args)
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        killed += 1
+    assert result.returncode == 0 and killed >= min(kills, 3)
+    found = content(out)
+    assert found.keys() == undisturbed.keys()
+    commands = [json.loads(side["results.json"])["meta"].pop("command") for side in (found, undisturbed)]
+    different = [name for name in found if found[name].replace(str(out).encode(), b"") != undisturbed[name]]
+    assert not [name for name in different if name != "results.json"], different
+    results = [json.loads(side["results.json"]) for side in (found, undisturbed)]
+    for each in results:
+        each["meta"].pop("command")  # names the run's directory
+    assert results[0] == results[1] and len(commands) == 2
+
+
+# ---- files
+
+def test_a_state_that_is_cut_off_is_named_and_nothing_is_lost(tmp_path):
+    checkpoint.save(tmp_path, {"x": torch.ones(100)}, {"step": 1})
+    path = tmp_path / checkpoint.STATE
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="state.safetensors: not a whole training state.*begins anew"):
+        checkpoint.Keeper(tmp_path)
+    assert path.stat().st_size == 50
+
+
+def test_a_full_disk_is_one_line_and_the_state_before_it_stays(tmp_path):
+    """A limit on a file's size stands in for the disk: the write fails in the same place."""
+    checkpoint.save(tmp_path, {"x": torch.ones(10)}, {"step": 1})
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import resource, signal, torch, checkpoint
+from command import Parser
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+parser = Parser(prog="train")
+with parser.explained():
+    checkpoint.save({str(tmp_path)!r}, {{"x": torch.ones(100_000)}}, {{"step": 2}})
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("train: ") and result.stderr.count("\n") == 1, result.stderr
+    assert checkpoint.load(tmp_path)[1]["step"] == 1
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = subprocess.run([*SMOKE, str(tmp_path / "file" / "run")], capture_output=True, text=True)
+    assert result.returncode == 2 and str(tmp_path / "file") in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_without_memory_the_line_names_the_knobs(capsys):
+    with pytest.raises(SystemExit) as exit, Parser(prog="grpo.py").explained():
+        torch.empty(2 ** 60, dtype=torch.uint8)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and "out of memory" in said and "--micro-batch-tokens" in said and said.count("\n") == 1
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), Parser().explained():
+        raise RuntimeError("shapes")
