@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 import rewards
+import watch
 from configs import METHODS, PUBLISHED
 from data.readers import new_directory, read_problems
 from graphs import with_graphs
@@ -122,9 +123,16 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
         out = new_directory(args.out)
         credit = None if credit_class is None else credit_class(model, config, fields_of(args, credit_config))
 
+        print("the loss says nothing here: its value is about 0 while it learns (a group's advantages sum to 0); watch the reward, KL, "
+              "clip fraction, entropy and gradient norm", flush=True)
+        rows = []
+
         def log(m, r):
+            rows.append(m)
             print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
                   f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
+            for line in watch.warnings(rows):
+                print(f"  {line}")
             if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
                 print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 

@@ -72,6 +72,7 @@ def read_run(run_dir):
         stage["seconds"] = stage.get("seconds", seconds.get(name))
         stage["rows"] = [rows[step] for step in sorted(step for step in rows if step is not None)]
         stage["samples"] = read_objects(run_dir / name / "samples.jsonl")
+        stage["warnings"] = read_objects(run_dir / name / "warnings.jsonl")
         stage["rl"] = any("reward" in row for row in rows.values()) or "GRPO" in str(stage.get("by"))
     meta = (results.get("meta") or {}) | {key: times[key] for key in ("date", "seconds") if key in times}
     return meta, stages, results.get("claims") or [], results.get("compare") or {}
@@ -303,7 +304,11 @@ def curves(stages):
     for stage in (stage for stage in stages.values() if stage["rl"] and stage["rows"]):
         large = el("div", [chart(*each, stage["rows"]) for each in CURVES], cls="charts")
         small = el("div", [chart(*each, stage["rows"], width=196, height=112) for each in HEALTH], cls="charts small")
-        parts.append(fold(stage["title"], progress(stage) or stage.get("by"), [large, small], stage["name"] in PLACES))
+        said = [el("p", row.get("warning"), cls="warning") for row in stage["warnings"][:MOST_SAMPLES]]
+        parts.append(fold(stage["title"], progress(stage) or stage.get("by"), [*said, large, small], stage["name"] in PLACES))
+    if parts:
+        parts.insert(0, el("p", "The loss is not shown: its value is about 0 while it learns, since a group's advantages sum to 0; its "
+                                "gradient is not.", cls="none"))
     losses = [chart(stage["title"], ["loss"], [], stage["rows"], 240, 140) for stage in stages.values() if not stage["rl"]]
     parts += [fold("Supervised stages", "loss, against updates", el("div", losses, cls="charts middle"))] * any(losses)
     return parts or el("p", "Not yet: no stage has logged a step.", cls="none")

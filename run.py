@@ -27,6 +27,7 @@ import grpo
 import report
 import rewards
 import sft
+import watch
 from data import world
 from graphs import with_graphs
 from model import Config, Transformer, generate, load, save
@@ -181,7 +182,7 @@ class Run:
 
     def keeper(self, name):
         """(keeper, save, resume) of a stage."""
-        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl"))
+        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl"))
 
         def keep(**parts):
             if keeper.save(**parts, cost=self.cost, seconds=time.time() - self.started):
@@ -243,13 +244,19 @@ class Run:
         config, rules = replace(config, seed=self.seed), dict(rewards.REWARDS)
         rules |= {"coin": coin} if "coin" in weights else {}
         keeper, keep, resume = self.keeper(name)
-        bar = Bar(name)
+        bar, seen = Bar(name), []
 
         def log(m, r):
             tokens = int(r.mask.sum()) + sum(len(self.prompt(e)) for e in r.examples) * config.group_size
             self.spend(model, sampled=tokens, scored=tokens * (2 if config.beta else 1), trained=tokens * config.inner_epochs)
             bar.show(m, config.rollouts, "reward", "accuracy", "length", "kl")
             self.log(name, m)
+            if not seen and m["step"] > 1:  # taken up again
+                seen.extend(checkpoint.read_jsonl(self.out / name / "metrics.jsonl")[:-1])
+            seen.append(m)
+            for line in watch.warnings(seen):
+                print(f"{name}, {line}", flush=True)
+                checkpoint.append_jsonl(self.out / name / "warnings.jsonl", {"step": m["step"], "warning": line})
             if m["step"] % config.validate_every == 0 or m["step"] == 1:
                 for i in range(0, len(r.texts), max(1, len(r.texts) // 3)):
                     e = r.examples[i // config.group_size]

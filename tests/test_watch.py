@@ -1,0 +1,47 @@
+"""Warnings on a run's metrics: each is provoked by rows that run away, none by rows of a healthy run."""
+
+import pytest
+import torch
+
+import grpo
+import model as model_module
+import watch
+
+HEALTHY = {"entropy": 0.2, "no_signal": 0.2, "kl": 0.01, "unfinished": 0.05, "length": 40.0, "format": 0.8, "reward": 1.2, "sampler_gap": 1e-4,
+           "skipped": 0.0}
+
+
+def rows(*changes):
+    return [{"step": i, **HEALTHY, **change} for i, change in enumerate([{}, {}, *changes], 1)]
+
+
+def test_a_healthy_run_gives_no_warning():
+    run = rows({"entropy": 0.1, "length": 60}, {"kl": 0.08, "format": 1.0, "reward": 1.9}, {"entropy": 0.04, "no_signal": 0.7, "length": 80})
+    assert not [line for i in range(1, len(run) + 1) for line in watch.warnings(run[:i])]
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"entropy": 0.005, "no_signal": 0.95}, "entropy fell"), ({"entropy": 2.5}, "entropy rose"), ({"kl": 0.7}, "KL to the reference jumped"),
+    ({"unfinished": 0.6}, "run over max_new_tokens"), ({"length": 10.0}, "shrank"), ({"format": 0.4}, "format fell"),
+    ({"reward": 0.2}, "reward fell"), ({"sampler_gap": 0.1}, "sampler and trainer differ"), ({"skipped": 2.0}, "not finite"),
+])
+def test_what_runs_away_is_named_with_its_step_and_a_mend_and_only_once(change, named):
+    lines = watch.warnings(rows(change))
+    assert len(lines) == 1 and named in lines[0] and lines[0].startswith("step 3: ") and ":" in lines[0][8:], lines
+    assert not watch.warnings(rows(change, change))
+
+
+def test_a_step_far_too_large_is_noticed_in_a_real_run(tiny):
+    """A model that answers well at a rate that breaks it: the KL or the reward gives it away."""
+    seen, said = [], []
+    config = grpo.GRPOConfig(rollouts=12, prompts_per_rollout=4, group_size=8, lr=0.3, warmup=0, max_new_tokens=8, dtype="float32",
+                             reference_every=100, beta=0.001)
+
+    def log(metrics, r):
+        seen.append(metrics)
+        said.extend(watch.warnings(seen))
+
+    torch.manual_seed(0)
+    grpo.train(tiny(), [{"p": [1]}, {"p": [2]}], lambda e: e["p"], lambda ids: " ".join(map(str, ids)), model_module.generate, [0],
+               {"sevens": lambda text, e: text.split().count("7") / 8}, config, log=log)
+    assert any("KL" in line or "reward fell" in line or "entropy" in line for line in said), seen
