@@ -122,6 +122,27 @@ def lock(dir: str | Path):
         yield
 
 
+def settle(path: str | Path, settings: dict):
+    """Writes the settings of what is kept beside `path`, or raises ValueError where those of an earlier call differ."""
+    path, settings = Path(path), json.loads(json.dumps(settings))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if before != settings:
+        raise ValueError(f"{path} is of another configuration ({difference(before, settings)}); choose another --out, or remove {path.parent}")
+    if not path.exists():  # several processes of a comparison open one run
+        atomic_write(path, json.dumps(settings, indent=1))
+
+
+def difference(before, now, name=""):
+    """The first setting in which two differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(k for k in before | now if before.get(k) != now.get(k))
+        return difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    return f"{name} was {before}, is {now}"
+
+
 def atomic_write(path: str | Path, text: str):
     path, temporary = _aside(path)
     temporary.write_text(text, encoding="utf-8")

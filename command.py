@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 import rewards
 import watch
+from checkpoint import STATE, Keeper, lock, settle
 from configs import METHODS, PUBLISHED
 from data.readers import new_directory, read_problems
 from graphs import with_graphs
@@ -73,6 +74,11 @@ def add_speed(parser):
     parser.add_argument("--compile", action="store_true", help="compile the layers: takes a C++ compiler and half a minute")
 
 
+def add_saving(parser):
+    parser.add_argument("--save-every", type=float, default=30.0, metavar="SECONDS",
+                        help="save the training's state in --out, to go on from after a stop; default %(default)s, and at most 2%% of the time")
+
+
 def prepare(model, args):
     """What add_speed's options ask for, and a line that says in what the model is trained."""
     model.recompute = args.recompute
@@ -109,13 +115,14 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
     add_template(parser)
     parser.add_fields(config_class)
     add_speed(parser)
+    add_saving(parser)
     if credit_config is not None:
         parser.add_fields(credit_config)
     parser.add_argument("--config", choices=PUBLISHED | METHODS, help="a paper's settings (configs.py) as defaults")
     chosen = parser.parse_args().config
     parser.set_defaults(**defaults | (PUBLISHED | METHODS).get(chosen, {}))
     args = parser.parse_args()
-    with parser.explained():
+    with parser.explained(args.out):
         config = fields_of(args, config_class)
         examples = read_problems(args.data, rewards.check_reference)
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
@@ -136,7 +143,10 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
             if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
                 print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 
-        train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, with_graphs(generate),
-              tokenizer.end_ids, {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
-              keep=getattr(credit, "keep", None), log=log)
+        settle(out / "settings.json", vars(args))
+        with lock(out), Keeper(out, every=args.save_every) as keeper:
+            train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, with_graphs(generate),
+                  tokenizer.end_ids, {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
+                  keep=getattr(credit, "keep", None), log=log, save=keeper.save, resume=keeper.resume)
         save(model, out, tokenizer)
+        (out / STATE).unlink(missing_ok=True)

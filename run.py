@@ -45,14 +45,6 @@ def code_of(files):
     return {file: checkpoint.code_hash(HERE / file) for file in files}
 
 
-def difference(before, now, name=""):
-    """The first setting in which two differ, in words."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        key = next(k for k in before | now if before.get(k) != now.get(k))
-        return difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    return f"{name} was {before}, is {now}"
-
-
 def coin(text, example):
     """A random reward, blind to the problem: a control that separates learning from elicitation."""
     return float(zlib.crc32(f"{example['prompt']} {text}".encode()) % 2)
@@ -72,13 +64,7 @@ class Run:
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))} | self.given()
         self.read_data()  # first: what cannot be read must leave no settings behind
-        path = self.out / "config.json"
-        before = json.loads(path.read_text()) if path.exists() else settings
-        if before != settings:
-            raise ValueError(f"{path} is of another configuration ({difference(before, settings)}); choose another --out, or remove "
-                             f"{self.out}")
-        if not path.exists():  # several processes of a comparison open one run
-            checkpoint.atomic_write(path, json.dumps(settings, indent=1))
+        checkpoint.settle(self.out / "config.json", settings)
 
     def given(self):
         """What of a user's own goes into the run (given.py)."""

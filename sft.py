@@ -207,7 +207,8 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
 
 
 def main():
-    from command import Parser, add_speed, add_template, fields_of, open_model, prepare
+    from checkpoint import STATE, Keeper, lock, settle
+    from command import Parser, add_saving, add_speed, add_template, fields_of, open_model, prepare
     from data.readers import new_directory, read_rows
     from model import save
     parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
@@ -218,8 +219,9 @@ def main():
     parser.add_argument("--pretrain", action="store_true")
     parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
     add_speed(parser)
+    add_saving(parser)
     args = parser.parse_args()
-    with parser.explained():
+    with parser.explained(args.out):
         config, rows = fields_of(args, SFTConfig), read_rows(args.data, ("prompt", "completion"))
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
@@ -229,9 +231,12 @@ def main():
             ids = prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id]
             examples.append((ids, 0 if args.pretrain else len(prompt)))
         print(say_cut(examples, config.row_length), end="")
-        train(model, examples, config, log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  "
-                                                           f"grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"))
+        settle(out / "settings.json", vars(args))
+        with lock(out), Keeper(out, every=args.save_every) as keeper:
+            train(model, examples, config, save=keeper.save, resume=keeper.resume, log=lambda m: print(
+                f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}", flush=True))
         save(model, out, tokenizer)
+        (out / STATE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

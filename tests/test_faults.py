@@ -4,7 +4,7 @@ a full disk, a directory that cannot be written, a file that is cut off, no memo
 import json
 import os
 import random
-import resource
+
 import signal
 import subprocess
 import sys
@@ -300,3 +300,47 @@ def test_without_memory_the_line_names_the_knobs(capsys):
 def test_a_mistake_of_our_own_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shapes"), Parser().explained():
         raise RuntimeError("shapes")
+
+
+# ---- the scripts, one by one
+
+AT_SECOND_SAVE = """
+import sys; sys.path[:0] = [{root!r}]
+import os, signal, checkpoint
+class Killed(checkpoint.Keeper):
+    saves = 0
+    def save(self, **parts):
+        self.took = 0.0
+        Killed.saves += super().save(**parts)
+        if Killed.saves == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.Keeper = Killed
+import {script}
+sys.argv = ["{script}.py", *{args!r}]
+{script}.main()
+"""
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo", "prime", "sft"])
+def test_a_script_killed_within_its_training_goes_on_to_the_same_weights(script, tmp_path):
+    from test_given import make, write
+    make(tmp_path / "model", "llama", "qwen")
+    if script == "sft":
+        data = write(tmp_path / "data.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
+        more = ["--batch-tokens", "128", "--row-length", "64"]
+    else:
+        data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
+        more = "--rollouts 5 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --resample 0 --rewards accuracy language_consistency".split()
+    args = ["--model", str(tmp_path / "model"), "--data", data, "--dtype", "float32", "--save-every", "0", *more]
+    whole = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, "--out", str(tmp_path / "whole")], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    out = ["--out", str(tmp_path / "out")]
+    killed = subprocess.run([sys.executable, "-c", AT_SECOND_SAVE.format(root=str(ROOT), script=script, args=[*args, *out])])
+    assert killed.returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
+    other = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out, "--lr", "0.5"], capture_output=True, text=True)
+    assert other.returncode == 2 and "lr was" in other.stderr
+    again = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() != (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out" / checkpoint.STATE).exists()
