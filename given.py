@@ -134,8 +134,7 @@ def recipe(run, stages):
     stage("base", "Base", "", given_by(run.args.base), "", lambda: run.model("base"))
     stage("zero", "R1-Zero", "base", "GRPO: accuracy + format", "R1 v1 2.2", lambda: run.rl(
         "zero", run.model("base"), ACCURACY_AND_FORMAT, p.zero))
-    stage("dev1", "Cold start", "base", "SFT on samples of zero", "R1 v2 B.3.2", lambda: run.sft(
-        "dev1", *[make() for make in (lambda: cold_start_examples(run), lambda: run.model("base"))][::-1], p.cold))
+    stage("dev1", "Cold start", "base", "SFT on samples of zero", "R1 v2 B.3.2", lambda: cold_start(run))
     stage("dev2", "RL-1", "dev1", "GRPO: accuracy + format + language", "R1 v2 3.2.1", lambda: run.rl(
         "dev2", run.model("dev1"), WITH_LANGUAGE, p.rl1))
 
@@ -162,6 +161,11 @@ def recipe(run, stages):
 
 def given_by(dir):
     return f"given: {Path(dir).resolve()}"
+
+
+def cold_start(run):
+    rows = cold_start_examples(run)  # first: zero has left the memory when the base comes
+    return run.sft("dev1", run.model("base"), rows, run.preset.cold)
 
 
 def cold_start_examples(run):

@@ -44,7 +44,7 @@ def sizes(width, layers, heads, kv_heads, **more):
 
 # Not divided by the group's std, which would blow small differences of the language reward up in all-correct groups. pi_old's
 # log-probabilities are the sampler's: it agrees with the trainer to 1e-4 or better here, which saves a forward pass a rollout.
-rl = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler")
+rl = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=5)
 
 
 @dataclass

@@ -1,13 +1,15 @@
 """One self-contained HTML page of a run: the recipe, its stages, the claims, the curves, samples in words.
 
 `write` shows whatever the run directory holds so far: what is missing, half-written or not a number is not yet there,
-so the page can be written at any moment of a run. It needs no script, network or service. What a model wrote is
-escaped where it enters an element, and a content policy in the page forbids all but the page's own style.
+so the page can be written at any moment of a run. It needs no network or service; its one script hides and shows cards. What a
+model wrote is escaped where it enters an element, and a content policy forbids all but the page's own style and script.
 
     python report.py runs/NAME     # -> runs/NAME/report.html
 """
 
 import argparse
+import base64
+import hashlib
 import html
 import json
 import math
@@ -72,6 +74,7 @@ def read_run(run_dir):
         stage["seconds"] = stage.get("seconds", seconds.get(name))
         stage["rows"] = [rows[step] for step in sorted(step for step in rows if step is not None)]
         stage["samples"] = read_objects(run_dir / name / "samples.jsonl")
+        stage["watched"] = read_objects(run_dir / name / "watched.jsonl")
         stage["warnings"] = read_objects(run_dir / name / "warnings.jsonl")
         stage["rl"] = any("reward" in row for row in rows.values()) or "GRPO" in str(stage.get("by"))
     meta = (results.get("meta") or {}) | {key: times[key] for key in ("date", "seconds") if key in times}
@@ -131,6 +134,11 @@ def quantity(value):
 def duration(value):
     value = number(value)
     return "–" if value is None else f"{value:.0f} s" if value < 100 else f"{value / 60:,.0f} min"
+
+
+def plain(name):
+    """Whether a reward's name may become part of an attribute's."""
+    return re.fullmatch("[a-z_]+", str(name)) is not None
 
 
 def words(metric):
@@ -358,7 +366,9 @@ def card(sample):
              f"reference {sample['answer']}" if sample.get("answer") else ""]
     return el("article", el("p", " · ".join(str(each) for each in about if each), cls="about"),
               el("p", str(sample.get("prompt") or "")[:MOST_CHARACTERS], cls="prompt"),
-              completion(str(sample.get("completion") or ""), language), el("p", chips, cls="chips"), lang=language or None)
+              completion(str(sample.get("completion") or ""), language), el("p", chips, cls="chips"), lang=language or None,
+              data_step=sample.get("step"), data_problem=sample.get("problem"),
+              **{f"data_r{name.replace('_', '')}": f"{value:g}" for name, value in scores.items() if plain(name)})
 
 
 def samples_section(stages):
@@ -367,14 +377,35 @@ def samples_section(stages):
         samples, few = stage["samples"], MOST_SAMPLES // 2
         halves = {"First steps": samples[:few], "Last steps": samples[max(few, len(samples) - few):]}
         columns = [el("div", el("h4", name), [card(sample) for sample in half]) for name, half in halves.items() if half]
+        names = dict.fromkeys(name for sample in samples for name in sample.get("rewards") or {} if plain(name))
+        options = [el("option", "all", value="")] + [el("option", f"{words(name)} {said}", value=f"{name.replace('_', '')} {full}")
+                                                     for name in names for said, full in (("full", 1), ("not full", 0))]
+        control = el("p", "Show ", el("select", options), " ", el("output"), cls="controls", hidden="")
         parts.append(fold(stage["title"], f"{sum(map(len, halves.values()))} of {len(samples)} samples",
-                          el("div", columns, cls="samples"), stage["name"] in ("zero", "r1")))
+                          el("div", control, el("div", columns, cls="samples"), cls="filtered"), stage["name"] in ("zero", "r1")))
     return parts or el("p", "Not yet: no stage has written a sample.", cls="none")
+
+
+def watched_section(stages):
+    """One validation problem's answers from step to step."""
+    parts = []
+    for stage in (stage for stage in stages.values() if stage["watched"]):
+        steps = sorted({number(row.get("step")) or 0 for row in stage["watched"]})
+        kept = {*steps[::math.ceil(len(steps) / MOST_SAMPLES)], steps[-1]}
+        rows = [row for row in stage["watched"] if (number(row.get("step")) or 0) in kept]
+        rows = sorted(rows, key=lambda row: (number(row.get("problem")) or 0, number(row.get("step")) or 0))
+        problems = {row.get("problem"): str(row.get("prompt") or "") for row in rows}
+        control = el("p", el("select", [el("option", textwrap.shorten(prompt, 80, placeholder="…"), value=problem)
+                                        for problem, prompt in problems.items()]), " ",
+                     el("input", type="range", min=0, max=0, value=0, aria_label="step"), " ", el("output"), cls="controls", hidden="")
+        parts.append(fold(stage["title"], f"{len(problems)} problems", el("div", control, [card(row) for row in rows], cls="watched"),
+                          stage["name"] in ("zero", "r1")))
+    return parts or el("p", "Not yet: no stage has been validated.", cls="none")
 
 
 # ------------------------------------------------------------------------------------------- the page
 
-STYLE = (Path(__file__).parent / "data" / "report.css").read_text(encoding="utf-8")
+STYLE, SCRIPT = ((Path(__file__).parent / "data" / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
 
 
 def header(meta, stages, claims):
@@ -395,14 +426,17 @@ def page(meta, stages, claims, compare):
         ("Curves", "Against rollouts. Faint: each rollout; bold: the running mean, its last value beside the name.", curves(stages)),
         *[("Methods", "From one base with one budget of samples, each at its better learning rate. Curves: accuracy of the "
                       "sampled completions, against completions.", comparison(compare))] * bool(compare),
+        ("Training", "The same validation problem, answered anew from step to step: move the slider.", watched_section(stages)),
         ("Samples", "As the models wrote them, with their tags. Marked: words of another language.", samples_section(stages))]
+    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     head = [Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-                   "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"),
+                   "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+                   f"script-src 'sha256-{allowed}'\">"),
             el("title", "DeepSeek-R1 from scratch"), el("style", Markup(STYLE))]
     links = el("nav", [el("a", name, href=f"#{name.lower()}") for name, *_ in sections])
     body = [part for name, note, content in sections
             for part in (el("h2", name, id=name.lower()), el("p", note, cls="note"), el("section", content))]
-    return "<!DOCTYPE html>\n" + el("html", el("head", head), el("body", header(meta, stages, claims), links, body), lang="en") + "\n"
+    return "<!DOCTYPE html>\n" + el("html", el("head", head), el("body", header(meta, stages, claims), links, body, el("script", Markup(SCRIPT))), lang="en") + "\n"
 
 
 def write(run_dir):

@@ -168,7 +168,7 @@ class Run:
 
     def keeper(self, name):
         """(keeper, save, resume) of a stage."""
-        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl"))
+        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl"))
 
         def keep(**parts):
             if keeper.save(**parts, cost=self.cost, seconds=time.time() - self.started):
@@ -230,7 +230,7 @@ class Run:
         config, rules = replace(config, seed=self.seed), dict(rewards.REWARDS)
         rules |= {"coin": coin} if "coin" in weights else {}
         keeper, keep, resume = self.keeper(name)
-        bar, seen = Bar(name), []
+        bar, seen, latest = Bar(name), [], []  # latest: a completion of each validation problem
 
         def log(m, r):
             tokens = int(r.mask.sum()) + sum(len(self.prompt(e)) for e in r.examples) * config.group_size
@@ -243,6 +243,12 @@ class Run:
             for line in watch.warnings(seen):
                 print(f"{name}, {line}", flush=True)
                 checkpoint.append_jsonl(self.out / name / "warnings.jsonl", {"step": m["step"], "warning": line})
+            if "validation_accuracy" in m:
+                for i, (e, said) in enumerate(list(zip(self.validation, latest))[:6]):
+                    scores = {n: rule(said, e) for n, rule in rules.items() if weights.get(n)}
+                    checkpoint.append_jsonl(self.out / name / "watched.jsonl", {
+                        "step": m["step"], "problem": i, **{key: e[key] for key in ("prompt", "answer", "language", "kind")},
+                        "completion": said, "rewards": scores})
             if m["step"] % config.validate_every == 0 or m["step"] == 1:
                 for i in range(0, len(r.texts), max(1, len(r.texts) // 3)):
                     e = r.examples[i // config.group_size]
@@ -253,6 +259,7 @@ class Run:
 
         def validate_now(model):
             texts, counts = self.complete(model, self.validation, samples=2, temperature=1.0, top_p=1.0)
+            latest[:] = [row[0] for row in texts]
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
         weights = {name: weights.get(name, 0.0) for name in rules}

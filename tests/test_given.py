@@ -120,6 +120,15 @@ def test_what_cannot_be_done_is_said_in_one_line_with_exit_code_2(more, culprit,
     assert exit.value.code == 2 and culprit in said and said.count("\n") == 1, said
 
 
+def test_a_verifier_of_ones_own_is_three_lines(given, tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport grpo, rewards\n"
+            "rewards.REWARDS['mine'] = lambda text, example: float(example['answer'] in text)\ngrpo.main()")
+    args = ["--model", given / "base", "--data", given / "train.jsonl", "--out", tmp_path / "out", "--rewards", "mine", "--rollouts", "1",
+            "--prompts-per-rollout", "2", "--group-size", "2", "--minibatches", "1", "--max-new-tokens", "40", "--template", "none"]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+    assert result.returncode == 0 and "reward 1.000" in result.stdout, result.stderr + result.stdout
+
+
 # ---- problem sets
 
 def read(tmp_path, *rows):

@@ -1,5 +1,7 @@
 """A page is judged by what a reader of it gets: hostile text stays text, and a run under way is shown as far as it is."""
 
+import base64
+import hashlib
 import json
 import math
 import random
@@ -70,6 +72,8 @@ def make_run(run, rollouts=60, names=STAGES):
             rows.append(row)
         write_rows(run / name / "metrics.jsonl", rows)
         write_rows(run / name / "samples.jsonl", [sample(rng, step) for step in range(1, rollouts + 1, 2)] if "GRPO" in by else [])
+        write_rows(run / name / "watched.jsonl", [sample(rng, step) | {"problem": problem} for step in range(10, rollouts + 1, 10)
+                                                  for problem in range(6)] if "GRPO" in by else [])
     claims = [{"number": i, "claim": claim, "source": f"R1 v1 {i}", "paper": "15.6 → 77.9", "ours": ours, "low": ours - spread, "high": ours + spread,
                "verdict": "unsettled" if abs(ours) < spread else "contradicted" if ours < 0 else "holds", "detail": "zero .780, base .352, 400 problems"}
               for i, claim in enumerate(CLAIMS, 1) for ours, spread in [(rng.choice([.42, .1, .02, -.05, 31.0 if i == 2 else .2]), .03)]]
@@ -139,11 +143,14 @@ def test_every_stage_and_every_claim_stands_in_the_page(run):
     assert ".780" in said and "4,182" in said and "holds" in said and "python pipeline.py --preset cpu" in said
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(run):
+def test_the_page_needs_nothing_from_elsewhere_and_runs_its_own_script_alone(run):
     page = written(run)
     reader = Reader(page)
     assert reader.open == []  # every element is closed
-    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in reader.elements}
+    assert not {"link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in reader.elements}
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert scripts == [report.SCRIPT] and page.count("<script") == 1 and f"script-src 'sha256-{digest}'" in page
     for tag, attributes in reader.elements:
         assert "src" not in attributes and attributes.get("href", "#")[0] == "#" and not any(name[:2] == "on" for name in attributes)
     assert "default-src 'none'" in page and "@import" not in page and not re.search(r"url\((?!#)", page)
@@ -161,14 +168,15 @@ def test_what_a_model_wrote_is_text_wherever_it_stands(tmp_path):
                                                 {"completion": f"<think>{evil}</answer>{evil}", "rewards": {evil: .5}}])
     page = written(run)
     reader = Reader(page)
-    assert reader.open == [] and not {"script", "img"} & {tag for tag, _ in reader.elements}
+    assert reader.open == [] and "img" not in {tag for tag, _ in reader.elements}
+    assert [tag for tag, _ in reader.elements].count("script") == 1 and not any(name[:6] == "data_r" for _, a in reader.elements for name in a)
     assert "".join(reader.words).count("<script>alert(1)</script>") > 10
     assert not any(strange in page for strange in "\x00\ud800\u202e")
 
 
 def test_a_run_under_way_is_shown_as_far_as_it_is(tmp_path):
     page = written(tmp_path)  # nothing yet
-    assert page.count("Not yet") == 3 and "0 of 12 finished" in " ".join(Reader(page).words).replace("  ", " ")
+    assert page.count("Not yet") == 4 and "0 of 12 finished" in " ".join(Reader(page).words).replace("  ", " ")
     (tmp_path / "zero").mkdir()
     (tmp_path / "zero" / "metrics.jsonl").write_text('{"step": 1, "reward": 0.25}\n{"step": 2, "rew')
     (tmp_path / "zero" / "samples.jsonl").write_bytes('{"step": 1, "completion": "一"}\n{"step": 2, "completion": "二'.encode()[:-1])
@@ -226,7 +234,7 @@ def test_a_long_run_stays_a_small_page(tmp_path):
     page = written(run)
     assert len(page.encode()) < 2_000_000
     assert max(d.count(",") for d in re.findall(r'class="(?:line|raw) [^>]*', page)) <= report.MOST_POINTS + 1
-    assert page.count("<article") <= report.MOST_SAMPLES * len(STAGES)
+    assert page.count("<article") <= report.MOST_SAMPLES * len(STAGES) * 8
 
 
 @pytest.mark.parametrize("low, high, expected", [(0, 1, [0, .2, .4, .6, .8, 1]), (0, 61, [0, 20, 40, 60, 80]), (-.3, .4, [-.4, -.2, 0, .2, .4]),
