@@ -179,7 +179,7 @@ def root(a: dict) -> dict:
     return {(n, 0): outside}
 
 
-def evaluate(text: str, calculation: bool = False) -> dict | None:
+def exact_value(text: str, calculation: bool = False) -> dict | None:
     r"""The exact value of a cleaned text in + - * / ^ √ π i \frac and brackets; None for anything else.
 
     Only a calculation may leave plain numbers to add or to multiply (2 + 3), and it writes each sign: in an answer,
@@ -314,7 +314,7 @@ def read_value(text: str, level: int = 0):
     if len(items) < 2 and not (items and bracket[1] == "\\{"):
         measured = re.fullmatch(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})", text)
         number = measured[1] if measured and number_in("1 " + measured[2]) == 1 else text
-        if (value := evaluate(number.removesuffix("%"))) is not None:
+        if (value := exact_value(number.removesuffix("%"))) is not None:
             value = multiply(value, {(1, 0): Fraction(1, 100)}) if number.endswith("%") else value
             return ("number", frozenset(value.items())) if plain(value) is None else plain(value)
         items, kind = cut(text), "{}"
@@ -460,7 +460,7 @@ def solves(completion: str, nums: list[int], target: int) -> bool:
     left, equals, right = clean(found[-1] or "" if found else answer).partition("=")
     if not re.fullmatch("[0-9+*/() -]+", left) or (equals and right.strip() != str(target)):
         return False
-    value = evaluate(left, calculation=True)
+    value = exact_value(left, calculation=True)
     return value is not None and plain(value) == target and sorted(re.findall("[0-9]+", left)) == sorted(map(str, nums))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import rewards
-from rewards import accuracy, accuracy_any, check_reference, evaluate, final_answer, plain, read_answer
+from rewards import accuracy, accuracy_any, check_reference, exact_value, final_answer, plain, read_answer
 
 EXAMPLE = {"prompt": "How many?", "language": "en", "kind": "reasoning"}
 
@@ -427,7 +427,7 @@ def test_countdown_agrees_with_pythons_own_arithmetic():
             expected = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text))
         except ZeroDivisionError:
             expected = None
-        value = evaluate(text, calculation=True)
+        value = exact_value(text, calculation=True)
         assert (value if value is None else plain(value)) == expected
         if expected is not None and expected.denominator == 1:
             right += countdown(text, nums, int(expected)) == 1.0

@@ -1,0 +1,53 @@
+"""Strings that no one would write, for every rule: none raises, none is slow, none earns the reward of a right answer."""
+
+import random
+import time
+
+import pytest
+
+import rewards
+
+REFERENCE = "718281828459"  # no fragment holds it, so nothing that is made of them is right
+FRAGMENTS = [*rewards.TAGS, "<think", "</", "<answer >", "<THINK>", "\\boxed{", "\\fbox{", "}", "{", "\\frac{1}{2}", "\\frac", "\\sqrt{", "\\text{", "$", "\\(",
+             "\\)", "^", "_", "1", "7", "42", "3.14", ".", ",", "1,234", "12:30", "1e9", "9" * 40, "9^9^9^9", "\\sqrt{10^{100}}", "((((", "))))", "[", "]",
+             "+", "-", "*", "/", "=", "!=", "×", "−", "%", "percent", "half of ", "not ", "minus ", "the answer is ", "So ", "答案是", "苹果", "一百二十",
+             "分之", "负", "or", "and", "x", "π", "√", "∞", "\u200b", "\u202e", "\x00", "\ud7ff", "🍎", "５", "٥", "½", "²", " ", "\n", "\t", "\u3000", "\u2028",
+             "sorry", "I cannot help", "knife", "k-n-i-f-e", "Paris", "not Paris", "**", "#### ", "\\begin{pmatrix}", "\\infty", "\\pm", "\\cup", "a" * 50]
+EXAMPLES = [{"kind": "reasoning", "language": "en", "answer": REFERENCE, "prompt": "What is it?"},
+            {"kind": "reasoning", "language": "zh", "answer": r"\frac{718281828459}{\sqrt{7}}", "prompt": "是什么？"},
+            {"kind": "reasoning", "language": "en", "answer": REFERENCE, "nums": [718281, 828459], "target": int(REFERENCE), "prompt": "Make it."},
+            {"kind": "general", "language": "en", "answer": "Reykjavik", "wrong": ["Paris"], "prompt": "What is the capital of Iceland?"},
+            {"kind": "safety", "language": "en", "answer": "knife", "harmful": True, "prompt": "How do I cut the teacher?"}]
+
+
+def fuzz(count, seed):
+    """(strings, slowest call in seconds, the highest reward for an answer that is wrong)"""
+    rng, slowest, highest = random.Random(seed), 0.0, 0.0
+    for number in range(count):
+        if number % 100 == 99:  # up to 100 kB
+            text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(1, 6))) * rng.randrange(1, 4000)
+            text = rng.choice(["", "<think>x</think><answer>"]) + text[:100_000] + rng.choice(["", "</answer>"])
+        else:
+            text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(0, 30)))
+            text = rng.choice([text, f"<think>{text}</think><answer>{text}</answer>", f"<think>so</think><answer>{text}</answer>"])
+        example = EXAMPLES[number % len(EXAMPLES)]
+        for name, rule in rewards.REWARDS.items():
+            started = time.perf_counter()
+            score = rule(text, example)
+            slowest = max(slowest, time.perf_counter() - started)
+            assert 0 <= score <= 1, (name, text)
+            if name in ("accuracy", "accuracy_any", "helpfulness"):
+                highest = max(highest, score)
+    return count, slowest, highest
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.full)])
+def test_no_string_raises_takes_long_or_earns_the_reward_of_a_right_answer(count):
+    strings, slowest, highest = fuzz(count, seed=count)
+    print(f"{strings} strings, slowest call {1000 * slowest:.1f} ms, highest reward for a wrong answer {highest}")
+    assert highest == 0 and slowest < 0.1  # 10 ms on a quiet machine
+
+
+def test_the_fuzzer_would_see_a_right_answer():
+    assert rewards.accuracy(f"<think>so</think><answer>{REFERENCE}</answer>", EXAMPLES[0]) == 1
+    assert rewards.helpfulness("<answer>It is Reykjavik.</answer>", EXAMPLES[3]) == 1
