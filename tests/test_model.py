@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -740,3 +741,50 @@ def test_attention_by_hand_and_by_the_fused_kernel_agree(dtype):
             scores = (q[:, :, -t:].float() @ k.float().repeat_interleave(2, 1).mT) / 8 ** 0.5 + mask.float()
             expected = scores.softmax(-1) @ v.float().repeat_interleave(2, 1)
             assert torch.allclose(kernel.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+# ------------------------------------------------------------------------------------------- a stranger's files
+
+def header(fields, size=64):
+    content = json.dumps(fields).encode()
+    return len(content).to_bytes(8, "little") + content + bytes(size)
+
+
+@pytest.mark.parametrize("content", [
+    (2 ** 62).to_bytes(8, "little") + b"{}", b"\xff" * 8, b"", (10).to_bytes(8, "little") + b"not JSON!!",
+    header({"lm_head.weight": {"dtype": "F32", "shape": [2 ** 40, 2 ** 40], "data_offsets": [0, 64]}}),
+    header({"lm_head.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 2 ** 60]}}),
+    header({"lm_head.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [64, 0]}}),
+    header({"lm_head.weight": {"dtype": "PICKLE", "shape": [4, 4], "data_offsets": [0, 64]}}),
+    header({"lm_head.weight": {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}}),
+    header({"../../lm_head.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}), header([1, 2]), header({"x": 5}),
+], ids=range(12))
+def test_a_hostile_header_is_refused_at_once_in_one_line_that_names_the_file(content, tmp_path):
+    dir = copy("llama_mha_untied", tmp_path)
+    shard = sorted(dir.glob("*.safetensors"))[-1]
+    load(dir, "cpu")  # libraries come into memory here
+    shard.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=re.escape(shard.name)) as caught:
+        load(dir, "cpu")
+    assert "\n" not in str(caught.value) and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "../config.json"}}',
+                                   '{"weight_map": {"a": "/etc/passwd"}}', '{"weight_map": {"a": "absent.safetensors"}}', "[" * 5000, "\\xff"])
+def test_a_hostile_index_is_refused_in_one_line_that_names_the_file(index, tmp_path):
+    dir = copy("llama_mha_untied", tmp_path)
+    (dir / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=re.escape(str(dir))) as caught:
+        load(dir, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["[]", "5", "[" * 5000, "{", '{"model_type": ["llama"]}', '{"model_type": "llama", "rope_scaling": 5}',
+                                    '{"model_type": "llama", "layer_types": 5}', '{"model_type": {"a": 1}}'])
+def test_a_hostile_config_is_refused_in_one_line_that_names_the_file(config, tmp_path):
+    dir = copy("llama_mha_untied", tmp_path)
+    (dir / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="config.json") as caught:
+        load(dir, "cpu")
+    assert "\n" not in str(caught.value)
