@@ -25,6 +25,14 @@ ROOT = Path(__file__).parent.parent
 SMOKE = [sys.executable, str(ROOT / "pipeline.py"), "--preset", "smoke", "--device", "cpu", "--out"]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C is heard, also where the tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def weights_of(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 

@@ -1559,4 +1559,5 @@ print(peak() - before, 20 * weights + 2 * 2 * 896 * tokens + layer + 2 ** 30, ou
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     peak, formula, grad_norm = map(float, result.stdout.split())
+    print(f"peak {peak / 1e9:.2f} GB, the formula says {formula / 1e9:.2f} GB")
     assert 0 < grad_norm and peak <= formula, f"{peak / 1e9:.2f} GB, the formula says {formula / 1e9:.2f} GB"
