@@ -52,7 +52,7 @@ def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
 
 
 class Keeper:
-    """A training's state, saved now and then and taken up again.
+    """A training's state, saved now and then and taken up again; `settle` beside it refuses other settings.
 
     Saving takes at most 2% of the time. In a `with`, Ctrl-C lets the step finish, saves, and stops then; a second one stops
     at once. logs: JSONL files in `dir`, whose rows after the state's "step" go away, to be written again.

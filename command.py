@@ -79,6 +79,16 @@ def add_saving(parser):
                         help="save the training's state in --out, to go on from after a stop; default %(default)s, and at most 2%% of the time")
 
 
+@contextmanager
+def saving(out, args):
+    """The Keeper of a script's training in `out`, which no other process may use meanwhile; its state goes away at the end."""
+    with lock(out):
+        settle(out / "settings.json", {name: value for name, value in vars(args).items() if name != "save_every"})
+        with Keeper(out, every=args.save_every) as keeper:
+            yield keeper
+        (out / STATE).unlink(missing_ok=True)
+
+
 def prepare(model, args):
     """What add_speed's options ask for, and a line that says in what the model is trained."""
     model.recompute = args.recompute
@@ -143,10 +153,8 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
             if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
                 print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 
-        settle(out / "settings.json", vars(args))
-        with lock(out), Keeper(out, every=args.save_every) as keeper:
+        with saving(out, args) as keeper:
             train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, with_graphs(generate),
                   tokenizer.end_ids, {name: rewards.REWARDS[name] for name in args.rewards}, config, credit=credit,
                   keep=getattr(credit, "keep", None), log=log, save=keeper.save, resume=keeper.resume)
-        save(model, out, tokenizer)
-        (out / STATE).unlink(missing_ok=True)
+            save(model, out, tokenizer)

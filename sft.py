@@ -207,8 +207,7 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
 
 
 def main():
-    from checkpoint import STATE, Keeper, lock, settle
-    from command import Parser, add_saving, add_speed, add_template, fields_of, open_model, prepare
+    from command import Parser, add_saving, add_speed, add_template, fields_of, open_model, prepare, saving
     from data.readers import new_directory, read_rows
     from model import save
     parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
@@ -231,12 +230,10 @@ def main():
             ids = prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id]
             examples.append((ids, 0 if args.pretrain else len(prompt)))
         print(say_cut(examples, config.row_length), end="")
-        settle(out / "settings.json", vars(args))
-        with lock(out), Keeper(out, every=args.save_every) as keeper:
+        with saving(out, args) as keeper:
             train(model, examples, config, save=keeper.save, resume=keeper.resume, log=lambda m: print(
                 f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}", flush=True))
-        save(model, out, tokenizer)
-        (out / STATE).unlink(missing_ok=True)
+            save(model, out, tokenizer)
 
 
 if __name__ == "__main__":
