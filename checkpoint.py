@@ -1,6 +1,6 @@
 """A training state saved and restored exactly, atomically: a run that is killed goes on as if it had not been.
 
-A state is one safetensors file, its counters as JSON in that file's header: nothing is half new and half old, and
+A state is one safetensors file, its counters and a checksum in that file's header: nothing is half new and half old, and
 nothing is pickled. Files are written aside, flushed to disk, then renamed: whenever the process is killed, the name
 holds the old content or the new one, whole.
 
@@ -18,10 +18,12 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,8 +36,16 @@ STATE, DONE = "state.safetensors", "DONE"
 
 def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
     path, temporary = _aside(Path(dir) / STATE)
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, {"meta": json.dumps(meta)})
+    tensors, meta = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, json.dumps(meta)
+    save_file(tensors, temporary, {"meta": meta, "checksum": _checksum(tensors, meta)})
     _into_place(temporary, path)
+
+
+def _checksum(tensors: dict[str, Tensor], meta: str) -> str:
+    sum = zlib.crc32(meta.encode())
+    for name in sorted(tensors):
+        sum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), sum)
+    return str(sum)
 
 
 def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
@@ -46,7 +56,10 @@ def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])
+            tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        if _checksum(tensors, header["meta"]) != header["checksum"]:
+            raise ValueError("its checksum is another")
+        return tensors, json.loads(header["meta"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a whole training state ({error}); without it the training begins anew") from None
 
@@ -146,6 +159,13 @@ def difference(before, now, name=""):
 def atomic_write(path: str | Path, text: str):
     path, temporary = _aside(path)
     temporary.write_text(text, encoding="utf-8")
+    _into_place(temporary, path)
+
+
+def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]):
+    path, temporary = _aside(path)
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
     _into_place(temporary, path)
 
 
@@ -264,7 +284,7 @@ def code_hash(*paths: str | Path) -> str:
 
 def mark_finished(dir: str | Path, meta: dict):
     """The last thing a stage does: DONE says that the rest of `dir` is whole, and which settings and code made it."""
-    atomic_write(Path(dir) / DONE, json.dumps(meta, indent=1, sort_keys=True) + "\n")
+    atomic_write(Path(dir) / DONE, json.dumps(meta, indent=1) + "\n")
 
 
 def finished(dir: str | Path) -> dict | None:

@@ -12,8 +12,8 @@ thread each: seconds compare methods with one another, not with other runs of th
 """
 
 import multiprocessing
-import resource
-import sys
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -56,6 +56,7 @@ class RejectionFineTuning:
 
 def one(make_run, method, lr, weights):
     """One method with one learning rate, in a process of its own: its weights and figures are in its directory then."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     run = make_run()
     if run.device.type == "cpu":
         torch.set_num_threads(1)
@@ -66,21 +67,24 @@ def one(make_run, method, lr, weights):
     model = run.model("base")
     credit = None if make_credit is None else make_credit(model, config)
     run.rl(name, model, CONTROLS.get(method, weights), config, credit=credit, validate=False)
-    if run.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     run.save(model, name)
     texts, counts = run.complete(model, run.validation)
     accuracy = float(run.score(run.validation, texts, counts)["accuracy_strict"].mean())
     (run.out / name / checkpoint.STATE).unlink(missing_ok=True)
-    done = {"method": method, "lr": lr, "peak_bytes": peak, "validation": accuracy, "code": code_of(CODE)}
+    done = {"method": method, "lr": lr, "validation": accuracy, "code": code_of(CODE)}
     checkpoint.mark_finished(run.out / name, done)
     return f"{method:12} lr {lr:g}  validation accuracy {100 * accuracy:.0f}%"
 
 
+def end_with_parent():
+    """Where the command was killed, nothing may go on beside the one that takes its place."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def compare(run, make_run, weights):
-    """{method: figures} of all entries, written to results.json; finished runs are not made again. weights: of the rules."""
+    """{method: figures} of all entries, written to results.json, seconds and memory to times.json; finished runs are not
+    made again. weights: of the rules."""
     p, searching = run.preset, run.seed >= 100
     rates = {method: LEARNING_RATES if searching else [p.compare_lr.get(method, p.zero.lr)] for method in ENTRIES}
     jobs = [(method, lr) for method in ENTRIES for lr in rates[method]]
@@ -89,45 +93,49 @@ def compare(run, make_run, weights):
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for future in [pool.submit(one, make_run, *job, weights) for job in open_jobs]:
-            print(future.result(), flush=True)
-    table, code = {}, code_of(CODE)
+        try:
+            for future in [pool.submit(one, make_run, *job, weights) for job in open_jobs]:
+                print(future.result(), flush=True)
+        except BaseException:  # Ctrl-C, or a mistake in one: those under way end as they do, the others do not begin
+            pool.shutdown(cancel_futures=True)
+            raise
+    table, times, code = {}, {}, code_of(CODE)
     for method in ENTRIES:
         tried = [checkpoint.finished(path(method, lr)) for lr in rates[method]]
         best = max(tried, key=lambda done: done["validation"])
         if changed := [file for file, was in best.pop("code").items() if was != code[file]]:
             print(f"{method} was made before {', '.join(changed)} changed; to make it anew, remove {path(method, best['lr'])}")
-        table[method] = best | measure(run, path(method, best["lr"]))
-        table[method]["tried"] = {f"{done['lr']:g}": done["validation"] for done in tried}
-        print(line_of(table[method]), flush=True)
-    run.results["compare"] = table
+        figures, times[method] = measure(run, path(method, best["lr"]))
+        table[method] = best | figures | {"tried": {f"{done['lr']:g}": done["validation"] for done in tried}}
+        print(line_of(table[method], times[method]), flush=True)
+    run.results["compare"], run.times["compare"] = table, times
     run.write()
 
 
 def measure(run, dir):
-    """Test figures with intervals, and the curve over samples and seconds, of one finished run."""
+    """Of one finished run: test figures with intervals and the curve over samples; and what differs from call to call, apart."""
     values = dir / "values.npz"
     if not values.exists():
         texts, counts = run.complete(run.model(dir.relative_to(run.out)), run.test)
-        np.savez(values, **run.score(run.test, texts, counts))
+        checkpoint.write_arrays(values, run.score(run.test, texts, counts))
     with np.load(values) as file:
         evaluation = evaluate.summarise(dict(file))
     rows, times = checkpoint.read_jsonl(dir / "metrics.jsonl"), checkpoint.read_jsonl(dir / "times.jsonl")
     seconds = np.cumsum([row["seconds"] for row in times]).tolist()
-    kept = ("samples", "accuracy", "length", "language_consistency")
-    curve = [{"seconds": at, **{key: row[key] for key in kept}} for row, at in zip(rows, seconds)]
-    return {"evaluation": evaluation, "curve": curve, "rollouts": len(rows), "samples": rows[-1]["samples"], "seconds": seconds[-1]}
+    curve = [{key: row[key] for key in ("samples", "accuracy", "length", "language_consistency")} for row in rows]
+    return ({"evaluation": evaluation, "curve": curve, "rollouts": len(rows), "samples": rows[-1]["samples"]},
+            {"seconds": seconds[-1], "curve_seconds": seconds, "peak_bytes": max(row["peak_bytes"] for row in times)})
 
 
-def reached(curve, accuracy=0.5):
+def reached(curve, seconds, accuracy=0.5):
     """Samples and seconds until the sampled completions' accuracy is reached; None if it is not."""
-    return next(((row["samples"], row["seconds"]) for row in curve if row["accuracy"] >= accuracy), None)
+    return next(((row["samples"], at) for row, at in zip(curve, seconds) if row["accuracy"] >= accuracy), None)
 
 
-def line_of(row):
-    e, at = row["evaluation"], reached(row["curve"])
+def line_of(row, times):
+    e, at = row["evaluation"], reached(row["curve"], times["curve_seconds"])
     half = "not reached" if at is None else f"{at[0]} samples, {at[1]:.0f} s"
     return (f"{row['method']:12} lr {row['lr']:g}  accuracy {100 * e['accuracy_strict'][0]:.0f}% "
             f"[{100 * e['accuracy_strict'][1]:.0f}, {100 * e['accuracy_strict'][2]:.0f}]  any style {100 * e['accuracy'][0]:.0f}%  "
-            f"half right after {half}  {row['seconds']:.0f} s  {row['peak_bytes'] / 2 ** 20:.0f} MB  "
+            f"half right after {half}  {times['seconds']:.0f} s  {times['peak_bytes'] / 2 ** 20:.0f} MB  "
             f"length {e['length'][0]:.0f}  language {100 * e['language_consistency'][0]:.0f}%")

@@ -78,7 +78,8 @@ def read_run(run_dir):
         stage["warnings"] = read_objects(run_dir / name / "warnings.jsonl")
         stage["rl"] = any("reward" in row for row in rows.values()) or "GRPO" in str(stage.get("by"))
     meta = (results.get("meta") or {}) | {key: times[key] for key in ("date", "seconds") if key in times}
-    return meta, stages, results.get("claims") or [], results.get("compare") or {}
+    compare = {name: row | (times.get("compare") or {}).get(name, {}) for name, row in (results.get("compare") or {}).items()}
+    return meta, stages, results.get("claims") or [], compare
 
 
 def figure(stage, metric):

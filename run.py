@@ -120,7 +120,7 @@ class Run:
             model = make()
             self.save(model, name)
             self.end(name)
-            np.savez(dir / "values.npz", **self.measure(name, model))
+            checkpoint.write_arrays(dir / "values.npz", self.measure(name, model))
             (dir / checkpoint.STATE).unlink(missing_ok=True)
             parameters = sum(p.numel() for p in model.parameters())
             done = {"title": title, "starts_from": starts_from, "by": by, "paper": paper, "parameters": parameters,
@@ -146,9 +146,7 @@ class Run:
         """Values {metric: per-problem array} that a claim needs beside the stages, made once."""
         path = self.out / "extras" / f"{name}.npz"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            np.savez(path.with_suffix(".tmp.npz"), **make())
-            path.with_suffix(".tmp.npz").rename(path)
+            checkpoint.write_arrays(path, make())
         with np.load(path) as file:
             self.values[name] = dict(file)
 
@@ -193,11 +191,11 @@ class Run:
             raise ValueError(f"{name}, {error}. Its batch: {path}; {last}. What usually mends it: a lower --lr, --dtype float32") from None
 
     def log(self, name, metrics):
-        """Times go to a file of their own, so that the rest is the same at each run."""
+        """Times and memory go to a file of their own, so that the rest is the same at each run."""
         times = {key: value for key, value in metrics.items() if "seconds" in key}
         rest = {key: round(value, 6) for key, value in metrics.items() if key not in times and np.isfinite(value)}
         checkpoint.append_jsonl(self.out / name / "metrics.jsonl", rest)
-        checkpoint.append_jsonl(self.out / name / "times.jsonl", {"step": metrics["step"], **times})
+        checkpoint.append_jsonl(self.out / name / "times.jsonl", {"step": metrics["step"], **times, "peak_bytes": peak_bytes(self.device)})
 
     # ---- what stages do
 
@@ -349,6 +347,14 @@ class Bar:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+
+def peak_bytes(device):
+    """The most memory that this process has held: of the GPU, or in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine(device):

@@ -70,10 +70,10 @@ def as_example(row):
         return {"prompt": text("question"), "answer": text("answer").rpartition("####")[2].strip(), **english}
     if text("problem") and text("solution"):
         import rewards
-        boxes = [box for box in rewards.boxes(text("solution")) if box]
+        boxes = [braced or bare for braced, bare in rewards.BOX.findall(text("solution"))]
         if not (text("answer") or boxes):
             raise ValueError(r"the solution holds no \boxed{} answer")
-        return {"prompt": text("problem"), "answer": text("answer") or boxes[-1], **english}
+        return {"prompt": text("problem"), "answer": text("answer") or boxes[-1], **english}  # the last, as MATH's own reader
     prompt = text("prompt") or text("question") or text("problem")
     if not prompt or not text("answer"):
         raise ValueError(f"fields {', '.join(map(str, row))} are of no problem set known here: texts prompt and answer (or question and "

@@ -151,7 +151,7 @@ def test_a_save_that_fails_leaves_the_state_before_it(tmp_path):
 def test_no_file_is_a_pickle(tmp_path):
     save(tmp_path, *state_of(model=Tied(), step=1))
     header = (tmp_path / checkpoint.STATE).read_bytes()[8:]
-    assert json.JSONDecoder().raw_decode(header.decode("latin-1"))[0]["__metadata__"] == {"meta": '{"step": 1}'}
+    assert json.JSONDecoder().raw_decode(header.decode("latin-1"))[0]["__metadata__"]["meta"] == '{"step": 1}'
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
 
 

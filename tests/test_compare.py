@@ -35,9 +35,9 @@ def test_rejection_fine_tuning_is_the_likelihood_of_the_correct_samples_alone():
 
 
 def test_samples_and_seconds_to_a_level_are_those_of_the_first_rollout_there():
-    curve = [{"samples": 256 * i, "seconds": 2.0 * i, "accuracy": a} for i, a in enumerate([0.1, 0.4, 0.6, 0.5], 1)]
-    assert compare.reached(curve) == (768, 6.0)
-    assert compare.reached(curve, 0.9) is None
+    curve = [{"samples": 256 * i, "accuracy": a} for i, a in enumerate([0.1, 0.4, 0.6, 0.5], 1)]
+    assert compare.reached(curve, [2.0, 4.0, 6.0, 8.0]) == (768, 6.0)
+    assert compare.reached(curve, [2.0, 4.0, 6.0, 8.0], 0.9) is None
 
 
 @pytest.mark.full
@@ -45,11 +45,12 @@ def test_one_command_compares_all_methods_within_one_budget_of_samples(tmp_path)
     command = [sys.executable, "pipeline.py", "--preset", "smoke", "--out", str(tmp_path), "--device", "cpu", "--compare"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    table = json.loads((tmp_path / "results.json").read_text())["compare"]
-    assert set(table) == set(compare.ENTRIES)
-    for row in table.values():
-        assert 32 <= row["samples"] <= 32 + 16 * 4 and row["peak_bytes"] > 2 ** 20 and row["tried"] == {"0.0001": row["validation"]}
-        assert row["seconds"] == row["curve"][-1]["seconds"] > 0
+    table, times = (json.loads((tmp_path / name).read_text())["compare"] for name in ("results.json", "times.json"))
+    assert set(table) == set(times) == set(compare.ENTRIES)
+    for name, row in table.items():
+        assert 32 <= row["samples"] <= 32 + 16 * 4 and row["tried"] == {"0.0001": row["validation"]}
+        assert times[name]["peak_bytes"] > 2 ** 20 and times[name]["seconds"] == times[name]["curve_seconds"][-1] > 0
+        assert len(times[name]["curve_seconds"]) == len(row["curve"])
     assert "Methods" in (tmp_path / "report.html").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("compare/*/model.safetensors")}
     one = tmp_path / "compare" / "grpo-0.0001" / "DONE"

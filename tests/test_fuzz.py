@@ -48,6 +48,32 @@ def test_no_string_raises_takes_long_or_earns_the_reward_of_a_right_answer(count
     assert highest == 0 and slowest < 0.1  # 10 ms on a quiet machine
 
 
+HARD = [  # written against the rules: each once raised, or took from 20 to 400 ms
+    "1024^-99%", "." + "0" * 297 + "1%", "\\fbox" * 399 + "5", "\n".join("\\boxed{x=" + "9^99," * 16 + f"{i}?}}" for i in range(20)),
+    "\n".join("\\boxed{x=" + "(1+√2+√3+√6)^5," * 5 + f"{i}?}}" for i in range(20)), "\n".join("\\boxed{x=" + "±√999983," * 9 + f"{i}?}}" for i in range(20)),
+    "$x=" + "9^99," * 58 + "?$", "$x=" + "(1+√2+√3+√6)^5," * 19 + "?$", "$x=" + "±√999983," * 32 + "?$", "\\! " + "m" * 1970 + " 5", "π^99" * 60,
+    "(" + "," * 1980 + " ab 5", "\\!(" + "," * 1400 + " " + "m" * 500 + " ab 5", "$x=" + ",".join(f"√{999983 - i}" for i in range(30)) + "?$",
+    ",".join(f"({i}+√2+√3+√6)^5" for i in range(16)), "9^" * 99 + "9", "(" * 60 + "5" + ")" * 60, "-" * 60 + "5", "\\frac" * 48 + "12"]
+
+
+@pytest.mark.parametrize("text", HARD, ids=lambda text: ascii(text[:12]))
+def test_what_was_written_to_break_the_rules_is_scored_at_once(text):
+    def deep(depth, text, example):  # a trainer's own calls lie below
+        return [rule(text, example) for rule in rewards.REWARDS.values()] if not depth else deep(depth - 1, text, example)
+    slowest = 0.0
+    for completion in (text, f"<think>so</think><answer>{text}</answer>"):
+        for example in EXAMPLES:
+            took = []
+            for _ in range(3):
+                rewards.exact_value.cache_clear(), rewards.squarefree.cache_clear()
+                started = time.process_time()
+                assert max(deep(400, completion, example)[0::5]) == 0  # accuracy, accuracy_any
+                took.append(time.process_time() - started)
+            slowest = max(slowest, min(took))
+    print(f"{1000 * slowest:.1f} ms for all rules together")
+    assert slowest < 0.1  # on a quiet machine 11 ms at most
+
+
 def test_the_fuzzer_would_see_a_right_answer():
     assert rewards.accuracy(f"<think>so</think><answer>{REFERENCE}</answer>", EXAMPLES[0]) == 1
     assert rewards.helpfulness("<answer>It is Reykjavik.</answer>", EXAMPLES[3]) == 1
