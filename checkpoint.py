@@ -278,6 +278,19 @@ def append_jsonl(path: str | Path, row: dict):
         os.fsync(file.fileno())
 
 
+def kept_rows(path: str | Path, generator: Generator, save, resume):
+    """(rows, log) for a loop that draws from `generator` and logs rows {"step": ...}, as evaluate.complete: rows are those of an
+    earlier call, log(row) appends to `path` and offers the state. save and resume: a Keeper's, of which `path` is a log."""
+    if resume is not None:
+        resume(generator=generator)
+
+    def log(row):
+        append_jsonl(path, row)
+        save(generator=generator, step=row["step"])
+
+    return read_jsonl(path) if Path(path).exists() else [], log
+
+
 def code_hash(*paths: str | Path) -> str:
     return hashlib.sha256(b"\0".join(Path(path).read_bytes() for path in paths)).hexdigest()
 

@@ -70,7 +70,6 @@ def one(make_run, method, lr, weights):
     run.save(model, name)
     texts, counts = run.complete(model, run.validation)
     accuracy = float(run.score(run.validation, texts, counts)["accuracy_strict"].mean())
-    (run.out / name / checkpoint.STATE).unlink(missing_ok=True)
     done = {"method": method, "lr": lr, "validation": accuracy, "code": code_of(CODE)}
     checkpoint.mark_finished(run.out / name, done)
     return f"{method:12} lr {lr:g}  validation accuracy {100 * accuracy:.0f}%"
@@ -103,6 +102,8 @@ def compare(run, make_run, weights):
     for method in ENTRIES:
         tried = [checkpoint.finished(path(method, lr)) for lr in rates[method]]
         best = max(tried, key=lambda done: done["validation"])
+        for lr in rates[method]:
+            (path(method, lr) / checkpoint.STATE).unlink(missing_ok=True)
         if changed := [file for file, was in best.pop("code").items() if was != code[file]]:
             print(f"{method} was made before {', '.join(changed)} changed; to make it anew, remove {path(method, best['lr'])}")
         figures, times[method] = measure(run, path(method, best["lr"]))

@@ -81,8 +81,8 @@ def main():
     import evaluate
     import rewards
     import sft
-    from checkpoint import write_jsonl
-    from command import PROBLEMS, Parser, add_template, fields_of, open_model
+    from checkpoint import STATE, Keeper, kept_rows, read_jsonl, write_jsonl
+    from command import PROBLEMS, Parser, add_saving, add_template, fields_of, open_model, saving
     from data.readers import new_directory, read_problems, read_rows
     from graphs import with_graphs
     from model import generate, save
@@ -97,35 +97,45 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="of each prompt; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
     parser.add_fields(sft.SFTConfig, ("lr", "epochs", "batch_tokens", "row_length", "dtype"))
+    add_saving(parser)
     args = parser.parse_args()
-    with parser.explained():
+    with parser.explained(args.out):
         problems = read_problems(args.data, rewards.check_reference)
         Tokenizer(args.student, args.template).template  # what cannot be asked is refused before the teacher samples
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
-        (teacher, tokenizer), out = open_model(args.teacher, getattr(torch, args.dtype), template=args.template), new_directory(args.out)
-        sample = with_graphs(generate)
-        random = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
-        config = evaluate.EvalConfig(samples=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
-        texts, _ = evaluate.complete(
-            [tokenizer.encode_prompt(e["prompt"]) for e in problems],
-            lambda prompts, **settings: sample(teacher, prompts, end_ids=tokenizer.end_ids, generator=random, **settings),
-            tokenizer.decode, config)
-        traces, counts = rejection_sample(problems, texts, rewards.accuracy,
-                                          lambda text, example: rewards.language_consistency(text, example) == 1)
-        print(explain(counts))
-        write_jsonl(out / "traces.jsonl", traces)
-        del teacher
-        student, tokenizer = open_model(args.student, torch.float32, template=args.template)
+        out = new_directory(args.out)
 
-        def encode(row):
-            prompt = tokenizer.encode_prompt(row["prompt"])
-            return prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id], len(prompt)
+        def sampled(save, resume):
+            teacher, tokenizer = open_model(args.teacher, getattr(torch, args.dtype), template=args.template)
+            sample = with_graphs(generate)
+            random = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
+            config = evaluate.EvalConfig(samples=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
+            return evaluate.complete(
+                [tokenizer.encode_prompt(e["prompt"]) for e in problems],
+                lambda prompts, **settings: sample(teacher, prompts, end_ids=tokenizer.end_ids, generator=random, **settings),
+                tokenizer.decode, config, *kept_rows(out / "sampling" / "completions.jsonl", random, save, resume))[0]
 
-        examples = [encode(row) for row in (mix(traces, general) if general else traces)]
-        print(sft.say_cut(examples, args.row_length), end="")
-        sft.train(student, examples, fields_of(args, sft.SFTConfig),
-                  log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
-        save(student, out, tokenizer)
+        with saving(out, args) as keeper:
+            if not (out / "traces.jsonl").exists():
+                with Keeper(out / "sampling", ["completions.jsonl"], args.save_every) as sampling:
+                    texts = sampled(sampling.save, sampling.resume)
+                traces, counts = rejection_sample(problems, texts, rewards.accuracy,
+                                                  lambda text, example: rewards.language_consistency(text, example) == 1)
+                print(explain(counts))
+                write_jsonl(out / "traces.jsonl", traces)
+            (out / "sampling" / STATE).unlink(missing_ok=True)
+            traces = read_jsonl(out / "traces.jsonl")
+            student, tokenizer = open_model(args.student, torch.float32, template=args.template)
+
+            def encode(row):
+                prompt = tokenizer.encode_prompt(row["prompt"])
+                return prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id], len(prompt)
+
+            examples = [encode(row) for row in (mix(traces, general) if general else traces)]
+            print(sft.say_cut(examples, args.row_length), end="")
+            sft.train(student, examples, fields_of(args, sft.SFTConfig), save=keeper.save, resume=keeper.resume,
+                      log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
+            save(student, out, tokenizer)
 
 
 if __name__ == "__main__":

@@ -80,19 +80,28 @@ def paired_bootstrap(a, b, draws=2000, seed=0):
 
 # ------------------------------------------------------------------------------------------- sampling
 
-def complete(prompts, generate, decode, config):
-    """config.samples completions of each prompt (lists of ids): texts (N lists of n) and token counts (N, n)."""
+def complete(prompts, generate, decode, config, done=(), log=None):
+    """config.samples completions of each prompt (lists of ids): texts (N lists of n) and token counts (N, n).
+
+    log(row) gets each lot of prompts as it is done, {"step", "texts", "counts"}; `done` are such rows of an earlier call,
+    which are not sampled again.
+    """
     n, texts, counts = config.samples, [None] * len(prompts), np.zeros((len(prompts), config.samples), dtype=int)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
     lot = max(1, config.batch_rows // n)
-    for at in range(0, len(order), lot):
+    for step, at in enumerate(range(0, len(order), lot), 1):
         chosen = order[at:at + lot]
-        ids, lengths, _ = generate([prompts[i] for i in chosen], n=n, max_new_tokens=config.max_new_tokens,
-                                   temperature=config.temperature, top_p=config.top_p)
-        ids, lengths = ids.tolist(), lengths.tolist()
+        if step > len(done):
+            ids, lengths, _ = generate([prompts[i] for i in chosen], n=n, max_new_tokens=config.max_new_tokens,
+                                       temperature=config.temperature, top_p=config.top_p)
+            ids, lengths = ids.tolist(), lengths.tolist()
+            row = {"step": step, "texts": [decode(row[:length]) for row, length in zip(ids, lengths)], "counts": lengths}
+            if log is not None:
+                log(row)
+        else:
+            row = done[step - 1]
         for j, i in enumerate(chosen):
-            texts[i] = [decode(ids[r][:lengths[r]]) for r in range(j * n, (j + 1) * n)]
-            counts[i] = lengths[j * n:(j + 1) * n]
+            texts[i], counts[i] = row["texts"][j * n:(j + 1) * n], row["counts"][j * n:(j + 1) * n]
     return texts, counts
 
 

@@ -197,7 +197,7 @@ def rejection_sampling(run):
     if not (done := checkpoint.finished(dir)):
         run.begin()
         problems = run.problems[:p.trace_prompts]
-        texts, _ = run.complete(run.model("dev2"), problems, samples=p.trace_samples, temperature=1.0, top_p=1.0)
+        texts, _ = run.complete(run.model("dev2"), problems, "traces", samples=p.trace_samples, temperature=1.0, top_p=1.0)
         in_its_language = lambda text, example: rewards.language_consistency(text, example) == 1
         rows, counts = distill.rejection_sample(problems, texts, rewards.accuracy, in_its_language, keep=2)
         if not rows and run.results["meta"]["preset"] != "smoke":
@@ -209,6 +209,7 @@ def rejection_sampling(run):
                 "paper": "R1 v1 2.3.3", "counts": counts, **run.cost}
         run.end("traces")
         checkpoint.mark_finished(dir, done)
+    (dir / checkpoint.STATE).unlink(missing_ok=True)
     run.results["stages"]["traces"] = done
     print(run.line_of("traces"), flush=True)
     return checkpoint.read_jsonl(dir / "traces.jsonl")
@@ -249,11 +250,14 @@ def thinking_budgets(run, budgets=(8, 24, 48, 96)):
         scores = [np.mean([METRICS["accuracy"](text, e) for text in row]) for e, row in zip(problems, texts)]
         return {"accuracy": np.array(scores)}
 
+    def sampler():
+        return run.sampler(model, torch.Generator(device=run.device).manual_seed(0))
+
     for budget in budgets:
         run.extra(f"budget_{budget}", lambda: accuracy(evaluate.with_budget(
-            prompts, run.sampler(model, 0), tokenizer.decode, config, budget, close, lambda text: "</think>" in text)))
+            prompts, sampler(), tokenizer.decode, config, budget, close, lambda text: "</think>" in text)))
     run.extra("lengthened", lambda: accuracy(evaluate.lengthened(
-        prompts, run.sampler(model, 0), tokenizer.decode, config, end, wait)))
+        prompts, sampler(), tokenizer.decode, config, end, wait)))
 
 
 # ------------------------------------------------------------------------------------------- the command line

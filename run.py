@@ -121,7 +121,6 @@ class Run:
             self.save(model, name)
             self.end(name)
             checkpoint.write_arrays(dir / "values.npz", self.measure(name, model))
-            (dir / checkpoint.STATE).unlink(missing_ok=True)
             parameters = sum(p.numel() for p in model.parameters())
             done = {"title": title, "starts_from": starts_from, "by": by, "paper": paper, "parameters": parameters,
                     **self.cost, "code": code}
@@ -129,6 +128,7 @@ class Run:
             curve = [row.get("validation_accuracy", 0) for row in checkpoint.read_jsonl(metrics)] if metrics.exists() else []
             done |= {"best_validation_accuracy": max(curve)} if any(curve) else {}
             checkpoint.mark_finished(dir, done)
+        (dir / checkpoint.STATE).unlink(missing_ok=True)
         with np.load(dir / "values.npz") as file:
             self.values[name] = dict(file)
         evaluation = evaluate.summarise(self.values[name])
@@ -166,7 +166,8 @@ class Run:
 
     def keeper(self, name):
         """(keeper, save, resume) of a stage."""
-        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl"))
+        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl",
+                                                             "completions.jsonl"))
 
         def keep(**parts):
             if keeper.save(**parts, cost=self.cost, seconds=time.time() - self.started):
@@ -268,16 +269,24 @@ class Run:
         bar.close()
         return model
 
-    def complete(self, model, examples, **settings):
-        """Texts and token counts of a model's completions of examples, sampled in the stage's precision for sampling."""
+    def complete(self, model, examples, stage=None, **settings):
+        """Texts and token counts of a model's completions of examples, sampled in the stage's precision for sampling.
+
+        With `stage`, for sampling that is a stage of its own, they are saved there as they come."""
         config = evaluate.EvalConfig(**{"samples": self.preset.samples, "seed": self.seed,
                                         "max_new_tokens": self.preset.zero.max_new_tokens} | settings)
         prompts = [self.prompt(example) for example in examples]
-        return evaluate.complete(prompts, self.sampler(model, config.seed), self.tokenizer.decode, config)
+        generator = torch.Generator(device=self.device).manual_seed(config.seed)
+        sample = self.sampler(model, generator)
+        if stage is None:
+            return evaluate.complete(prompts, sample, self.tokenizer.decode, config)
+        keeper, keep, resume = self.keeper(stage)
+        with keeper:
+            done, log = checkpoint.kept_rows(self.out / stage / "completions.jsonl", generator, keep, resume)
+            return evaluate.complete(prompts, sample, self.tokenizer.decode, config, done, log)
 
-    def sampler(self, model, seed):
+    def sampler(self, model, generator):
         model = grpo.cast_copy(model, self.preset.zero.dtype)
-        generator = torch.Generator(device=self.device).manual_seed(seed)
 
         def sample(prompts, **settings):
             result = generate(model, prompts, end_ids=self.tokenizer.end_ids, generator=generator, **settings)

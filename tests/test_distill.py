@@ -60,6 +60,7 @@ def test_a_row_is_the_example_with_its_completion():
 
 def test_a_loop_is_found_and_a_chain_of_like_steps_is_none():
     assert repeats("so we add the tens again, " * 3) and not repeats("so we add the tens again, " * 2)
+    assert repeats("right first. " + "x" * 5000 + "so we take the tens again and then we look at the units, " * 3)
     assert not repeats("先47+38：个位7+8=15，十位4+3+1=8，得85。再85-12：个位5-2=3，十位8-1-0=7，得73。再73+9：个位3+9=12，十位7+0+1=8，得82。")
     assert readable(GOOD)
 

@@ -321,7 +321,7 @@ def test_a_mistake_of_our_own_keeps_its_traceback():
 
 # ---- the scripts, one by one
 
-AT_SECOND_SAVE = """
+AT_SAVE = """
 import sys; sys.path[:0] = [{root!r}]
 import os, signal, checkpoint
 class Killed(checkpoint.Keeper):
@@ -329,7 +329,7 @@ class Killed(checkpoint.Keeper):
     def save(self, **parts):
         self.took = 0.0
         Killed.saves += super().save(**parts)
-        if Killed.saves == 2:
+        if Killed.saves == {number}:
             os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Keeper = Killed
 import {script}
@@ -352,7 +352,7 @@ def test_a_script_killed_within_its_training_goes_on_to_the_same_weights(script,
     whole = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, "--out", str(tmp_path / "whole")], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     out = ["--out", str(tmp_path / "out")]
-    killed = subprocess.run([sys.executable, "-c", AT_SECOND_SAVE.format(root=str(ROOT), script=script, args=[*args, *out])])
+    killed = subprocess.run([sys.executable, "-c", AT_SAVE.format(root=str(ROOT), number=2, script=script, args=[*args, *out])])
     assert killed.returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
     other = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out, "--lr", "0.5"], capture_output=True, text=True)
     assert other.returncode == 2 and "lr was" in other.stderr
@@ -361,3 +361,26 @@ def test_a_script_killed_within_its_training_goes_on_to_the_same_weights(script,
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() != (tmp_path / "model" / "model.safetensors").read_bytes()
     assert not (tmp_path / "out" / checkpoint.STATE).exists()
+
+
+def test_a_distillation_killed_while_it_samples_and_while_it_trains_goes_on_to_the_same_student(tmp_path):
+    from test_given import make, write
+    make(tmp_path / "model", "llama", "qwen")
+    data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(300)])
+    args = ["--teacher", str(tmp_path / "model"), "--student", str(tmp_path / "model"), "--data", data, "--samples", "4", "--max-new-tokens", "4",
+            "--epochs", "1", "--batch-tokens", "2048", "--row-length", "64", "--dtype", "float32", "--save-every", "0", "--out"]
+    kind = "import rewards; rewards.accuracy = rewards.language_consistency = lambda *_: 1.0\n"  # to a teacher that knows nothing
+
+    def call(out, number):
+        code = kind + AT_SAVE.format(root=str(ROOT), number=number, script="distill", args=[*args, str(tmp_path / out)])
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    whole = call("whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    assert call("out", 2).returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out" / "sampling")[1]["step"] == 2
+    assert call("out", 3).returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
+    again = call("out", 0)
+    assert again.returncode == 0 and "sampled" not in again.stdout and "step 3/" in again.stdout and "step 2/" not in again.stdout, again.stderr
+    for file in ("model.safetensors", "traces.jsonl", "sampling/completions.jsonl"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not [*(tmp_path / "out").glob("**/state.safetensors")]
