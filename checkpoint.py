@@ -20,8 +20,9 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,13 +33,13 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 STATE, DONE = "state.safetensors", "DONE"
+DISK = 5e8  # bytes a second, until a state has been saved and its time is known
 
 
 def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
-    path, temporary = _aside(Path(dir) / STATE)
     tensors, meta = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, json.dumps(meta)
-    save_file(tensors, temporary, {"meta": meta, "checksum": _checksum(tensors, meta)})
-    _into_place(temporary, path)
+    with _aside(Path(dir) / STATE) as temporary:
+        save_file(tensors, temporary, {"meta": meta, "checksum": _checksum(tensors, meta)})
 
 
 def _checksum(tensors: dict[str, Tensor], meta: str) -> str:
@@ -64,27 +65,42 @@ def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
         raise ValueError(f"{path}: not a whole training state ({error}); without it the training begins anew") from None
 
 
+def drop(dir: str | Path):
+    """The state of a training that has ended, and what a killed writer left of one."""
+    for name in (STATE, f"{STATE}.tmp"):
+        (Path(dir) / name).unlink(missing_ok=True)
+
+
 class Keeper:
     """A training's state, saved now and then and taken up again; `settle` beside it refuses other settings.
 
-    Saving takes at most 2% of the time. In a `with`, Ctrl-C lets the step finish, saves, and stops then; a second one stops
-    at once. logs: JSONL files in `dir`, whose rows after the state's "step" go away, to be written again.
+    Saving takes at most 2% of the time, `after` included, which is called after each save. A state with a number that is not
+    finite is not saved: the one before it stays the last good one. In a `with`, Ctrl-C lets the step finish, saves, and stops
+    then; a second one stops at once. logs: JSONL files in `dir`, whose rows after the state's "step" go away, to be written again.
     """
 
-    def __init__(self, dir: str | Path, logs: Iterable[str] = (), every: float = 30.0):
-        self.dir, self.logs, self.every = Path(dir), [Path(dir) / log for log in logs], every
-        self.last, self.took, self.asked, self.state = time.time(), 0.0, False, load(dir)
+    def __init__(self, dir: str | Path, logs: Iterable[str] = (), every: float = 30.0, after=None):
+        self.dir, self.logs, self.every, self.after = Path(dir), [Path(dir) / log for log in logs], every, after
+        self.began = self.last = time.monotonic()
+        self.spent, self.took, self.asked, self.state = 0.0, None, False, load(dir)
         if self.state is None:
             for log in self.logs:
                 log.unlink(missing_ok=True)
 
     def save(self, **parts) -> bool:
         """Whether the state was saved this time. Raises KeyboardInterrupt after a Ctrl-C."""
-        started = time.time()
-        due = self.asked or started - self.last > max(self.every, 50 * self.took)
+        now, due = time.monotonic(), False
+        if self.asked or now - self.last > self.every:
+            tensors, meta = state_of(**parts)
+            took = sum(t.nbytes for t in tensors.values()) / DISK if self.took is None else self.took
+            due = self.asked or self.spent + took <= 0.02 * (now - self.began)
+            due = due and all(bool(t.isfinite().all()) for t in tensors.values())
         if due:
-            save(self.dir, *state_of(**parts))
-            self.last, self.took = time.time(), time.time() - started
+            save(self.dir, tensors, meta)
+            if self.after is not None:
+                self.after()
+            self.last = time.monotonic()
+            self.took, self.spent = self.last - now, self.spent + self.last - now
         if self.asked:
             raise KeyboardInterrupt
         return due
@@ -110,11 +126,29 @@ class Keeper:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nthe step is finished and saved, then this stops; Ctrl-C again: at once", flush=True)
+        with suppress(OSError):  # not print, which this may have interrupted; and who reads it may be gone with the same Ctrl-C
+            os.write(2, b"\nthe step is finished and saved, then this stops; Ctrl-C again: at once\n")
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+        if self.asked and kind is None:  # after the last save
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def offending(dir: str | Path):
+    """Where a training ends because nothing is finite (sft.NotFinite, grpo.NotFinite), its batch is saved and the last good
+    state named."""
+    try:
+        yield
+    except ValueError as error:
+        if not hasattr(error, "batch"):
+            raise
+        path, state = Path(dir) / "not_finite.safetensors", Path(dir) / STATE
+        save_file({name: t.cpu().contiguous() for name, t in error.batch.items()}, path)
+        last = f"the last good state is {state}" if state.exists() else "there is no good state yet: the training begins anew"
+        raise ValueError(f"{error}. Its batch: {path}; {last}. What usually mends it: a lower learning rate or float32, in another --out") from None
 
 
 @contextmanager
@@ -138,10 +172,7 @@ def lock(dir: str | Path):
 def settle(path: str | Path, settings: dict):
     """Writes the settings of what is kept beside `path`, or raises ValueError where those of an earlier call differ."""
     path, settings = Path(path), json.loads(json.dumps(settings))
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    before = read_json(path) if path.exists() else settings
     if before != settings:
         raise ValueError(f"{path} is of another configuration ({difference(before, settings)}); choose another --out, or remove {path.parent}")
     if not path.exists():  # several processes of a comparison open one run
@@ -157,28 +188,37 @@ def difference(before, now, name=""):
 
 
 def atomic_write(path: str | Path, text: str):
-    path, temporary = _aside(path)
-    temporary.write_text(text, encoding="utf-8")
-    _into_place(temporary, path)
+    with _aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]):
-    path, temporary = _aside(path)
-    with open(temporary, "wb") as file:
+    with _aside(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-    _into_place(temporary, path)
 
 
-def _aside(path: str | Path) -> tuple[Path, Path]:
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path}: not whole ({error}); without it, and without {DONE} beside it if there is one, it is made anew") from None
+
+
+@contextmanager
+def _aside(path: str | Path):
+    """A name to write to; at the end it takes the name's place, or is gone where that failed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path, path.with_name(path.name + ".tmp")  # always this name: what a killed writer left is overwritten
-
-
-def _into_place(temporary: Path, path: Path):
-    _flush(temporary)  # the content first: a name that outlives a power cut must not name an empty file
-    os.replace(temporary, path)
-    _flush(path.parent)
+    temporary = path.with_name(path.name + ".tmp")  # always this name: what a killed writer left is overwritten
+    try:
+        yield temporary
+        _flush(temporary)  # the content first: a name that outlives a power cut must not name an empty file
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:  # of a full disk neither names the file
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error}") from None
 
 
 def _flush(path: Path):
@@ -291,6 +331,16 @@ def kept_rows(path: str | Path, generator: Generator, save, resume):
     return read_jsonl(path) if Path(path).exists() else [], log
 
 
+def content_hash(path: str | Path) -> str:
+    """Of a file, or of a model directory's files: whether it is what it was at an earlier call, wherever it lies now."""
+    path, sum = Path(path), hashlib.sha256()
+    for file in sorted([*path.glob("*.json"), *path.glob("*.jinja"), *path.glob("*.safetensors")]) if path.is_dir() else [path]:
+        with open(file, "rb") as content:
+            while piece := content.read(2 ** 24):
+                sum.update(piece)
+    return sum.hexdigest()[:16]
+
+
 def code_hash(*paths: str | Path) -> str:
     return hashlib.sha256(b"\0".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
@@ -303,7 +353,15 @@ def mark_finished(dir: str | Path, meta: dict):
 def finished(dir: str | Path) -> dict | None:
     """What mark_finished was given, to compare with today's settings and code; None if the stage is not finished."""
     path = Path(dir) / DONE
+    return read_json(path) if path.exists() else None
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a file. Raises ValueError, which names it, for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); without it, it is made anew") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; without it, it is made anew")
+    return value

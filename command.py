@@ -1,16 +1,17 @@
 """What the scripts' command lines share: one-line errors, a dataclass's fields as options, and the wiring of an RL run."""
 
 import argparse
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 import rewards
 import watch
-from checkpoint import STATE, Keeper, lock, settle
+from checkpoint import Keeper, content_hash, drop, lock, offending, settle
 from configs import METHODS, PUBLISHED
-from data.readers import new_directory, read_problems
+from data.readers import read_problems
 from graphs import with_graphs
 from model import generate, load, save
 from tokenizer import TEMPLATES, Tokenizer
@@ -82,11 +83,29 @@ def add_saving(parser):
 @contextmanager
 def saving(out, args):
     """The Keeper of a script's training in `out`, which no other process may use meanwhile; its state goes away at the end."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "save_every")}
+    for name in {"model", "data", "teacher", "student", "general"} & settings.keys():  # wherever they lie, they must be the same
+        settings[name] = settings[name] and content_hash(settings[name])
     with lock(out):
-        settle(out / "settings.json", {name: value for name, value in vars(args).items() if name != "save_every"})
-        with Keeper(out, every=args.save_every) as keeper:
+        settle(out / "settings.json", settings)
+        with Keeper(out, every=args.save_every) as keeper, offending(out):
             yield keeper
-        (out / STATE).unlink(missing_ok=True)
+        drop(out)
+
+
+def new_directory(path):
+    """Path of an output directory that holds no model yet: nothing is overwritten."""
+    if (Path(path) / "config.json").exists():
+        drop(path)  # of a call that was killed when its model was whole
+        raise ValueError(f"{path} already holds a model; choose another --out")
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def say(text):
+    """Prints, if there is still someone who reads: `| tee` dies of the same Ctrl-C, and the state must be saved after it."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 def prepare(model, args):
@@ -146,12 +165,12 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
 
         def log(m, r):
             rows.append(m)
-            print(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
+            say(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
                   f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
             for line in watch.warnings(rows):
-                print(f"  {line}")
+                say(f"  {line}")
             if (m["step"] - 1) % config.validate_every == 0:  # a sample to read
-                print(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
+                say(f"  {r.examples[0]['prompt']!r}\n  {r.texts[0]!r}: {r.rewards[0, 0].item():.2f}")
 
         with saving(out, args) as keeper:
             train(model, examples, lambda example: tokenizer.encode_prompt(example["prompt"]), tokenizer.decode, with_graphs(generate),

@@ -11,10 +11,11 @@ Each run has a process of its own, so that its memory is its own; as many at onc
 thread each: seconds compare methods with one another, not with other runs of the machine.
 """
 
+import itertools
 import multiprocessing
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ LEARNING_RATES = (1e-4, 3e-4)
 CONTROLS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # their rewards; the other methods': accuracy and format
 SIZES = ("prompts_per_rollout", "group_size", "minibatches", "max_new_tokens", "warmup", "micro_batch_tokens", "dtype")
 CLIPPED = dict(mean="token", beta=0.0)  # PPO's and PRIME's loss: the clipped ratio over all tokens
-CODE = ("model.py", "grpo.py", "ppo.py", "prime.py", "configs.py", "rewards.py", "data/world.py")  # a result depends on
+CODE = ("model.py", "grpo.py", "ppo.py", "prime.py", "configs.py", "compare.py", "sft.py", "rewards.py", "data/world.py")  # a result depends on
 
 # name -> (settings of GRPOConfig, and how to make what stands in place of the group advantages)
 ENTRIES = {name: (settings, None) for name, settings in METHODS.items() if name != "reinforce"} | {
@@ -58,6 +59,7 @@ def one(make_run, method, lr, weights):
     """One method with one learning rate, in a process of its own: its weights and figures are in its directory then."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     run = make_run()
+    run.begin(CODE)
     if run.device.type == "cpu":
         torch.set_num_threads(1)
     settings, make_credit = ENTRIES[method]
@@ -70,7 +72,7 @@ def one(make_run, method, lr, weights):
     run.save(model, name)
     texts, counts = run.complete(model, run.validation)
     accuracy = float(run.score(run.validation, texts, counts)["accuracy_strict"].mean())
-    done = {"method": method, "lr": lr, "validation": accuracy, "code": code_of(CODE)}
+    done = {"method": method, "lr": lr, "validation": accuracy, "code": run.code}
     checkpoint.mark_finished(run.out / name, done)
     return f"{method:12} lr {lr:g}  validation accuracy {100 * accuracy:.0f}%"
 
@@ -92,18 +94,19 @@ def compare(run, make_run, weights):
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        try:
-            for future in [pool.submit(one, make_run, *job, weights) for job in open_jobs]:
+        waiting, under_way = iter(open_jobs), set()
+        # no more than there are workers: after Ctrl-C those under way save and end, and no other begins
+        while under_way := under_way | {pool.submit(one, make_run, *job, weights) for job in
+                                        itertools.islice(waiting, workers - len(under_way))}:
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
                 print(future.result(), flush=True)
-        except BaseException:  # Ctrl-C, or a mistake in one: those under way end as they do, the others do not begin
-            pool.shutdown(cancel_futures=True)
-            raise
     table, times, code = {}, {}, code_of(CODE)
     for method in ENTRIES:
         tried = [checkpoint.finished(path(method, lr)) for lr in rates[method]]
         best = max(tried, key=lambda done: done["validation"])
         for lr in rates[method]:
-            (path(method, lr) / checkpoint.STATE).unlink(missing_ok=True)
+            checkpoint.drop(path(method, lr))
         if changed := [file for file, was in best.pop("code").items() if was != code[file]]:
             print(f"{method} was made before {', '.join(changed)} changed; to make it anew, remove {path(method, best['lr'])}")
         figures, times[method] = measure(run, path(method, best["lr"]))
@@ -119,13 +122,12 @@ def measure(run, dir):
     if not values.exists():
         texts, counts = run.complete(run.model(dir.relative_to(run.out)), run.test)
         checkpoint.write_arrays(values, run.score(run.test, texts, counts))
-    with np.load(values) as file:
-        evaluation = evaluate.summarise(dict(file))
+    evaluation = evaluate.summarise(checkpoint.read_arrays(values))
     rows, times = checkpoint.read_jsonl(dir / "metrics.jsonl"), checkpoint.read_jsonl(dir / "times.jsonl")
     seconds = np.cumsum([row["seconds"] for row in times]).tolist()
     curve = [{key: row[key] for key in ("samples", "accuracy", "length", "language_consistency")} for row in rows]
     return ({"evaluation": evaluation, "curve": curve, "rollouts": len(rows), "samples": rows[-1]["samples"]},
-            {"seconds": seconds[-1], "curve_seconds": seconds, "peak_bytes": max(row["peak_bytes"] for row in times)})
+            {"seconds": seconds[-1], "curve_seconds": seconds, "peak_bytes": max(row.get("peak_bytes", 0) for row in times)})
 
 
 def reached(curve, seconds, accuracy=0.5):

@@ -81,9 +81,9 @@ def main():
     import evaluate
     import rewards
     import sft
-    from checkpoint import STATE, Keeper, kept_rows, read_jsonl, write_jsonl
-    from command import PROBLEMS, Parser, add_saving, add_template, fields_of, open_model, saving
-    from data.readers import new_directory, read_problems, read_rows
+    from checkpoint import Keeper, drop, kept_rows, read_jsonl, write_jsonl
+    from command import PROBLEMS, Parser, add_saving, add_template, fields_of, new_directory, open_model, saving, say
+    from data.readers import read_problems, read_rows
     from graphs import with_graphs
     from model import generate, save
     from tokenizer import Tokenizer
@@ -123,7 +123,7 @@ def main():
                                                   lambda text, example: rewards.language_consistency(text, example) == 1)
                 print(explain(counts))
                 write_jsonl(out / "traces.jsonl", traces)
-            (out / "sampling" / STATE).unlink(missing_ok=True)
+            drop(out / "sampling")
             traces = read_jsonl(out / "traces.jsonl")
             student, tokenizer = open_model(args.student, torch.float32, template=args.template)
 
@@ -134,7 +134,7 @@ def main():
             examples = [encode(row) for row in (mix(traces, general) if general else traces)]
             print(sft.say_cut(examples, args.row_length), end="")
             sft.train(student, examples, fields_of(args, sft.SFTConfig), save=keeper.save, resume=keeper.resume,
-                      log=lambda m: print(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
+                      log=lambda m: say(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}"))
             save(student, out, tokenizer)
 
 

@@ -8,6 +8,7 @@ Here the base and the students are given, not made. What a real set has no data 
 unsafe requests, unless --general brings examples for SFT-2; the swap of a cold start's words into the problem's language.
 """
 
+import json
 import random
 import time
 from dataclasses import replace
@@ -22,7 +23,7 @@ from command import PROBLEMS, Parser, device_of, fast_dtype
 from data.readers import read_problems, read_rows
 from grpo import GRPOConfig
 from model import inspect, load
-from pipeline import ACCURACY_AND_FORMAT, WITH_LANGUAGE, Preset, forget, in_dtype, print_tables, rejection_sampling, rl_stages
+from pipeline import ACCURACY_AND_FORMAT, WITH_LANGUAGE, Preset, anew, in_dtype, print_tables, rejection_sampling, rl_stages
 from run import Run, machine
 from sft import SFTConfig
 from tokenizer import TEMPLATES, Tokenizer
@@ -99,6 +100,11 @@ class GivenRun(Run):
             print(f"{path}: {len(rows) - len(kept)} of {len(rows)} rows are no problems: left out", flush=True)
         return kept
 
+    def forget(self, stages):
+        if "dev1" in stages:
+            (self.out / "dev1" / "cold_start.json").unlink(missing_ok=True)
+        super().forget(stages)
+
     def stage(self, name, *rest):
         self.tokenizer = self.tokenizers.get(f"base_{name.partition('_')[2]}", self.tokenizers["base"])
         super().stage(name, *rest)
@@ -170,16 +176,18 @@ def cold_start(run):
 
 def cold_start_examples(run):
     """Zero's correct, readable samples that think in the problem's language: their words are its own, nothing is swapped."""
-    path, problems = run.out / "dev1" / "cold_start.jsonl", run.problems[:4 * run.preset.cold_start]
-    if path.exists():  # of a call that was killed later on
-        return checkpoint.read_jsonl(path)
+    dir, problems = run.out / "dev1", run.problems[:4 * run.preset.cold_start]
+    if (dir / "cold_start.json").exists():  # of a call that was killed later on
+        run.cost = checkpoint.read_json(dir / "cold_start.json")
+        return checkpoint.read_jsonl(dir / "cold_start.jsonl")
     texts, _ = run.complete(run.model("zero"), problems, samples=4, temperature=1.0, top_p=1.0)
     in_its_language = lambda text, example: rewards.language_consistency(text, example) == 1
     rows, counts = distill.rejection_sample(problems, texts, rewards.accuracy, in_its_language, keep=1)
     print(f"{'cold start':16} {distill.explain(counts)}", flush=True)
     if not rows:
         raise ValueError("none of zero's samples can start dev1: it takes a longer R1-Zero, easier problems or a stronger base")
-    checkpoint.write_jsonl(path, rows[:run.preset.cold_start])
+    checkpoint.write_jsonl(dir / "cold_start.jsonl", rows[:run.preset.cold_start])
+    checkpoint.atomic_write(dir / "cold_start.json", json.dumps(run.cost))  # last: it says that the rows are whole
     return rows[:run.preset.cold_start]
 
 
@@ -209,7 +217,7 @@ def main():
     parser.add_argument("--student", action="append", default=[], metavar="DIR", help="a smaller model for the traces; may be repeated")
     parser.add_argument("--general", metavar="FILE", help='examples for SFT-2, JSONL rows {"prompt", "completion"}')
     parser.add_argument("--stages", help="some of base, zero, dev1, dev2, traces, dev3, r1, students, controls; default all but controls")
-    parser.add_argument("--from", dest="from_stage", help="make this stage and the later ones anew")
+    parser.add_argument("--from", dest="from_stage", help="make this stage and the later ones anew; after a stop the same command goes on")
     parser.add_argument("--out", help="run directory; default runs/NAME-SEED")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--template", choices=("own", *TEMPLATES), default="r1-zero",
@@ -241,11 +249,10 @@ def main():
         chosen = (args.stages or "base,zero,dev1,dev2,traces,dev3,r1,students").split(",")
         if unknown := [name for name in chosen if name not in {*every, *groups}] + [args.from_stage] * (args.from_stage not in {None, *every}):
             raise ValueError(f"stage {unknown[0]!r} is none of {', '.join([*every, *groups])}")
-        if args.from_stage:
-            forget(out, every[every.index(args.from_stage):])
-            (out / "dev1" / "cold_start.jsonl").unlink(missing_ok=True) if args.from_stage in ("base", "zero", "dev1") else None
         run = GivenRun(out, preset, args.seed, device, args, students)
+        anew(run, args.from_stage, every)
         recipe(run, set().union(*(groups.get(name, {name}) for name in chosen)))
+        (out / "FROM").unlink(missing_ok=True)
     print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 

@@ -452,6 +452,8 @@ def save(model, dir, tokenizer=None):
     (dir / "config.json.tmp").write_text(json.dumps(config, indent=2))
     (dir / "generation_config.json.tmp").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
     for name in ("model.safetensors", "generation_config.json", "config.json"):
+        with open(dir / f"{name}.tmp", "rb") as file:
+            os.fsync(file.fileno())  # whole on the disk, before it has the name
         os.replace(dir / f"{name}.tmp", dir / name)
 
 

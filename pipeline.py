@@ -209,7 +209,7 @@ def rejection_sampling(run):
                 "paper": "R1 v1 2.3.3", "counts": counts, **run.cost}
         run.end("traces")
         checkpoint.mark_finished(dir, done)
-    (dir / checkpoint.STATE).unlink(missing_ok=True)
+    checkpoint.drop(dir)
     run.results["stages"]["traces"] = done
     print(run.line_of("traces"), flush=True)
     return checkpoint.read_jsonl(dir / "traces.jsonl")
@@ -275,7 +275,7 @@ def main():
     parser.add_argument("--base", metavar="DIR", help="a model directory of your own, with its own options: --base DIR --help")
     parser.add_argument("--out", help="run directory; default runs/PRESET-SEED")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--from", dest="from_stage", choices=STAGES, help="make this stage and the later ones anew")
+    parser.add_argument("--from", dest="from_stage", choices=STAGES, help="make this stage and the later ones anew; after a stop the same command goes on")
     parser.add_argument("--ablations", action="store_true", help="and what some claims need beside the recipe")
     parser.add_argument("--compare", action="store_true", help="GRPO beside its relatives, PPO and PRIME, from the base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -289,23 +289,27 @@ def main():
         dtype = args.dtype or fast_dtype(device)
         print(f"{preset} preset, seed {args.seed}, {dtype} on {machine(device)}", flush=True)
         make_run = partial(Run, out, preset, in_dtype(PRESETS[preset], dtype), args.seed, device)
-        if args.from_stage:
-            forget(out, STAGES[STAGES.index(args.from_stage):])
-        run = make_run()  # results.json tells of finished stages alone
+        run = make_run()
+        anew(run, args.from_stage, STAGES)
         if args.compare:
             make_base(run)
             compare.compare(run, make_run, ACCURACY_AND_FORMAT)
         else:
             recipe(run, args.ablations)
+        (out / "FROM").unlink(missing_ok=True)
     if not args.compare:
         print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 
 
-def forget(out, stages):
-    """They are not finished, and what was measured of them is gone."""
-    for file in [*(out / name / file for name in stages for file in (checkpoint.DONE, checkpoint.STATE)), *(out / "extras").glob("*.npz")]:
-        file.unlink(missing_ok=True)
+def anew(run, stage, stages):
+    """--from: this stage of `stages` and the later ones are forgotten; once, so that the same command goes on after a stop."""
+    for page in run.out.glob("report.html.*.tmp"):  # of killed calls
+        page.unlink()
+    before = run.out / "FROM"  # the stage of a call that did not come to its end
+    if stage and not (before.exists() and before.read_text(encoding="utf-8") == stage):
+        run.forget(stages[stages.index(stage):])
+        checkpoint.atomic_write(before, stage)
 
 
 def print_tables(run):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import checkpoint
@@ -59,7 +58,7 @@ class Run:
                 "command": "python pipeline.py " + " ".join(sys.argv[1:])}
         self.results = {"meta": meta, "stages": {}, "claims": [], **self.before()}
         path = self.out / "times.json"  # a file of their own, so that the rest is the same at each run
-        self.times = json.loads(path.read_text()) if path.exists() else {"date": str(date.today()), "stages": {}}
+        self.times = {"date": str(date.today()), "stages": {}} | (checkpoint.read_json(path) if path.exists() else {})
         self.begin()
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))} | self.given()
@@ -84,10 +83,22 @@ class Run:
     def before(self):
         """What an earlier call left in results.json, of stages that are still finished."""
         path = self.out / "results.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        before = checkpoint.read_json(path) if path.exists() else {}
         stages = {name: stage for name, stage in before.get("stages", {}).items() if checkpoint.finished(self.out / name)}
         claims = before.get("claims", []) if len(stages) == len(before.get("stages", {})) else []  # they are of all stages
-        return ({"compare": before["compare"]} if "compare" in before else {}) | {"claims": claims, "stages": stages}
+        return ({"compare": before["compare"]} if "compare" in before and "base" in stages else {}) | {"claims": claims, "stages": stages}
+
+    def forget(self, stages):
+        """They are not finished, and what was measured of them is gone. The last goes first: a kill meanwhile leaves no stage
+        without the one that it was made from."""
+        for path in (self.out / "extras").glob("*.npz"):
+            path.unlink()
+        compared = [path.relative_to(self.out) for path in self.out.glob("compare/*")] if "base" in stages else []
+        for name in [*compared, *reversed(stages)]:
+            (self.out / name / checkpoint.DONE).unlink(missing_ok=True)
+            checkpoint.drop(self.out / name)
+        self.results.pop("compare", None) if compared else None
+        self.results |= self.before()
 
     # ---- text to ids
 
@@ -102,18 +113,18 @@ class Run:
 
     # ---- a stage
 
-    def begin(self):
-        self.cost, self.started = {"tokens": 0, "flops": 0.0}, time.time()
+    def begin(self, code=CODE):
+        self.cost, self.started, self.code = {"tokens": 0, "flops": 0.0}, time.time(), code_of(code)
 
     def end(self, name):
         self.times["stages"][name] = time.time() - self.started
+        checkpoint.atomic_write(self.out / "times.json", json.dumps(self.times, indent=1))
 
     def stage(self, name, title, starts_from, by, paper, make):
         """Make the stage's model with make(), unless it is finished; measure it; print its line. The rest is for tables."""
-        dir, code = self.out / name, code_of(CODE)
+        dir = self.out / name
         if done := checkpoint.finished(dir):
-            if changed := [f for f, h in code.items() if done["code"].get(f) != h]:
-                print(f"{name} was made before {', '.join(changed)} changed; to make it anew: --from {name}")
+            self.say_changed(name, "was made", done["code"])
         else:
             dir.mkdir(parents=True, exist_ok=True)
             self.begin()
@@ -123,18 +134,22 @@ class Run:
             checkpoint.write_arrays(dir / "values.npz", self.measure(name, model))
             parameters = sum(p.numel() for p in model.parameters())
             done = {"title": title, "starts_from": starts_from, "by": by, "paper": paper, "parameters": parameters,
-                    **self.cost, "code": code}
+                    **self.cost, "code": self.code}
             metrics = dir / "metrics.jsonl"  # of a given model there are none
             curve = [row.get("validation_accuracy", 0) for row in checkpoint.read_jsonl(metrics)] if metrics.exists() else []
             done |= {"best_validation_accuracy": max(curve)} if any(curve) else {}
             checkpoint.mark_finished(dir, done)
-        (dir / checkpoint.STATE).unlink(missing_ok=True)
-        with np.load(dir / "values.npz") as file:
-            self.values[name] = dict(file)
+        checkpoint.drop(dir)
+        self.values[name] = checkpoint.read_arrays(dir / "values.npz")
         evaluation = evaluate.summarise(self.values[name])
         self.results["stages"][name] = {k: v for k, v in done.items() if k != "code"} | {"evaluation": evaluation}
         print(self.line_of(name), flush=True)
         self.write()
+
+    def say_changed(self, name, what, code):
+        now = code_of(file for file in code if (HERE / file).exists())
+        if changed := [file for file, hash in code.items() if now.get(file) != hash]:
+            print(f"{name} {what} before {', '.join(changed)} changed; to make it anew: --from {name}", flush=True)
 
     def model(self, stage):
         return load(self.out / stage, device=self.device)
@@ -147,8 +162,7 @@ class Run:
         path = self.out / "extras" / f"{name}.npz"
         if not path.exists():
             checkpoint.write_arrays(path, make())
-        with np.load(path) as file:
-            self.values[name] = dict(file)
+        self.values[name] = checkpoint.read_arrays(path)
 
     def line_of(self, name):
         return line_of(name, self.results["stages"][name], self.times["stages"].get(name, 0))
@@ -166,30 +180,19 @@ class Run:
 
     def keeper(self, name):
         """(keeper, save, resume) of a stage."""
-        keeper = checkpoint.Keeper(self.out / name, ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl",
-                                                             "completions.jsonl"))
+        logs = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "completions.jsonl")
+        keeper = checkpoint.Keeper(self.out / name, logs, after=lambda: report.write(self.out))
 
         def keep(**parts):
-            if keeper.save(**parts, cost=self.cost, seconds=time.time() - self.started):
-                report.write(self.out)
+            keeper.save(**parts, cost=self.cost, seconds=time.time() - self.started, code=self.code)
 
         def resume(**objects):
             rest = keeper.resume(**objects)
-            self.cost, self.started = rest["cost"], time.time() - rest["seconds"]
+            self.cost, self.started, self.code = rest["cost"], time.time() - rest["seconds"], rest["code"]
+            self.say_changed(name, "goes on, but began", self.code)
             return rest
 
         return keeper, keep, resume if keeper.resume else None
-
-    @contextmanager
-    def offending(self, name):
-        """Where training stops because nothing is finite, the batch is saved, and the last good state is named."""
-        try:
-            yield
-        except (sft.NotFinite, grpo.NotFinite) as error:
-            path, state = self.out / name / "not_finite.safetensors", self.out / name / checkpoint.STATE
-            save_file({key: value.contiguous() for key, value in error.batch.items()}, path)
-            last = f"the last good state is {state}" if state.exists() else f"{name} begins anew with the same command"
-            raise ValueError(f"{name}, {error}. Its batch: {path}; {last}. What usually mends it: a lower --lr, --dtype float32") from None
 
     def log(self, name, metrics):
         """Times and memory go to a file of their own, so that the rest is the same at each run."""
@@ -219,7 +222,7 @@ class Run:
 
         examples = [self.example(row, pretraining) for row in rows]
         print(sft.say_cut(examples, config.row_length), end="", flush=True)
-        with keeper, self.offending(name):
+        with keeper, checkpoint.offending(self.out / name):
             sft.train(model, examples, replace(config, seed=self.seed), log, keep, resume)
         bar.close()
         return model
@@ -237,7 +240,8 @@ class Run:
             bar.show(m, config.rollouts, "reward", "accuracy", "length", "kl")
             self.log(name, m)
             if not seen and m["step"] > 1:  # taken up again
-                seen.extend(checkpoint.read_jsonl(self.out / name / "metrics.jsonl")[:-1])
+                lacking = dict.fromkeys(m, float("nan"))  # what was not finite is not in the file
+                seen.extend(lacking | row for row in checkpoint.read_jsonl(self.out / name / "metrics.jsonl")[:-1])
             seen.append(m)
             for line in watch.warnings(seen):
                 print(f"{name}, {line}", flush=True)
@@ -262,7 +266,7 @@ class Run:
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
         weights = {name: weights.get(name, 0.0) for name in rules}
-        with keeper, self.offending(name):
+        with keeper, checkpoint.offending(self.out / name):
             grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, self.tokenizer.end_ids,
                        rules, config, weights, credit, getattr(credit, "keep", None), validate_now if validate else None,
                        log=log, save=keep, resume=resume)

@@ -207,8 +207,8 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
 
 
 def main():
-    from command import Parser, add_saving, add_speed, add_template, fields_of, open_model, prepare, saving
-    from data.readers import new_directory, read_rows
+    from command import Parser, add_saving, add_speed, add_template, fields_of, new_directory, open_model, prepare, saving, say
+    from data.readers import read_rows
     from model import save
     parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
     parser.add_argument("--model", required=True, help="model directory")
@@ -231,8 +231,8 @@ def main():
             examples.append((ids, 0 if args.pretrain else len(prompt)))
         print(say_cut(examples, config.row_length), end="")
         with saving(out, args) as keeper:
-            train(model, examples, config, save=keeper.save, resume=keeper.resume, log=lambda m: print(
-                f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}", flush=True))
+            train(model, examples, config, save=keeper.save, resume=keeper.resume, log=lambda m: say(
+                f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"))
             save(model, out, tokenizer)
 
 

@@ -14,7 +14,7 @@ def signs(rows):
     """{name: what is wrong} of the last row."""
     first, now, before = rows[0], rows[-1], rows[:-1]
     def best(name):
-        return max((row.get(name, 0) for row in before), default=0)
+        return max((value for row in before if (value := row.get(name, 0)) == value), default=0)  # NaN is not itself
     found = {}
     if now["entropy"] < 0.05 * first["entropy"] and now.get("no_signal", 0) > 0.9:
         found["entropy"] = f"entropy fell from {first['entropy']:.2g} to {now['entropy']:.2g} and hardly a group has a signal: other prompts, or stop here"

@@ -80,10 +80,3 @@ def as_example(row):
                          "answer, problem and solution), or nums and target")
     return {**row, "prompt": prompt, **english}
 
-
-def new_directory(path):
-    """Path of an output directory that holds no model yet: nothing is overwritten."""
-    if (Path(path) / "config.json").exists():
-        raise ValueError(f"{path} already holds a model; choose another --out")
-    Path(path).mkdir(parents=True, exist_ok=True)
-    return Path(path)

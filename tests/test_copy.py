@@ -16,7 +16,7 @@ ALLOWED = {  # beside the standard library
     "model": {"torch", "safetensors", "tqdm"}, "tokenizer": {"tiktoken", "tqdm"}, "sft": {"torch", "tqdm"}, "rewards": set(),
     "grpo": {"torch", "tqdm"}, "ppo": {"torch", "tqdm"}, "prime": {"torch", "tqdm"}, "process": {"torch"},
     "configs": set(), "distill": set(), "graphs": {"torch"},
-    "evaluate": {"numpy", "tqdm"}, "checkpoint": {"torch", "safetensors"}}
+    "evaluate": {"numpy", "tqdm"}, "checkpoint": {"torch", "safetensors", "numpy"}}
 CONCEPTS = [name for name in ALLOWED if (ROOT / f"{name}.py").exists()]
 
 TOY = """
