@@ -1,8 +1,11 @@
 """The comparison of methods: what stands in it, and (--full) one at the smoke preset."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +41,44 @@ def test_samples_and_seconds_to_a_level_are_those_of_the_first_rollout_there():
     curve = [{"samples": 256 * i, "accuracy": a} for i, a in enumerate([0.1, 0.4, 0.6, 0.5], 1)]
     assert compare.reached(curve, [2.0, 4.0, 6.0, 8.0]) == (768, 6.0)
     assert compare.reached(curve, [2.0, 4.0, 6.0, 8.0], 0.9) is None
+
+
+COMPARE = ["--preset", "smoke", "--device", "cpu", "--compare", "--out"]
+
+
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(0.05)
+    assert condition()
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+def test_a_comparison_that_is_killed_leaves_no_process_behind_and_ctrl_c_begins_no_other_method(tmp_path):
+    def start():
+        return subprocess.Popen([sys.executable, "pipeline.py", *COMPARE, str(tmp_path / "run")], cwd=ROOT, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    begun = lambda: sorted(tmp_path.glob("run/compare/*"))
+    killed = start()
+    wait_for(begun)
+    killed.kill(), killed.wait()
+    wait_for(lambda: not alive(killed.pid), 10)
+    stopped, before = start(), len([*tmp_path.glob("run/compare/*/metrics.jsonl")])
+    wait_for(lambda: len([*tmp_path.glob("run/compare/*/metrics.jsonl")]) > before or any((path / "DONE").exists() for path in begun()))
+    time.sleep(0.5)
+    os.killpg(stopped.pid, signal.SIGINT)
+    there = begun()
+    said = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 130 and "the same command goes on from here" in said and begun() == there
+    wait_for(lambda: not alive(stopped.pid), 10)
 
 
 @pytest.mark.full

@@ -4,7 +4,7 @@ a full disk, a directory that cannot be written, a file that is cut off, no memo
 import json
 import os
 import random
-
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +19,7 @@ import checkpoint
 import grpo
 import model as model_module
 import sft
-from command import Parser
+from command import Parser, new_directory
 
 ROOT = Path(__file__).parent.parent
 SMOKE = [sys.executable, str(ROOT / "pipeline.py"), "--preset", "smoke", "--device", "cpu", "--out"]
@@ -243,23 +243,158 @@ def run_in(folder, args, kills=(), code=SAVES_OFTEN):
                 process.wait()
 
 
+PLAIN = """
+import sys; sys.path.insert(0, {root!r})
+import pipeline
+sys.argv = ["pipeline.py", *{args!r}]
+pipeline.main()
+"""
 RECIPE = ["--preset", "smoke", "--device", "cpu", "--out", "run"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_in(folder, RECIPE, code="import sys; sys.path.insert(0, {root!r}); import pipeline; sys.argv = ['pipeline.py', *{args!r}]; pipeline.main()")
-    return content(folder / "run")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run_in(folder, RECIPE, code=PLAIN)
+    return folder / "run"
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
-def test_a_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(kills, undisturbed, tmp_path):
+def test_a_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(kills, finished_run, tmp_path):
     rng = random.Random(kills)
     killed = run_in(tmp_path, RECIPE, [rng.uniform(1.5, 6 if kills == 4 else 4) for _ in range(kills)])
-    found = content(tmp_path / "run")
+    found, undisturbed = content(tmp_path / "run"), content(finished_run)
     assert killed == kills and found.keys() == undisturbed.keys()
     assert not [name for name in found if found[name] != undisturbed[name]]
+
+
+# ---- a run's ways to go on
+
+def again(run, *args, code=PLAIN):
+    """A call on a copy of a finished run: its result; it is given the recipe's arguments and these."""
+    return subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), args=[*RECIPE, *args])], cwd=run.parent, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy_of(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_wrong_argument_beside_from_forgets_nothing(copy_of):
+    before = content(copy_of)
+    result = again(copy_of, "--from", "base", "--seed", "1")
+    assert result.returncode == 2 and "seed was 0, is 1" in result.stderr
+    assert content(copy_of) == before
+
+
+FORGETS = PLAIN.replace("import pipeline", """
+import os, signal, pathlib, pipeline
+real, number = pathlib.Path.unlink, [0]
+def unlink(self, *args, **kwargs):
+    number[0] += 1
+    if number[0] == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args, **kwargs)
+pathlib.Path.unlink = unlink
+""".replace("{at}", "AT"))
+
+
+@pytest.mark.parametrize("at", [1, 5, 9, 14, 30])
+def test_a_kill_while_from_forgets_leaves_no_stage_without_the_one_it_was_made_from(at, copy_of):
+    result = again(copy_of, "--from", "dev1", code=FORGETS.replace("AT", str(at)))
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    there = [name for name in ("base", "zero", "dev1", "dev2", "traces", "dev3", "r1", "base_qwen", "student_qwen", "control_qwen",
+                               "base_llama", "student_llama") if (copy_of / name / "DONE").exists()]
+    assert there[:2] == ["base", "zero"] and there == [*json.loads((copy_of / "results.json").read_text())["stages"]][:len(there)]
+
+
+def test_from_goes_on_after_a_kill_and_begins_anew_once_it_has_ended(copy_of, finished_run):
+    stamp = lambda name: (copy_of / name / "DONE").stat().st_mtime_ns
+    base = stamp("base")
+    killed = subprocess.Popen([sys.executable, "-c", PLAIN.format(root=str(ROOT), args=[*RECIPE, "--from", "zero"])], cwd=copy_of.parent,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (copy_of / "FROM").exists() and (copy_of / "zero" / "DONE").exists())
+    killed.kill(), killed.wait()
+    zero = stamp("zero")
+    assert again(copy_of, "--from", "zero").returncode == 0
+    assert (stamp("base"), stamp("zero")) == (base, zero) and not (copy_of / "FROM").exists()
+    results = [json.loads((run / "results.json").read_text()) for run in (copy_of, finished_run)]
+    assert [each["meta"].pop("command") for each in results] and results[0] == results[1]
+
+
+def test_a_file_that_is_damaged_is_named_and_what_was_measured_is_made_anew_without_it(copy_of):
+    for name, damage in (("results.json", "[]"), ("results.json", '{"stages": '), ("times.json", "[" * 10 ** 5), ("zero/values.npz", ""),
+                         ("zero/values.npz", "PK"), ("zero/DONE", '{"title"'), ("config.json", "nothing")):
+        whole = (copy_of / name).read_bytes()
+        (copy_of / name).write_text(damage)
+        result = again(copy_of)
+        assert result.returncode == 2 and f"{name}: not" in result.stderr and result.stderr.count("\n") == 1, (name, result.stderr)
+        (copy_of / name).write_bytes(whole)
+    whole = (copy_of / "results.json").read_bytes()
+    (copy_of / "results.json").unlink(), (copy_of / "times.json").unlink()
+    assert again(copy_of).returncode == 0 and (copy_of / "results.json").read_bytes() == whole
+
+
+def test_a_stage_that_goes_on_under_other_code_says_so_and_keeps_the_code_it_began_with(copy_of):
+    (copy_of / "zero" / "DONE").unlink()
+    often = SAVES_OFTEN.replace("import pipeline", """
+import pipeline, grpo
+train = grpo.train
+def stopped(*args, save, **more):
+    def save_and_stop(**parts):
+        save(**parts)
+        raise KeyboardInterrupt
+    train(*args, save=save_and_stop, **more)
+grpo.train = stopped
+""")
+    assert again(copy_of, code=often).returncode == 130
+    changed = PLAIN.replace("import pipeline", "import run; real = run.code_of; run.code_of = lambda files: dict(real(files), **{{'grpo.py': 'another'}})\nimport pipeline")
+    was = checkpoint.load(copy_of / "zero")[1]["code"]
+    result = again(copy_of, code=changed)
+    assert result.returncode == 0 and "zero goes on, but began before grpo.py changed; to make it anew: --from zero" in result.stdout
+    assert checkpoint.finished(copy_of / "zero")["code"] == was
+
+
+def test_rollouts_whose_metrics_are_not_finite_can_be_read_back(tmp_path):
+    from watch import signs, warnings
+    nan, healthy = float("nan"), dict(entropy=0.2, kl=0.01, unfinished=0.0, length=30.0, reward=0.5, sampler_gap=0.0, step=1)
+    rows = [healthy, {**dict.fromkeys(healthy, nan), "step": 2}, healthy | {"step": 3}, healthy | {"step": 4, "kl": 7.0}]
+    assert signs(rows[:2]) == {} and warnings(rows[:3]) == [] and "KL" in warnings(rows)[0]
+
+
+def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
+    keeper = checkpoint.Keeper(tmp_path)
+    keeper.asked = True  # as after Ctrl-C
+    for value, step in ((1.0, 1), (float("inf"), 2), (float("nan"), 3)):
+        with pytest.raises(KeyboardInterrupt):
+            keeper.save(weights=torch.full((3,), value), step=step)
+    assert checkpoint.load(tmp_path)[1]["step"] == 1
+
+
+def test_a_ctrl_c_after_the_last_save_is_not_swallowed(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with checkpoint.Keeper(tmp_path):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+
+def test_ctrl_c_is_heard_where_nobody_reads_any_more(tmp_path):
+    """As behind `| tee`, which dies of the same Ctrl-C."""
+    code = SAVES_OFTEN.replace("self.every = ", "print(1, flush=True); self.every = ")
+    with subprocess.Popen([sys.executable, "-c", code.format(root=str(ROOT), args=RECIPE)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        wait_for((tmp_path / "run" / "base" / "metrics.jsonl").exists)
+        run.stderr.close()
+        run.send_signal(signal.SIGINT)
+        run.wait(60)
+    assert checkpoint.load(tmp_path / "run" / "base")[1]["step"] > 0
+
+
+def test_the_clock_may_be_set_back(tmp_path, monkeypatch):
+    keeper = checkpoint.Keeper(tmp_path, every=0.0)
+    keeper.began -= 100
+    monkeypatch.setattr(checkpoint.time, "time", lambda: 0.0)
+    assert keeper.save(step=1)
 
 
 # ---- files
@@ -290,7 +425,7 @@ def test_a_full_disk_is_one_line_and_the_state_before_it_stays(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import resource, signal, torch, checkpoint
-from command import Parser
+from command import Parser, new_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
 parser = Parser(prog="train")
@@ -357,7 +492,12 @@ def test_a_script_killed_within_its_training_goes_on_to_the_same_weights(script,
     assert killed.returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
     other = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out, "--lr", "0.5"], capture_output=True, text=True)
     assert other.returncode == 2 and "lr was" in other.stderr
-    again = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out], capture_output=True, text=True)
+    rows = Path(data).read_text()
+    Path(data).write_text(rows.replace("1", "2"))
+    other = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out], capture_output=True, text=True)
+    assert other.returncode == 2 and "data was" in other.stderr
+    Path(data).write_text(rows)
+    again = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, "--out", f"{tmp_path / 'out'}/"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() != (tmp_path / "model" / "model.safetensors").read_bytes()
@@ -385,3 +525,22 @@ def test_a_distillation_killed_while_it_samples_and_while_it_trains_goes_on_to_t
     for file in ("model.safetensors", "traces.jsonl", "sampling/completions.jsonl"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not [*(tmp_path / "out").glob("**/state.safetensors")]
+
+
+def test_a_script_whose_rate_is_far_too_high_names_the_last_good_state_and_saves_the_batch(tmp_path):
+    from test_given import make, write
+    make(tmp_path / "model", "llama", "qwen")
+    data = write(tmp_path / "data.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
+    args = ["--model", str(tmp_path / "model"), "--data", data, "--batch-tokens", "128", "--row-length", "64", "--dtype", "float32"]
+    result = subprocess.run([sys.executable, str(ROOT / "sft.py"), *args, "--lr", "1e38", "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert result.returncode == 2 and "5 steps in a row" in result.stderr and "no good state yet" in result.stderr and result.stderr.count("\n") == 1
+    assert load_file(tmp_path / "out" / "not_finite.safetensors")["ids"].shape == (2, 64)
+
+
+def test_a_script_whose_model_is_whole_leaves_no_state_though_it_was_killed_before_its_end(tmp_path):
+    from test_given import make
+    make(tmp_path / "out", "llama", "qwen")
+    checkpoint.save(tmp_path / "out", {"x": torch.ones(3)}, {"step": 1})
+    with pytest.raises(ValueError, match="already holds a model"):
+        new_directory(tmp_path / "out")
+    assert not (tmp_path / "out" / checkpoint.STATE).exists()

@@ -98,6 +98,27 @@ def test_called_again_nothing_is_made_anew_and_another_train_file_is_named(given
     assert result.returncode == 2 and "given.train.0 was" in result.stderr or "given.train was" in result.stderr
 
 
+def test_a_given_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(given, finished, tmp_path):
+    from test_faults import content, run_in
+    args = [*map(str, arguments(given, "run")[1:]), "--student", str(given / "small_qwen"), "--student", str(given / "small_llama"), "--trace-samples", "2"]
+    assert run_in(tmp_path, args, [3.5, 5.5, 4.5]) == 3
+    found, undisturbed = content(tmp_path / "run"), content(finished[0])
+    assert found.keys() == undisturbed.keys()
+    assert [name for name in found if found[name] != undisturbed[name]] in ([], ["results.json"])
+    results = [json.loads(side["results.json"]) for side in (found, undisturbed)]
+    assert [each["meta"].pop("command") for each in results] and results[0] == results[1]
+
+
+def test_a_kill_after_the_cold_starts_sampling_loses_none_of_its_cost(given, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "dev1" / "DONE").unlink()
+    stamp = (tmp_path / "run" / "dev1" / "cold_start.jsonl").stat().st_mtime_ns
+    result = pipeline(given, tmp_path / "run", "--trace-samples", "2")
+    tokens = [json.loads((run / "results.json").read_text())["stages"]["dev1"]["tokens"] for run in (tmp_path / "run", finished[0])]
+    assert result.returncode == 0 and tokens[0] == tokens[1], result.stderr
+    assert (tmp_path / "run" / "dev1" / "cold_start.jsonl").stat().st_mtime_ns == stamp
+
+
 def test_stages_can_be_chosen_one_by_one(given, tmp_path):
     result = pipeline(given, tmp_path / "run", "--stages", "base,zero")
     assert result.returncode == 0, result.stderr
