@@ -14,10 +14,13 @@ import torch
 def visible(text, dim="", normal="", last=True):
     """An answer as its reader sees it: thinking dimmed and apart, no tags. Unless last, without what may still change."""
     tag = "</?(?:think|answer)>"
-    text = re.sub(rf"(?:\s|{tag}{'' if last else '|�|<[/a-z]*$'})+$", "", text)  # � is half a character, </thi half a tag
+    before = None
+    while text != before:  # at the end alone: a search through all of it would take the square of its length
+        before, text = text, text.rstrip()
+        text = text[:-12] + re.sub(rf"(?:{tag}{'' if last else '|�|<[/a-z]*'})$", "", text[-12:])  # � is half a character, </thi half a tag
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text).lstrip()  # a model must not command the terminal
     between = lambda m: "\n\n" * (m.start() > 0) + (dim if m[0].rstrip().endswith("<think>") else normal)
-    return re.sub(rf"\s*(?:{tag}\s*)+", between, text) + (normal + "\n") * last
+    return re.sub(rf"(?<!\s)\s*(?:{tag}\s*)+", between, text) + (normal + "\n") * last
 
 
 def chat(model, tokenizer, a):

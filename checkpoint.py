@@ -56,12 +56,14 @@ def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
     if not path.exists():
         return None
     try:
+        if not path.is_file():
+            raise ValueError("not a file")
         with safe_open(path, framework="pt") as file:
             tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         if _checksum(tensors, header["meta"]) != header["checksum"]:
             raise ValueError("its checksum is another")
-        return tensors, json.loads(header["meta"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return tensors, {**json.loads(header["meta"])}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole training state ({error}); without it the training begins anew") from None
 
 
@@ -111,9 +113,17 @@ class Keeper:
         return None if self.state is None else self._resume
 
     def _resume(self, **objects) -> dict:
-        rest, self.state = restore(*self.state, **objects), None  # its memory is free then
+        try:
+            rest, self.state = restore(*self.state, **objects), None  # its memory is free then
+            if type(rest["step"]) is not int or rest["step"] < 0:
+                raise ValueError(f"its step is {rest['step']!r}")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{self.dir / STATE}: not a state of this training ({error}); without it the training begins anew") from None
         for log in filter(Path.exists, self.logs):
-            write_jsonl(log, [row for row in read_jsonl(log) if row["step"] <= rest["step"]])
+            rows = read_jsonl(log)
+            if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
+                raise ValueError(f"{log}: a row has no step; without this file and {STATE} beside it the training begins anew")
+            write_jsonl(log, [row for row in rows if row["step"] <= rest["step"]])
         return rest
 
     def __enter__(self):
@@ -272,20 +282,30 @@ def _weights(module: Module) -> dict[str, Tensor]:
 def _restore_module(module: Module, own: dict[str, Tensor], name: str):
     weights = _weights(module)
     for key in sorted(weights.keys() | own.keys()):
-        saved, here = (tuple(side[key].shape) if key in side else None for side in (own, weights))
+        saved, here = ((tuple(side[key].shape), side[key].dtype) if key in side else (None, None) for side in (own, weights))
         if saved != here:
-            raise ValueError(f"{name}.{key} has shape {saved} in the training state, {here} in the model")
+            raise ValueError(f"{name}.{key} has shape {saved[0]} in the training state, {here[0]} in the model, or {saved[1]} for {here[1]}")
     with torch.no_grad():
         for key, weight in weights.items():
             weight.copy_(own[key])
 
 
 def _restore_optimizer(optimizer: Optimizer, own: dict[str, Tensor], groups: list[dict]):
-    state = {}
+    state, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
     for key, t in own.items():  # "0.exp_avg"
         i, moment = key.split(".")
+        shapes = [()] if moment == "step" else [parameters[int(i)].shape]  # a fused step of another shape writes outside its memory
+        if t.shape not in shapes or not t.is_floating_point():
+            raise ValueError(f"the optimizer's {moment} of parameter {i} has shape {tuple(t.shape)}")
         state.setdefault(int(i), {})[moment] = t.clone()
-    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in groups]
+    if len({frozenset(moments) for moments in state.values()}) > 1:
+        raise ValueError("the optimizer's moments are not those of all parameters")
+    now = optimizer.state_dict()["param_groups"]
+    groups = [{key: tuple(group[key]) if isinstance(value, tuple) else group[key] for key, value in here.items()}
+              for here, group in zip(now, groups, strict=True)]
+    for here, group in zip(now, groups):
+        if wrong := [key for key, value in here.items() if type(group[key]) is not type(value) or key == "params" and group[key] != value]:
+            raise ValueError(f"the optimizer's {wrong[0]} is {group[wrong[0]]!r}, here {here[wrong[0]]!r}")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -295,7 +315,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):  # its line end is there: not unfinished but wrong
                 raise ValueError(f"{path}:{number}: not JSON") from None
     return rows
@@ -358,6 +378,8 @@ def finished(dir: str | Path) -> dict | None:
 
 def read_json(path: str | Path) -> dict:
     """The object in a file. Raises ValueError, which names it, for anything else."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: not a file")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

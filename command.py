@@ -22,7 +22,7 @@ PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/reader
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line that names the culprit, without the usage; exit code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())[:1000]}\n")
 
     @contextmanager
     def explained(self, out=None):
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except (ValueError, OSError, SafetensorError) as error:  # the latter where a disk is full
-            self.error(" ".join(str(error).split("\n")))
+            self.error(str(error))
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: stopped" + (f"; the same command goes on from here: {out}" if out else "") + "\n")
         except (MemoryError, RuntimeError) as error:

@@ -130,8 +130,8 @@ def recipe(run, stages):
         if need and need not in stages and not checkpoint.finished(run.out / need):
             raise ValueError(f"stage {name} needs {need}, which is not finished: --stages {need},{name}")
     for name, dir in run.directories.items():
-        if (done := checkpoint.finished(run.out / name)) and done["by"] != given_by(dir):
-            raise ValueError(f"{run.out / name} is of another model ({done['by']}); choose another --out, or --from {name}")
+        if (done := checkpoint.finished(run.out / name)) and done.get("by") != given_by(dir):
+            raise ValueError(f"{run.out / name} is of another model ({done.get('by')}); choose another --out, or --from {name}")
 
     def stage(name, *rest):
         if name in stages:

@@ -265,8 +265,11 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        frequency, scale = rope_frequencies(config)
-        angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequency)
+        self.make_angles(torch.empty(0).device)
+
+    def make_angles(self, device):
+        frequency, scale = rope_frequencies(self.config)
+        angle = torch.outer(torch.arange(self.config.max_position_embeddings, device=device).float(), frequency.to(device))
         cos, sin = angle.cos() * scale, angle.sin() * scale
         self.register_buffer("cos", torch.cat((cos, cos), dim=1), persistent=False)   # (max positions, d)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
@@ -463,16 +466,16 @@ def inspect(dir):
     Raises ValueError, which names the file and the field or tensor, for what is not a whole dense Llama, Qwen2 or Qwen3."""
     dir = Path(dir)
     with blame(dir / "config.json") as path, torch.device("meta"):  # no memory or random numbers for what is replaced
-        model = Transformer(_config(json.loads(path.read_text(encoding="utf-8"))))
+        model = Transformer(_config(_read(path)))
     wanted = {name: [*part.shape] for parts in stored(model).values() for name, part in parts.items()}
     files, there, tied = {source := dir / "model.safetensors"}, {}, model.config.tie_word_embeddings
     if not source.exists() and (dir / "model.safetensors.index.json").exists():
         with blame(dir / "model.safetensors.index.json") as source:
-            files = {dir / name for name in json.loads(source.read_text(encoding="utf-8"))["weight_map"].values()}
+            files = {dir / name for name in {*_read(source)["weight_map"].values()}}
             if outside := [path for path in files if path.parent != dir or path.suffix != ".safetensors"]:
                 raise ValueError(f"{outside[0]} is no safetensors file of this directory")
     for path in sorted(files):
-        with blame(path), safe_open(path, "pt") as file:
+        with blame(path), safe_open(_regular(path), "pt") as file:
             for name in file.keys():
                 if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
                     continue  # old files hold what is computed, and a tied head twice
@@ -494,6 +497,7 @@ def load(dir, device=None, dtype=None) -> Transformer:
     with blame(f"device {device}"):
         device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device  # it is there
     model, there = inspect(dir)
+    model.make_angles("cpu")  # what is wrong with the tensors has shown itself before memory is taken
     empty = {name: torch.empty_like(p, device=device, dtype=dtype or there[[*stored(model)[name]][0]][1])
              for name, p in model.named_parameters()}
     model.load_state_dict(empty, strict=False, assign=True)
@@ -514,7 +518,20 @@ def blame(path):
     try:
         yield path
     except Exception as error:
-        raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from None
+        raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}".replace("\n", " ")[:500]) from None
+
+
+def _regular(path):
+    """The path, of a file: a pipe would never end, and a directory that was fetched may hold a link to a device."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    return path
+
+
+def _read(path):
+    if _regular(path).stat().st_size > 2 ** 25:
+        raise ValueError("over 32 MB, which no model's is")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _config(raw):
@@ -542,7 +559,7 @@ def _config(raw):
     values["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
     for field in fields(Config):
         kinds = {int: (int,), float: (int, float), int | None: (int, type(None)), bool: (bool,)}.get(field.type)
-        value, largest = values.get(field.name), 1e12 if field.type is float else 2 ** 20  # tables of angles grow with the context
+        value, largest = values.get(field.name), 1e12 if field.type is float else 1000 if field.name == "num_hidden_layers" else 2 ** 20
         if kinds and (type(value) not in kinds or type(value) in (int, float) and not 0 < value <= largest):
             raise ValueError(f"{field.name} is {value!r}")
     return Config(**{field.name: values[field.name] for field in fields(Config) if field.name in values})

@@ -51,40 +51,65 @@ def number(value):
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # NaN is not less
 
 
+def entries(value, *kinds):
+    """What a JSON object holds of these kinds; nothing if it is none. All that is read comes through here, and the page relies on it."""
+    return {key: each for key, each in value.items() if isinstance(each, kinds)} if isinstance(value, dict) else {}
+
+
+def scalars(value):
+    return entries(value, str, int, float)
+
+
+def rows_of(value):
+    return [scalars(each) for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def measured(value):
+    """A stage's or a method's entry in results.json."""
+    return scalars(value) | {"evaluation": entries(value.get("evaluation"), list), "counts": scalars(value.get("counts")),
+                             "curve": rows_of(value.get("curve"))}
+
+
 def read_objects(path, lines=True):
     """The JSON objects of a file that are whole: a run under way may be writing the last one."""
     content, objects = path.read_bytes().decode("utf-8", "replace") if path.is_file() else "", []
     for piece in content.split("\n") if lines else [content]:
         try:
-            objects.append(json.loads(piece))
-        except ValueError:
+            if piece.lstrip()[:1] == "{":  # else no object: a million blank lines cost little
+                objects.append(json.loads(piece))
+        except (ValueError, RecursionError):  # half-written, or nested without end
             continue
-    return [each for each in objects if isinstance(each, dict)]
+    return objects
+
+
+def read_rows(path):
+    return [scalars(row) | {"rewards": scalars(row.get("rewards"))} for row in read_objects(path)]
 
 
 def read_run(run_dir):
     """(meta, stages, claims, compare). A stage is its entry in results.json and what its directory holds."""
-    results = dict(*read_objects(run_dir / "results.json", lines=False))
-    done, stages, times = results.get("stages") or {}, {}, dict(*read_objects(run_dir / "times.json", lines=False))
-    seconds = times.get("stages") or {}
+    results, times = (dict(*read_objects(run_dir / name, lines=False)) for name in ("results.json", "times.json"))
+    done = {name: stage for name, stage in entries(results.get("stages"), dict).items()  # a name becomes a path: none that leads away
+            if re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) and name not in (".", "..")}
+    stages, seconds, again = {}, scalars(times.get("stages")), entries(times.get("compare"), dict)
     on_disk = sorted(path.parent.name for path in run_dir.glob("*/*.jsonl") if path.name in ("metrics.jsonl", "samples.jsonl"))
     for name in dict.fromkeys([*PLACES, *done, *on_disk]):
-        rows = {number(row.get("step")): row for row in read_objects(run_dir / name / "metrics.jsonl")}  # resumed: the later
-        stages[name] = stage = {"title": PLACES.get(name, [name])[0], **done.get(name, {}), "name": name, "finished": name in done}
-        stage["seconds"] = stage.get("seconds", seconds.get(name))
-        stage["rows"] = [rows[step] for step in sorted(step for step in rows if step is not None)]
-        stage["samples"] = read_objects(run_dir / name / "samples.jsonl")
-        stage["watched"] = read_objects(run_dir / name / "watched.jsonl")
-        stage["warnings"] = read_objects(run_dir / name / "warnings.jsonl")
+        rows = {number(row.get("step")): row for row in read_rows(run_dir / name / "metrics.jsonl")}  # resumed: the later
+        default = {"title": PLACES.get(name, [name])[0], "seconds": seconds.get(name)}
+        stages[name] = stage = default | measured(done.get(name, {})) | {"name": name, "finished": name in done}
+        stage["rows"] = [rows[step] | {"step": step} for step in sorted(step for step in rows if step is not None)]
+        stage["samples"] = read_rows(run_dir / name / "samples.jsonl")
+        stage["watched"] = [row for row in read_rows(run_dir / name / "watched.jsonl") if number(row.get("problem")) is not None]
+        stage["warnings"] = read_rows(run_dir / name / "warnings.jsonl")
         stage["rl"] = any("reward" in row for row in rows.values()) or "GRPO" in str(stage.get("by"))
-    meta = (results.get("meta") or {}) | {key: times[key] for key in ("date", "seconds") if key in times}
-    compare = {name: row | (times.get("compare") or {}).get(name, {}) for name, row in (results.get("compare") or {}).items()}
-    return meta, stages, results.get("claims") or [], compare
+    meta = scalars(results.get("meta")) | {key: value for key, value in scalars(times).items() if key in ("date", "seconds")}
+    compare = {name: measured(row | again.get(name, {})) for name, row in entries(results.get("compare"), dict).items()}
+    return meta, stages, rows_of(results.get("claims")), compare
 
 
 def figure(stage, metric):
     """Mean, low and high of an evaluation metric, each a float or None."""
-    return [number(value) for value in [*((stage.get("evaluation") or {}).get(metric) or []), None, None, None][:3]]
+    return [number(value) for value in [*stage["evaluation"].get(metric, []), None, None, None][:3]]
 
 
 def progress(stage):
@@ -169,9 +194,8 @@ def box(stage, place):
     title = textwrap.shorten(str(stage["title"]), 25, placeholder="…")
     lines = textwrap.wrap(progress(stage) or str(stage.get("by") or ""), 32, max_lines=2, placeholder="…")
     figures = [(metric, short(figure(stage, metric)[0], 2)) for metric in ("accuracy", "format", "language_if_thinking")]
-    if not stage.get("evaluation"):
-        counts = (stage.get("counts") or {}).items()
-        figures = [(name, quantity(count)) for name, count in counts if name in ("sampled", "kept")]
+    if not stage["evaluation"]:
+        figures = [(name, quantity(count)) for name, count in stage["counts"].items() if name in ("sampled", "kept")]
     return el("g", el("rect", width=WIDE, height=HIGH), el("path", d=f"M1,0 V{HIGH}"),
               el("text", title, cls="title", x=14, y=23),
               [el("text", line, cls="by", x=14, y=41 + 15 * i) for i, line in enumerate(lines)],
@@ -211,11 +235,11 @@ def stage_table(stages):
 
 
 def stage_row(stage):
-    counts = [f"{words(name)} {number(count) or 0:,.0f}" for name, count in (stage.get("counts") or {}).items()]
+    counts = [f"{words(name)} {number(count) or 0:,.0f}" for name, count in stage["counts"].items()]
     counts = f"{counts[0]}; fell to {', '.join(counts[1:-1])}; {counts[-1]}" if len(counts) > 2 else ", ".join(counts)
     origin = [f"from {stage['starts_from']}" if stage.get("starts_from") else "", stage.get("paper"), progress(stage)]
     cells = [metric_cell(*figure(stage, metric)) for metric in sum(METRICS.values(), [])]
-    if not stage.get("evaluation"):
+    if not stage["evaluation"]:
         cells, counts = [el("td", counts or "–", cls="counts", colspan=len(cells))], ""
     costs = [*map(quantity, (stage.get("parameters"), stage.get("tokens"))), duration(stage.get("seconds")), quantity(stage.get("flops"))]
     about = el("small", " · ".join(str(each) for each in [*origin, counts] if each))
@@ -240,7 +264,7 @@ def claim_row(claim):
     ours, low, high = (number(claim.get(key)) for key in ("ours", "low", "high"))
     verdict, bar = str(claim.get("verdict") or "not yet"), "–"
     if None not in (ours, low, high):
-        scale = 62 / (max(abs(ours), abs(low), abs(high)) or 1)
+        scale = 62 / max(abs(ours), abs(low), abs(high), 1e-300)
         span = el("rect", x=f"{low * scale:.1f}", y=-3, width=f"{max(1, (high - low) * scale):.1f}", height=6)
         bar = el("svg", el("path", d="M0,-9 V9"), span, el("circle", cx=f"{ours * scale:.1f}", r=4),
                  viewBox="-70 -9 140 18", cls="interval")
@@ -255,7 +279,7 @@ def claim_row(claim):
 def ticks(low, high, count):
     """Multiples of a round step (1, 2 or 5 times a power of ten) from low or below to high or above."""
     span = high - low if high > low else abs(high) or 1
-    step = 10 ** math.floor(math.log10(span / count))
+    step = 10 ** math.floor(math.log10(max(span / count, 1e-300)))  # a smaller one may underflow to 0
     step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= count + 1e-9)
     first = math.floor(low / step + 1e-9)
     return [i * step for i in range(first, max(first + 1, math.ceil(high / step - 1e-9)) + 1)]
@@ -267,7 +291,7 @@ def mean(points):
 
 def curve(rows, metric):
     """The metric's points, at most MOST_POINTS means of stretches, and their running mean."""
-    points = [(row["step"], row[metric]) for row in rows if number(row.get(metric)) is not None]
+    points = [(row["step"], number(row[metric])) for row in rows if number(row.get(metric)) is not None]
     size = math.ceil(len(points) / MOST_POINTS) or 1
     points = [mean(points[i:i + size]) for i in range(0, len(points), size)]
     reach = len(points) // 30
@@ -285,8 +309,8 @@ def chart(title, metrics, bounds, rows, width=300, height=176):
     first, last = rows[0]["step"], max(rows[-1]["step"], rows[0]["step"] + 1)
 
     def place(x, y):
-        return (34 + (x - first) / (last - first) * (width - 42),
-                height - 18 - (y - marks[0]) / (marks[-1] - marks[0]) * (height - 24))
+        return (34 + (x - first) / (last - first or 1) * (width - 42),
+                height - 18 - (y - marks[0]) / (marks[-1] - marks[0] or 1) * (height - 24))
 
     def path(kind, points):
         return el("path", cls=kind, d="M" + " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points))
@@ -326,7 +350,8 @@ def curves(stages):
 def comparison(table):
     """Each method's accuracy against the completions sampled, beside GRPO's; and their figures on test problems."""
     def points(method, name):
-        return [{"step": number(row.get("samples")), name: row.get("accuracy")} for row in table[method].get("curve") or []]
+        return [{name: row.get("accuracy"), "step": number(row["samples"])} for row in table[method]["curve"]
+                if number(row.get("samples")) is not None]
 
     charts = [chart(words(method), [words(method), "grpo"] if method != "grpo" else ["grpo"], [0, 1],
                     sorted(points(method, words(method)) + points("grpo", "grpo"), key=lambda row: row["step"]), 240, 140)
@@ -360,7 +385,7 @@ def completion(said, language):
 
 def card(sample):
     language = str(sample.get("language") or "")
-    scores = {name: number(value) for name, value in (sample.get("rewards") or {}).items() if number(value) is not None}
+    scores = {name: number(value) for name, value in sample["rewards"].items() if number(value) is not None}
     chips = [el("span", f"{words(name)} {value:.2g}", cls="full" if value == 1 else "part" if value else None)
              for name, value in scores.items()]
     about = [f"step {sample['step']}" if "step" in sample else "", sample.get("kind"), language,
@@ -378,7 +403,7 @@ def samples_section(stages):
         samples, few = stage["samples"], MOST_SAMPLES // 2
         halves = {"First steps": samples[:few], "Last steps": samples[max(few, len(samples) - few):]}
         columns = [el("div", el("h4", name), [card(sample) for sample in half]) for name, half in halves.items() if half]
-        names = dict.fromkeys(name for sample in samples for name in sample.get("rewards") or {} if plain(name))
+        names = dict.fromkeys(name for sample in samples for name in sample["rewards"] if plain(name))
         options = [el("option", "all", value="")] + [el("option", f"{words(name)} {said}", value=f"{name.replace('_', '')} {full}")
                                                      for name in names for said, full in (("full", 1), ("not full", 0))]
         control = el("p", "Show ", el("select", options), " ", el("output"), cls="controls", hidden="")
@@ -394,8 +419,8 @@ def watched_section(stages):
         steps = sorted({number(row.get("step")) or 0 for row in stage["watched"]})
         kept = {*steps[::math.ceil(len(steps) / MOST_SAMPLES)], steps[-1]}
         rows = [row for row in stage["watched"] if (number(row.get("step")) or 0) in kept]
-        rows = sorted(rows, key=lambda row: (number(row.get("problem")) or 0, number(row.get("step")) or 0))
-        problems = {row.get("problem"): str(row.get("prompt") or "") for row in rows}
+        rows = sorted(rows, key=lambda row: (row["problem"], number(row.get("step")) or 0))
+        problems = {row["problem"]: str(row.get("prompt") or "") for row in rows}
         control = el("p", el("select", [el("option", textwrap.shorten(prompt, 80, placeholder="…"), value=problem)
                                         for problem, prompt in problems.items()]), " ",
                      el("input", type="range", min=0, max=0, value=0, aria_label="step"), " ", el("output"), cls="controls", hidden="")

@@ -589,7 +589,7 @@ def main():
                     raise ValueError("a row is an object with a string 'completion'")
                 check_reference(row)
                 rows.append(row)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         parser.exit(2, f"{path}:{where} {error}\n")
     for kind in KINDS:
         if scored := [row for row in rows if row["kind"] == kind]:

@@ -6,6 +6,7 @@ they need as plain callables. A stage is finished when its directory holds DONE,
 
 import json
 import platform
+import re
 import sys
 import time
 import zlib
@@ -38,6 +39,14 @@ CODE = ("model.py", "graphs.py", "sft.py", "grpo.py", "rewards.py", "data/world.
 METRICS = {"accuracy": lambda text, example: rewards.accuracy(text, example, strict=False), "accuracy_strict": rewards.accuracy,
            "format": rewards.format, "language_consistency": rewards.language_consistency}
 
+APPLIES = {"accuracy": lambda e: e["kind"] == "reasoning", "accuracy_any": lambda e: e["kind"] == "reasoning",  # the others: to all
+           "helpfulness": lambda e: e["kind"] != "reasoning" and not e.get("harmful"), "harmlessness": lambda e: e["kind"] != "reasoning"}
+
+
+def applies(rule, example):
+    """Whether its score says something, or is the same whatever the completion (0 of accuracy for a general request)."""
+    return rule not in APPLIES or APPLIES[rule](example)
+
 
 def code_of(files):
     """{file: its hash}: what tells that a result was made by other code."""
@@ -59,6 +68,8 @@ class Run:
         self.results = {"meta": meta, "stages": {}, "claims": [], **self.before()}
         path = self.out / "times.json"  # a file of their own, so that the rest is the same at each run
         self.times = {"date": str(date.today()), "stages": {}} | (checkpoint.read_json(path) if path.exists() else {})
+        if not isinstance(stages := self.times["stages"], dict) or not all(type(at) in (int, float) for at in stages.values()):
+            raise ValueError(f"{path}: not a run's times; without it, it is made anew")
         self.begin()
         self.values = {}  # stage -> metric -> per-problem array, of the test
         settings = {"preset": preset_name, "seed": seed, "settings": json.loads(json.dumps(asdict(self.preset)))} | self.given()
@@ -84,7 +95,10 @@ class Run:
         """What an earlier call left in results.json, of stages that are still finished."""
         path = self.out / "results.json"
         before = checkpoint.read_json(path) if path.exists() else {}
-        stages = {name: stage for name, stage in before.get("stages", {}).items() if checkpoint.finished(self.out / name)}
+        if not isinstance(before.get("stages", {}), dict) or not isinstance(before.get("claims", []), list):
+            raise ValueError(f"{path}: not a run's results; without it, it is made anew")
+        stages = {name: stage for name, stage in before.get("stages", {}).items()
+                  if re.fullmatch(r"\w{1,99}", name) and checkpoint.finished(self.out / name)}  # no path is followed
         claims = before.get("claims", []) if len(stages) == len(before.get("stages", {})) else []  # they are of all stages
         return ({"compare": before["compare"]} if "compare" in before and "base" in stages else {}) | {"claims": claims, "stages": stages}
 
@@ -235,6 +249,10 @@ class Run:
         bar, seen, latest = Bar(name), [], []  # latest: a completion of each validation problem
 
         def log(m, r):
+            for rule_name, scores in r.parts.items():  # of prompts to which the rule applies
+                m.pop(rule_name)
+                if any(on := [applies(rule_name, e) for e in r.examples]):
+                    m[rule_name] = scores[torch.tensor(on)].mean().item()
             tokens = int(r.mask.sum()) + sum(len(self.prompt(e)) for e in r.examples) * config.group_size
             self.spend(model, sampled=tokens, scored=tokens * (2 if config.beta else 1), trained=tokens * config.inner_epochs)
             bar.show(m, config.rollouts, "reward", "accuracy", "length", "kl")
@@ -247,15 +265,11 @@ class Run:
                 print(f"{name}, {line}", flush=True)
                 checkpoint.append_jsonl(self.out / name / "warnings.jsonl", {"step": m["step"], "warning": line})
             if "validation_accuracy" in m:
-                for i, (e, said) in enumerate(list(zip(self.validation, latest))[:6]):
-                    scores = {n: rule(said, e) for n, rule in rules.items() if weights.get(n)}
-                    checkpoint.append_jsonl(self.out / name / "watched.jsonl", {
-                        "step": m["step"], "problem": i, **{key: e[key] for key in ("prompt", "answer", "language", "kind")},
-                        "completion": said, "rewards": scores})
+                write_watched(m["step"])
             if m["step"] % config.validate_every == 0 or m["step"] == 1:
                 for i in range(0, len(r.texts), max(1, len(r.texts) // 3)):
                     e = r.examples[i // config.group_size]
-                    parts = {n: s.flatten()[i].item() for n, s in r.parts.items()}
+                    parts = {n: s.flatten()[i].item() for n, s in r.parts.items() if applies(n, e)}
                     row = {key: e[key] for key in ("prompt", "answer", "language", "kind")}
                     checkpoint.append_jsonl(self.out / name / "samples.jsonl", {
                         "step": m["step"], **row, "completion": r.texts[i], "rewards": parts})
@@ -265,8 +279,18 @@ class Run:
             latest[:] = [row[0] for row in texts]
             return {k: float(np.nanmean(v)) for k, v in self.score(self.validation, texts, counts).items()}
 
+        def write_watched(step):
+            for i, (e, said) in enumerate(list(zip(self.validation, latest))[:6]):
+                scores = {n: rule(said, e) for n, rule in rules.items() if weights.get(n) and applies(n, e)}
+                checkpoint.append_jsonl(self.out / name / "watched.jsonl", {
+                    "step": step, "problem": i, **{key: e[key] for key in ("prompt", "answer", "language", "kind")},
+                    "completion": said, "rewards": scores})
+
         weights = {name: weights.get(name, 0.0) for name in rules}
         with keeper, checkpoint.offending(self.out / name):
+            if validate and resume is None:  # what it said before
+                latest[:] = [row[0] for row in self.complete(model, self.validation[:6], samples=1, temperature=1.0, top_p=1.0)[0]]
+                write_watched(0)
             grpo.train(model, examples or self.problems, self.prompt, self.tokenizer.decode, generate, self.tokenizer.end_ids,
                        rules, config, weights, credit, getattr(credit, "keep", None), validate_now if validate else None,
                        log=log, save=keep, resume=resume)
@@ -354,7 +378,7 @@ class Bar:
         if self.bar is None:
             self.bar = tqdm(total=total, desc=self.name, initial=metrics["step"] - 1, dynamic_ncols=True, leave=False,
                             disable=not sys.stderr.isatty())
-        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names}, refresh=False)
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics}, refresh=False)
         self.bar.update()
 
     def close(self):

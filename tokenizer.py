@@ -11,6 +11,7 @@ Hugging Face does; special ones only where the caller asks for them.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,8 @@ _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 CHAR = {b: chr(b) for b in _SHOWN} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_SHOWN}))}
 BYTE = {char: b for b, char in CHAR.items()}
 
+
+LONG = 100_000  # characters, for tiktoken's own regex
 
 # How a model is asked. R1-Zero's, for base models, is word for word R1 v1 table 1; ChatML (Qwen, SmolLM) and Llama 3's are
 # for tuned ones. A directory that was written here names its own as "prompt_template" in tokenizer_config.json.
@@ -83,6 +86,9 @@ def split_patterns(pre: dict | None) -> list[str]:
             patterns.append(part["pattern"]["Regex"])  # what lies between the matches is left out
         else:
             raise ValueError(f"pre_tokenizer {part} is not supported: Digits, or Split by a Regex, Isolated, is")
+    for pattern in patterns:  # none of the published ones is long or nests; such ones take memory or never end
+        if len(pattern) > 8000 or re.search(r"\(\?(?:R|&|P[>=]|[0-9])|\\[1-9]|\{e|\{[0-9,]*[0-9]{3}", pattern):
+            raise ValueError(f"pre_tokenizer pattern {pattern[:100]!r} is not supported: too long, recursive, or of large counts")
     patterns += [_isolated(GPT2_PATTERN)] if level.get("use_regex", True) else []
     return patterns or [r"[\s\S]+"]
 
@@ -183,6 +189,16 @@ def _meet(left: str, right: str, made: dict, split: dict) -> bool:
     return True
 
 
+def _in_order(text: str) -> str:
+    """Canonically equal, with long runs of combining marks sorted: Python's own sort of them takes the square of their number."""
+    import regex  # tiktoken brings it
+
+    def sort(run):
+        groups = itertools.groupby(run[0], key=lambda mark: unicodedata.combining(mark) == 0)
+        return "".join(mark for _, marks in groups for mark in sorted(marks, key=unicodedata.combining))
+    return regex.sub(r"\p{M}{100,}", sort, text)
+
+
 class Tokenizer:
     """The tokenizer of a model directory; template: a name in TEMPLATES or a text with {prompt}, by default the directory's."""
 
@@ -197,7 +213,7 @@ class Tokenizer:
             self._build()
             self._ends = self._find_ends([self.config.get("eos_token"), generation.get("eos_token_id")])
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from None
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
         self._template = template or self.config.get("prompt_template")
@@ -244,7 +260,7 @@ class Tokenizer:
         except regex.error as error:
             raise ValueError(f"pre_tokenizer pattern: {error}") from None
         probe = "".join(map(chr, range(128))) + "é٣ 苹果，½ €🍎\u00a0\u2028\u200d\ue000 \n"  # characters of each sort
-        if "".join(match[0] for match in self._last.finditer(probe)) != probe:
+        if "".join(self._pieces(self._last, probe)) != probe:
             raise ValueError(f"pre_tokenizer pattern {patterns[-1]!r} is not supported: it leaves text out")
         self.start_ids = [self.added[token] for token in start_tokens(self.spec.get("post_processor"))]
 
@@ -294,7 +310,7 @@ class Tokenizer:
             if i % 2:  # every second part is an added token
                 ids.append(self.added[part])
                 continue
-            part = unicodedata.normalize(self.normal_form, part) if self.normal_form else part
+            part = unicodedata.normalize(self.normal_form, _in_order(part)) if self.normal_form else part
             for j, piece in enumerate(normalised.split(part)):
                 ids += [self.added[piece]] if j % 2 else self._merge_pieces(piece)
         return ids
@@ -302,15 +318,29 @@ class Tokenizer:
     def _merge_pieces(self, text: str) -> list[int]:
         pieces = [text]
         for pattern in self._first:
-            pieces = [match[0] for piece in pieces for match in pattern.finditer(piece)]
+            pieces = [match for piece in pieces for match in self._pieces(pattern, piece)]
         ids = []
         for piece in pieces:
-            if self._lacking and not self._lacking.isdisjoint(piece.encode("utf-8", "replace")):
-                for match in self._last.finditer(piece):
-                    ids += self._merge_lacking(match[0].encode("utf-8", "replace"))
-            else:
-                ids += self.encoding.encode_ordinary(piece)
+            lacks = self._lacking and not self._lacking.isdisjoint(piece.encode("utf-8", "replace"))
+            if not lacks and len(piece) < LONG:
+                try:
+                    ids += self.encoding.encode_ordinary(piece)
+                except BaseException as error:  # a panic of tiktoken's regex, which gives up on a pattern that tries too much
+                    if type(error).__name__ != "PanicException":
+                        raise
+                    raise ValueError(f"{self.path}: pre_tokenizer pattern {self._last.pattern[:100]!r} takes too long on {piece[:40]!r}") from None
+                continue
+            for match in self._pieces(self._last, piece):  # tiktoken's own regex overflows its stack on a million spaces
+                match = match.encode("utf-8", "replace")
+                lacks = not self._lacking.isdisjoint(match)
+                ids += self._merge_lacking(match) if lacks else self.encoding._encode_single_piece(match)
         return ids
+
+    def _pieces(self, pattern, text: str) -> list[str]:
+        try:
+            return [match[0] for match in pattern.finditer(text, timeout=2 + len(text) / 1e5)]
+        except TimeoutError:
+            raise ValueError(f"{self.path}: pre_tokenizer pattern {pattern.pattern[:100]!r} takes too long on {text[:40]!r}") from None
 
     def _merge_lacking(self, piece: bytes) -> list[int]:
         """Of a piece with bytes that are no tokens: they are left out, or unk_token where there is one."""
@@ -429,8 +459,11 @@ def _border(texts: Iterable[str]) -> re.Pattern:
 def _read(path: Path, missing: dict | None = None) -> dict:
     if missing is not None and not path.exists():
         return missing
+    if path.exists() and not path.is_file() or path.is_file() and path.stat().st_size > 2 ** 28:
+        raise ValueError(f"{path}: not a file, or over 256 MB, which no tokenizer's is")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written again
     except (ValueError, RecursionError) as error:  # of the JSON or of the UTF-8
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
@@ -453,7 +486,7 @@ def read_texts(path: str) -> Iterable[str]:
             try:
                 row = json.loads(line)
                 yield "" + (row["text"] if "text" in row else row["prompt"] + row["completion"])  # a str or an error
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not a row with text, or prompt and completion ({error})") from None
 
 

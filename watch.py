@@ -20,7 +20,7 @@ def signs(rows):
         found["entropy"] = f"entropy fell from {first['entropy']:.2g} to {now['entropy']:.2g} and hardly a group has a signal: other prompts, or stop here"
     if now["entropy"] > 3 * first["entropy"] + 0.5:
         found["entropy"] = f"entropy rose from {first['entropy']:.2g} to {now['entropy']:.2g}: {SMALLER_STEP}"
-    if now["kl"] > max(0.5, 10 * best("kl")) and before:
+    if now["kl"] > max(0.5, 10 * best("kl")):
         found["kl"] = f"the KL to the reference jumped to {now['kl']:.2g}: {SMALLER_STEP}"
     if now["unfinished"] > 0.5 and now["unfinished"] > first["unfinished"] + 0.3:
         found["length"] = f"{100 * now['unfinished']:.0f}% of the outputs run over max_new_tokens: more of them, or length_buffer"

@@ -2,12 +2,16 @@
 
 import base64
 import hashlib
+import html
 import json
 import math
+import os
 import random
 import re
+import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -218,6 +222,96 @@ def test_no_value_breaks_the_page(tmp_path):
     assert not any(re.search("nan|inf", str(value)) for _, attributes in reader.elements for value in attributes.values())
 
 
+def places(value, at=()):
+    yield at
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(each, (*at, key))
+
+
+def changed(value, at, new):
+    return new if not at else {**value, at[0]: changed(value[at[0]], at[1:], new)} if isinstance(value, dict) else \
+        [changed(each, at[1:], new) if i == at[0] else each for i, each in enumerate(value)]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Every file a page is made of, each with a line or two."""
+    run = make_run(tmp_path_factory.mktemp("small"), rollouts=10, names=["zero", "traces"])
+    write_rows(run / "zero" / "warnings.jsonl", [{"step": 1, "warning": "no reward"}])
+    results, method = json.loads((run / "results.json").read_text()), {"lr": 1e-3, "evaluation": {"accuracy": [.5, .4, .6]}, "peak_bytes": 1}
+    method["curve"] = [{"samples": 8, "accuracy": .5}, {"samples": 16, "accuracy": .6}]
+    results["stages"]["zero"]["evaluation"] = method["evaluation"]
+    results |= {"claims": results["claims"][:1], "compare": {"grpo": method, "step": method}}
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "times.json").write_text(json.dumps({"stages": {"zero": 1}, "compare": {"grpo": {"seconds": 1}}, "seconds": 1, "date": "today"}))
+    return run
+
+
+FILES = ["results.json", "times.json", *(f"zero/{name}.jsonl" for name in ("metrics", "samples", "watched", "warnings"))]
+
+
+@pytest.mark.parametrize("odd", [None, 5, "abc", [1], {"x": [1]}], ids=str)
+@pytest.mark.parametrize("file", FILES)
+def test_a_value_of_another_type_anywhere_in_a_run_is_not_yet_there(file, odd, small_run):
+    whole = (small_run / file).read_text()
+    first, *others = [whole] if file.endswith("json") else whole.splitlines()
+    try:
+        for place in places(json.loads(first)):
+            (small_run / file).write_text("\n".join([json.dumps(changed(json.loads(first), place, odd)), *others]))
+            reader = Reader(written(small_run))
+            assert reader.open == [] and "R1-Zero" in " ".join(reader.words) or place[-1:] == ("title",), place
+    finally:
+        (small_run / file).write_text(whole)
+
+
+@pytest.mark.parametrize("endless", ["[" * 100_000, '{"a":' * 100_000, '{"step": 1, "kind": ' + "[" * 900 + "]" * 900 + "}"], ids=len)
+@pytest.mark.parametrize("file", FILES)
+def test_a_nesting_without_end_is_not_yet_there(file, endless, small_run):
+    whole = (small_run / file).read_text()
+    (small_run / file).write_text(endless)
+    written(small_run)
+    (small_run / file).write_text(whole)
+
+
+def test_a_stage_whose_name_leads_out_of_the_run_is_no_stage_of_it(tmp_path):
+    run, secret = make_run(tmp_path / "run", rollouts=2, names=["zero"]), tmp_path / "secret"
+    (secret / "inner").mkdir(parents=True)
+    for place in (secret, secret / "inner", run, tmp_path):
+        for name in ("samples", "watched", "warnings", "metrics"):
+            write_rows(place / f"{name}.jsonl", [{"step": 1, "problem": 1, "reward": 1, "completion": "SECRET", "warning": "SECRET"}])
+    names = [str(secret), "../secret", "../secret/inner", "zero/../../secret", ".", "..", "", "a\nb", "zero\n", "x" * 101, "é" * 100, "\0"]
+    (run / "results.json").write_text(json.dumps({"stages": {name: {"title": "STRANGE"} for name in names} | {"dev2.no-language_1": {}}}))
+    (run / "times.json").write_text(json.dumps({"stages": dict.fromkeys(names, 1)}))
+    page = written(run)
+    assert "SECRET" not in page and "STRANGE" not in page and "dev2.no-language_1" in page
+
+
+@pytest.mark.parametrize("rows", [[{"step": 1e17, "reward": 1}], [{"step": -1e299, "reward": 1e299}, {"step": 1e299, "reward": -1e299}],
+                                  [{"step": 1, "reward": 0, "kl": 5e-324}, {"step": 2, "reward": 0, "kl": 1e-323}],
+                                  [{"step": 2 ** 52 + .5, "reward": 1 + 2 ** -52}, {"step": 2 ** 52, "reward": 1}],
+                                  [{"step": 10 ** 299, "reward": 2 ** 900 + 2 ** 847 - 1}, {"step": 10 ** 299 + 1, "reward": 2 ** 900 + 2 ** 847 + 1}]])
+def test_a_chart_of_numbers_next_to_each_other_or_far_apart_is_drawn(rows, tmp_path):
+    (tmp_path / "zero").mkdir()
+    write_rows(tmp_path / "zero" / "metrics.jsonl", rows)
+    (tmp_path / "results.json").write_text(json.dumps({"claims": [{"ours": 5e-324, "low": 0, "high": 1e-323}]}))
+    page = written(tmp_path)
+    assert "Reward and its parts" in page and not re.search(r'="[^"]*\b(nan|inf)\b', page)
+
+
+def test_blank_lines_are_passed_over_in_no_time(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n" * 5_000_000 + '{"step": 1}\r\n \n[1]\n5\n')
+    started = time.perf_counter()
+    assert report.read_objects(tmp_path / "rows.jsonl") == [{"step": 1}]
+    assert time.perf_counter() - started < 2
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    (tmp_path / "zero").mkdir()
+    for name in FILES:
+        os.mkfifo(tmp_path / name)  # a read of it would wait for ever
+    assert "Not yet: no stage has logged a step" in written(tmp_path)
+
+
 def test_a_finished_write_leaves_one_file_and_a_failed_one_the_old_page(run, monkeypatch):
     page = written(run)
     monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -265,6 +359,45 @@ def test_words_of_another_language_are_marked():
 
 def script(*arguments):
     return subprocess.run([sys.executable, report.__file__, *map(str, arguments)], capture_output=True, text=True)
+
+
+CLICKS = """
+const said = {}, box = document.querySelector(".watched"), [problem, step, label] = ["select", "input", "output"].map(tag => box.querySelector(tag));
+const shown = box => [...box.querySelectorAll("article")].filter(card => card.offsetParent !== null);
+said.at_first = [shown(box).length, shown(box)[0].dataset.step, label.textContent];
+step.value = step.max; step.dispatchEvent(new Event("input"));
+said.at_the_end = [shown(box).length, shown(box)[0].dataset.step, label.textContent];
+problem.value = "2"; problem.dispatchEvent(new Event("change"));
+said.another_problem = [shown(box).length, shown(box)[0].dataset.problem, shown(box)[0].dataset.step];
+const list = document.querySelector(".filtered"), choice = list.querySelector("select");
+said.filters = [...choice.options].map(option => {
+  choice.value = option.value; choice.dispatchEvent(new Event("change"));
+  return [option.textContent, shown(list).length, list.querySelector("output").textContent];
+});
+document.querySelectorAll("details").forEach(fold => { fold.querySelector("summary").click(); fold.querySelector("summary").click(); });
+said.links = [...document.querySelectorAll("nav a")].every(link => document.querySelector(link.getAttribute("href")));
+said.wide = document.documentElement.scrollWidth <= innerWidth;
+document.title = "SAID" + JSON.stringify(said) + "END";
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs headless Chromium")
+@pytest.mark.parametrize("width", [1300, 500])
+def test_the_slider_and_the_filter_do_what_they_say_when_they_are_clicked(width, run, tmp_path):
+    """A copy of the page, whose policy forbids it any other script, with a script that clicks."""
+    report.write(run)
+    page = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", (run / "report.html").read_text(encoding="utf-8"))
+    (tmp_path / "clicked.html").write_text(page.replace("</body>", f"<script>{CLICKS}</script></body>"), encoding="utf-8")
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
+               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", f"file://{tmp_path / 'clicked.html'}"]
+    seen = subprocess.run(browser, capture_output=True, text=True, timeout=120).stdout
+    said = json.loads(html.unescape(re.search("SAID(.*?)END", seen, re.S)[1]))
+    assert said["at_first"] == [1, "10", "step 10"] and said["at_the_end"] == [1, "60", "step 60"] and said["another_problem"] == [1, "2", "60"]
+    (all_, count, _), *others = said["filters"]
+    assert all_ == "all" and count == 12 and said["links"] and said["wide"], said
+    for (full, a, shown), (not_full, b, _) in zip(others[::2], others[1::2]):
+        assert not_full == full.replace("full", "not full") and a + b == count and shown == f"{a} of {count}"
+    assert any(0 < a < count for _, a, _ in others)
 
 
 def test_a_directory_without_a_run_is_one_clear_line_and_exit_code_2(run, tmp_path):

@@ -4,9 +4,11 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -35,6 +37,7 @@ def break_it(tmp_path, change) -> Path:
     """A copy of our tokenizer with its JSON changed."""
     spec = json.loads((FIXTURES / "ours" / "tokenizer.json").read_text())
     change(spec)
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     return tmp_path
 
@@ -360,6 +363,74 @@ def test_what_is_not_supported_is_named_with_its_file(culprit, change, tmp_path)
         Tokenizer(break_it(tmp_path, change))
     message = str(caught.value)
     assert culprit in message and str(tmp_path / "tokenizer.json") in message and "\n" not in message
+
+
+def split_by(*patterns, behavior="Isolated", invert=False):
+    def change(spec):
+        spec["pre_tokenizer"]["pretokenizers"][:-1] = [{"type": "Split", "pattern": {"Regex": p}, "behavior": behavior, "invert": invert} for p in patterns]
+    return change
+
+
+def at_once(call):
+    """It is refused in one line, in little time and memory."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match="tokenizer.json: ") as caught:
+        call()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+    assert time.process_time() - started < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.parametrize("pattern", [r"(?:(?:(?:(?=a)a{999}){999}){999}", r"(?:(?:(?:a{999}){999}){999})", "(?R)", "(?R)?a", "|".join(["ab"] * 10 ** 5), r"(a)\1", "(?:ab){e<=2}"])
+def test_a_pattern_that_would_eat_memory_is_refused(pattern, tmp_path):
+    at_once(lambda: Tokenizer(break_it(tmp_path, split_by(pattern))))
+
+
+@pytest.mark.parametrize("patterns", [[r"(?:(?=a)a+)+b"], [r"(?:a|a(?=a))+b"], [r"(?:a|a)*b", r"\p{L}+|[^\p{L}]+"], [r"(?:a|aa)+b", r"\p{L}+|[^\p{L}]+"]])
+def test_a_pattern_that_would_never_end_is_refused_where_it_does_not(patterns, tmp_path):
+    tokenizer = Tokenizer(break_it(tmp_path, split_by(*patterns)))
+    assert tokenizer.decode(tokenizer.encode("an apple")) == "an apple"
+    at_once(lambda: tokenizer.encode("a" * 60))
+
+
+def test_a_pattern_that_would_never_end_on_the_trial_text_is_refused_while_loading(tmp_path):
+    at_once(lambda: Tokenizer(break_it(tmp_path, split_by(r"(?:[\s\S]|[\s\S])*\U0001d7d8|[\s\S]", behavior="Removed", invert=True))))
+
+
+@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen", "smollm", "llama"])
+@pytest.mark.parametrize("text", [" " * 10 ** 6, "\n" * 10 ** 6, "a" * 10 ** 6, "7" * 10 ** 6, "\0" * 200_000, "🍎" * 10 ** 5, "e" + "\u0301\u0327" * 10 ** 5,
+                                  "etaoin shrdlu " * 10 ** 4 + "\x04"], ids=lambda text: ascii(text[:3]))
+def test_a_megabyte_of_anything_is_encoded_in_seconds(layout, text):
+    tokenizer = Tokenizer(FIXTURES / layout)
+    started = time.process_time()
+    ids = tokenizer.encode(text)
+    assert time.process_time() - started < 5
+    if not tokenizer._lacking and not tokenizer.normal_form:
+        assert tokenizer.decode(ids) == text
+
+
+def test_long_text_has_the_ids_of_its_parts():
+    """Above LONG another engine cuts the text: at a line break between words it must come to the same ids."""
+    for layout in ("gpt2", "qwen", "smollm", "llama"):
+        tokenizer, line = Tokenizer(FIXTURES / layout), "The 12 apples, e\u0301tc.: don't 苹果\tx  y "
+        assert tokenizer.encode(line * 3000) == tokenizer.encode(line * 3000 + "!")[:-1] and len(line) * 3000 > tokenizer_module.LONG
+        short = tokenizer.encode(line * 2000)
+        assert tokenizer.encode(line * 3000)[:len(short) - 1] == short[:-1]
+
+
+def test_the_order_of_many_marks_is_the_canonical_one():
+    marks = "\u0327\u0301" * 200 + "\u0903" + "\u0301\u0327" * 200
+    assert unicodedata.normalize("NFC", tokenizer_module._in_order("e" + marks)) == unicodedata.normalize("NFC", "e" + marks)
+    assert tokenizer_module._in_order("e" + marks[:40]) == "e" + marks[:40]
+
+
+def test_a_file_that_is_none_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    at_once(lambda: Tokenizer(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    at_once(lambda: Tokenizer(tmp_path))
+    break_it(tmp_path / "x", lambda spec: spec.update(note="\ud800"))
+    at_once(lambda: Tokenizer(tmp_path / "x"))
 
 
 def test_a_token_that_an_earlier_merge_keeps_from_forming_is_refused(tmp_path):

@@ -31,6 +31,10 @@ def test_what_runs_away_is_named_with_its_step_and_a_mend_and_only_once(change, 
     assert not watch.warnings(rows(change, change))
 
 
+def test_a_first_rollout_that_already_left_the_reference_is_named():
+    assert "step 1: the KL to the reference jumped to 25" in watch.warnings([{"step": 1, **HEALTHY, "kl": 25.0}])[0]
+
+
 def test_a_step_far_too_large_is_noticed_in_a_real_run(tiny):
     """A model that answers well at a rate that breaks it: the KL or the reward gives it away."""
     seen, said = [], []
