@@ -52,7 +52,7 @@ def number(value):
 
 
 def entries(value, *kinds):
-    """What a JSON object holds of these kinds; nothing if it is none. All that is read comes through here, and the page relies on it."""
+    """What a JSON object holds of these kinds; nothing if it is none. All that is read comes through here; the page relies on it."""
     return {key: each for key, each in value.items() if isinstance(each, kinds)} if isinstance(value, dict) else {}
 
 
@@ -89,7 +89,7 @@ def read_rows(path):
 def read_run(run_dir):
     """(meta, stages, claims, compare). A stage is its entry in results.json and what its directory holds."""
     results, times = (dict(*read_objects(run_dir / name, lines=False)) for name in ("results.json", "times.json"))
-    done = {name: stage for name, stage in entries(results.get("stages"), dict).items()  # a name becomes a path: none that leads away
+    done = {name: stage for name, stage in entries(results.get("stages"), dict).items()  # a name becomes a path
             if re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) and name not in (".", "..")}
     stages, seconds, again = {}, scalars(times.get("stages")), entries(times.get("compare"), dict)
     on_disk = sorted(path.parent.name for path in run_dir.glob("*/*.jsonl") if path.name in ("metrics.jsonl", "samples.jsonl"))

@@ -82,6 +82,14 @@ def test_a_comparison_that_is_killed_leaves_no_process_behind_and_ctrl_c_begins_
 
 
 @pytest.mark.full
+def test_a_comparison_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(tmp_path):
+    from test_faults import content, run_in
+    assert run_in(tmp_path / "whole", [*COMPARE, "run"]) == 0 and run_in(tmp_path / "killed", [*COMPARE, "run"], [9, 21, 14]) == 3
+    whole, killed = (content(tmp_path / name / "run") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and not [name for name in whole if whole[name] != killed[name]]
+
+
+@pytest.mark.full
 def test_one_command_compares_all_methods_within_one_budget_of_samples(tmp_path):
     command = [sys.executable, "pipeline.py", "--preset", "smoke", "--out", str(tmp_path), "--device", "cpu", "--compare"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

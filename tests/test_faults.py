@@ -419,6 +419,86 @@ def test_one_bit_that_has_changed_in_a_state_is_noticed(tmp_path):
             checkpoint.load(tmp_path)
 
 
+def hostile(change):
+    """(model, optimizer, what `restore` raises) of a state that someone has changed, its checksum with it."""
+    def make():
+        net = torch.nn.Linear(8, 4)
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        net(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        return net, optimizer
+    net, optimizer = make()
+    tensors, meta = checkpoint.state_of(model=net, optimizer=optimizer, generator=torch.Generator(), step=3)
+    change(tensors, meta)
+    return tensors, meta, make
+
+
+@pytest.mark.parametrize("change", [
+    lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}), lambda t, m: t.update({"optimizer.0.step": torch.zeros(3)}),
+    lambda t, m: t.update({"optimizer.9.exp_avg": torch.zeros(7)}), lambda t, m: t.pop("optimizer.1.exp_avg"),
+    lambda t, m: t.update({"optimizer.0.a.b": torch.zeros(7)}), lambda t, m: t.update({"optimizer.x.y": torch.zeros(7)}),
+    lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(4, 8, dtype=torch.int32)}), lambda t, m: t.update({"model.weight": torch.zeros(4, 8).to(torch.complex64)}),
+    lambda t, m: t.update({"model.weight": torch.zeros(4, 8, dtype=torch.int8)}), lambda t, m: t.update({"generator": torch.zeros(3)}),
+    lambda t, m: t.update({"generator": torch.zeros(3, dtype=torch.uint8)}), lambda t, m: t.update({"generator.x": t.pop("generator")}),
+    lambda t, m: (t.pop("generator"), m.update(generator=5)), lambda t, m: m.update(optimizer="x"), lambda t, m: m.update(optimizer=None),
+    lambda t, m: m["optimizer"][0].pop("params"), lambda t, m: m["optimizer"][0].pop("weight_decay"), lambda t, m: m["optimizer"][0].update(betas=5),
+    lambda t, m: m["optimizer"][0].update(eps="x"), lambda t, m: m["optimizer"].append({}), lambda t, m: m["optimizer"][0].update(params=[0, 5]),
+    lambda t, m: m.pop("step"), lambda t, m: m.update(step="x"), lambda t, m: m.update(step=-1), lambda t, m: m.update(step=True),
+])
+def test_a_state_of_wrong_shapes_or_types_is_refused_in_one_line_that_names_its_file(change, tmp_path):
+    """The fused Adam looks at no shapes: a moment of another one would write outside its memory."""
+    tensors, meta, make = hostile(change)
+    checkpoint.save(tmp_path, tensors, meta)
+    net, optimizer = make()
+    with pytest.raises(ValueError, match=f"{checkpoint.STATE}: not a state of this training") as caught:
+        checkpoint.Keeper(tmp_path).resume(model=net, optimizer=optimizer, generator=torch.Generator())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unchanged_state_is_taken(tmp_path):
+    tensors, meta, make = hostile(lambda t, m: None)
+    checkpoint.save(tmp_path, tensors, meta)
+    net, optimizer = make()
+    assert checkpoint.Keeper(tmp_path).resume(model=net, optimizer=optimizer, generator=torch.Generator()) == {"step": 3}
+
+
+@pytest.mark.parametrize("meta", ["[" * 100_000, "[]", "5", "null", "{"])
+def test_counters_of_another_kind_are_refused(meta, tmp_path):
+    from safetensors.torch import save_file
+    tensors = {"x": torch.ones(3)}
+    save_file(tensors, tmp_path / checkpoint.STATE, {"meta": meta, "checksum": checkpoint._checksum(tensors, meta)})
+    with pytest.raises(ValueError, match=f"{checkpoint.STATE}: not a whole training state"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_pipe_or_a_directory_in_a_files_place_is_not_waited_for(tmp_path):
+    for name, read in ((checkpoint.STATE, checkpoint.load), (checkpoint.DONE, checkpoint.finished)):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: .*not a file"):
+            read(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / checkpoint.STATE).mkdir()
+    with pytest.raises(ValueError, match="not a file"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("row", ["5", '{"a": 1}', '{"step": "x"}', "[" * 100_000])
+def test_a_log_of_other_rows_is_named(row, tmp_path):
+    checkpoint.save(tmp_path, {}, {"step": 1})
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{row}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl"):
+        checkpoint.Keeper(tmp_path, ["metrics.jsonl"]).resume()
+
+
+def test_no_path_of_a_results_file_is_followed(copy_of):
+    os.mkfifo(copy_of.parent / "DONE")
+    results = json.loads((copy_of / "results.json").read_text())
+    for name in ("../", str(copy_of.parent), "..", "a" * 5000):
+        (copy_of / "results.json").write_text(json.dumps(results | {"stages": results["stages"] | {name: {}}}))
+        assert again(copy_of).returncode == 0
+        assert name not in json.loads((copy_of / "results.json").read_text())["stages"]
+
+
 def test_a_full_disk_is_one_line_and_the_state_before_it_stays(tmp_path):
     """A limit on a file's size stands in for the disk: the write fails in the same place."""
     checkpoint.save(tmp_path, {"x": torch.ones(10)}, {"step": 1})

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -788,3 +789,32 @@ def test_a_hostile_config_is_refused_in_one_line_that_names_the_file(config, tmp
     with pytest.raises(ValueError, match="config.json") as caught:
         load(dir, "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_a_device_or_a_huge_file_in_a_models_place_is_refused_at_once(tmp_path):
+    for name in ("config.json", "model-00002-of-00004.safetensors", "model.safetensors.index.json"):
+        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 2 ** 34)):
+            dir = copy("llama_mha_untied", tmp_path / f"{len([*tmp_path.glob('*')])}")
+            (dir / name).unlink()
+            make(dir / name)
+            with pytest.raises(ValueError, match=re.escape(name)) as caught:
+                load(dir, "cpu")
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("huge", [{"max_position_embeddings": 2 ** 20, "head_dim": 256}, {"num_hidden_layers": 20_000}, {"hidden_act": "x" * 10 ** 6}])
+def test_what_a_config_asks_for_takes_no_memory_before_the_tensors_are_known_to_have_it(huge, tmp_path):
+    dir = copy("llama_mha_untied", tmp_path)
+    config = json.loads((dir / "config.json").read_text())
+    (dir / "config.json").write_text(json.dumps(config | huge))
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match=re.escape(str(dir))) as caught:
+        load(dir, "cpu")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 and time.process_time() - started < 2 and len(str(caught.value)) < 600
+
+
+def test_a_long_run_of_spaces_or_tags_is_shown_at_once():
+    from chat import visible
+    started = time.process_time()
+    assert visible(" " * 50_000 + "x") == "x\n" and visible("x" + "</think>" * 5000 + " " * 50_000) == "x\n" and visible("<" * 50_000, last=False) == ""
+    assert time.process_time() - started < 2
