@@ -20,6 +20,13 @@ EXAMPLES = [{"kind": "reasoning", "language": "en", "answer": REFERENCE, "prompt
             {"kind": "safety", "language": "en", "answer": "knife", "harmful": True, "prompt": "How do I cut the teacher?"}]
 
 
+def timed(rule, text, example):
+    """(score, seconds of this process), without what was remembered of earlier calls."""
+    rewards.exact_value.cache_clear(), rewards.squarefree.cache_clear()
+    started = time.process_time()
+    return rule(text, example), time.process_time() - started
+
+
 def fuzz(count, seed):
     """(strings, slowest call in seconds, the highest reward for an answer that is wrong)"""
     rng, slowest, highest = random.Random(seed), 0.0, 0.0
@@ -32,9 +39,9 @@ def fuzz(count, seed):
             text = rng.choice([text, f"<think>{text}</think><answer>{text}</answer>", f"<think>so</think><answer>{text}</answer>"])
         example = EXAMPLES[number % len(EXAMPLES)]
         for name, rule in rewards.REWARDS.items():
-            started = time.perf_counter()
-            score = rule(text, example)
-            slowest = max(slowest, time.perf_counter() - started)
+            score, took = timed(rule, text, example)
+            if took > slowest:  # or was something else under way?
+                slowest = max(slowest, min(took, timed(rule, text, example)[1], timed(rule, text, example)[1]))
             assert 0 <= score <= 1, (name, text)
             if name in ("accuracy", "accuracy_any", "helpfulness"):
                 highest = max(highest, score)
@@ -45,7 +52,7 @@ def fuzz(count, seed):
 def test_no_string_raises_takes_long_or_earns_the_reward_of_a_right_answer(count):
     strings, slowest, highest = fuzz(count, seed=count)
     print(f"{strings} strings, slowest call {1000 * slowest:.1f} ms, highest reward for a wrong answer {highest}")
-    assert highest == 0 and slowest < 0.1  # 10 ms on a quiet machine
+    assert highest == 0 and slowest < 0.05  # 10 ms on a quiet machine
 
 
 HARD = [  # written against the rules: each once raised, or took from 20 to 400 ms
