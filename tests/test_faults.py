@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import checkpoint
 import grpo
 import model as model_module
+import pipeline
 import sft
 from command import Parser, new_directory
 
@@ -276,15 +277,29 @@ def again(run, *args, code=PLAIN):
 
 
 @pytest.fixture
+def call_here(monkeypatch, capfd):
+    """The same within this process: (exit code, what it said on stderr)."""
+    def call(run, *args):
+        monkeypatch.chdir(run.parent)
+        monkeypatch.setattr(sys, "argv", ["pipeline.py", *RECIPE, *args])
+        try:
+            pipeline.main()
+        except SystemExit as exit:
+            return exit.code, capfd.readouterr().err
+        return 0, capfd.readouterr().err
+    return call
+
+
+@pytest.fixture
 def copy_of(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_a_wrong_argument_beside_from_forgets_nothing(copy_of):
+def test_a_wrong_argument_beside_from_forgets_nothing(copy_of, call_here):
     before = content(copy_of)
-    result = again(copy_of, "--from", "base", "--seed", "1")
-    assert result.returncode == 2 and "seed was 0, is 1" in result.stderr
+    code, said = call_here(copy_of, "--from", "base", "--seed", "1")
+    assert code == 2 and "seed was 0, is 1" in said
     assert content(copy_of) == before
 
 
@@ -312,28 +327,28 @@ def test_a_kill_while_from_forgets_leaves_no_stage_without_the_one_it_was_made_f
 def test_from_goes_on_after_a_kill_and_begins_anew_once_it_has_ended(copy_of, finished_run):
     stamp = lambda name: (copy_of / name / "DONE").stat().st_mtime_ns
     base = stamp("base")
-    killed = subprocess.Popen([sys.executable, "-c", PLAIN.format(root=str(ROOT), args=[*RECIPE, "--from", "zero"])], cwd=copy_of.parent,
+    killed = subprocess.Popen([sys.executable, "-c", PLAIN.format(root=str(ROOT), args=[*RECIPE, "--from", "dev3"])], cwd=copy_of.parent,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (copy_of / "FROM").exists() and (copy_of / "zero" / "DONE").exists())
+    wait_for(lambda: (copy_of / "FROM").exists() and (copy_of / "dev3" / "DONE").exists())
     killed.kill(), killed.wait()
-    zero = stamp("zero")
-    assert again(copy_of, "--from", "zero").returncode == 0
-    assert (stamp("base"), stamp("zero")) == (base, zero) and not (copy_of / "FROM").exists()
+    dev3 = stamp("dev3")
+    assert again(copy_of, "--from", "dev3").returncode == 0
+    assert (stamp("base"), stamp("dev3")) == (base, dev3) and not (copy_of / "FROM").exists()
     results = [json.loads((run / "results.json").read_text()) for run in (copy_of, finished_run)]
     assert [each["meta"].pop("command") for each in results] and results[0] == results[1]
 
 
-def test_a_file_that_is_damaged_is_named_and_what_was_measured_is_made_anew_without_it(copy_of):
+def test_a_file_that_is_damaged_is_named_and_what_was_measured_is_made_anew_without_it(copy_of, call_here):
     for name, damage in (("results.json", "[]"), ("results.json", '{"stages": '), ("times.json", "[" * 10 ** 5), ("zero/values.npz", ""),
                          ("zero/values.npz", "PK"), ("zero/DONE", '{"title"'), ("config.json", "nothing")):
         whole = (copy_of / name).read_bytes()
         (copy_of / name).write_text(damage)
-        result = again(copy_of)
-        assert result.returncode == 2 and f"{name}: not" in result.stderr and result.stderr.count("\n") == 1, (name, result.stderr)
+        code, said = call_here(copy_of)
+        assert code == 2 and f"{name}: not" in said and said.count("\n") == 1, (name, said)
         (copy_of / name).write_bytes(whole)
     whole = (copy_of / "results.json").read_bytes()
     (copy_of / "results.json").unlink(), (copy_of / "times.json").unlink()
-    assert again(copy_of).returncode == 0 and (copy_of / "results.json").read_bytes() == whole
+    assert call_here(copy_of)[0] == 0 and json.loads((copy_of / "results.json").read_text()) == json.loads(whole)
 
 
 def test_a_stage_that_goes_on_under_other_code_says_so_and_keeps_the_code_it_began_with(copy_of):
@@ -490,12 +505,12 @@ def test_a_log_of_other_rows_is_named(row, tmp_path):
         checkpoint.Keeper(tmp_path, ["metrics.jsonl"]).resume()
 
 
-def test_no_path_of_a_results_file_is_followed(copy_of):
+def test_no_path_of_a_results_file_is_followed(copy_of, call_here):
     os.mkfifo(copy_of.parent / "DONE")
     results = json.loads((copy_of / "results.json").read_text())
     for name in ("../", str(copy_of.parent), "..", "a" * 5000):
         (copy_of / "results.json").write_text(json.dumps(results | {"stages": results["stages"] | {name: {}}}))
-        assert again(copy_of).returncode == 0
+        assert call_here(copy_of)[0] == 0
         assert name not in json.loads((copy_of / "results.json").read_text())["stages"]
 
 
