@@ -343,7 +343,9 @@ def curves(stages):
         parts.insert(0, el("p", "The loss is not shown: its value is about 0 while it learns, since a group's advantages sum to 0; its "
                                 "gradient is not.", cls="none"))
     losses = [chart(stage["title"], ["loss"], [], stage["rows"], 240, 140) for stage in stages.values() if not stage["rl"]]
-    parts += [fold("Supervised stages", "loss, against updates", el("div", losses, cls="charts middle"))] * any(losses)
+    said = [el("p", f"{stage['title']}, {row.get('warning')}", cls="warning") for stage in stages.values() if not stage["rl"]
+            for row in stage["warnings"][:MOST_SAMPLES]]
+    parts += [fold("Supervised stages", "loss, against updates", [*said, el("div", losses, cls="charts middle")])] * any(losses)
     return parts or el("p", "Not yet: no stage has logged a step.", cls="none")
 
 

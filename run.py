@@ -215,6 +215,10 @@ class Run:
         checkpoint.append_jsonl(self.out / name / "metrics.jsonl", rest)
         checkpoint.append_jsonl(self.out / name / "times.jsonl", {"step": metrics["step"], **times, "peak_bytes": peak_bytes(self.device)})
 
+    def warn(self, name, step, line):
+        print(f"{name}, {line}", flush=True)
+        checkpoint.append_jsonl(self.out / name / "warnings.jsonl", {"step": step, "warning": line})
+
     # ---- what stages do
 
     def new_model(self, sizes, model_type=None):
@@ -231,7 +235,9 @@ class Run:
         def log(m):
             self.spend(model, trained=m["tokens"])
             bar.show(m, m["steps"], "loss", "grad_norm")
-            if m["step"] % 10 == 0 or m["step"] == m["steps"]:
+            if m["skipped"]:
+                self.warn(name, m["step"], f"step {m['step']}: not finite and skipped: a lower lr, or float32")
+            if m["step"] % 10 == 0 or m["step"] == m["steps"] or m["skipped"]:
                 self.log(name, m)
 
         examples = [self.example(row, pretraining) for row in rows]
@@ -262,17 +268,14 @@ class Run:
                 seen.extend(lacking | row for row in checkpoint.read_jsonl(self.out / name / "metrics.jsonl")[:-1])
             seen.append(m)
             for line in watch.warnings(seen):
-                print(f"{name}, {line}", flush=True)
-                checkpoint.append_jsonl(self.out / name / "warnings.jsonl", {"step": m["step"], "warning": line})
+                self.warn(name, m["step"], line)
             if "validation_accuracy" in m:
                 write_watched(m["step"])
             if m["step"] % config.validate_every == 0 or m["step"] == 1:
                 for i in range(0, len(r.texts), max(1, len(r.texts) // 3)):
                     e = r.examples[i // config.group_size]
                     parts = {n: s.flatten()[i].item() for n, s in r.parts.items() if applies(n, e)}
-                    row = {key: e[key] for key in ("prompt", "answer", "language", "kind")}
-                    checkpoint.append_jsonl(self.out / name / "samples.jsonl", {
-                        "step": m["step"], **row, "completion": r.texts[i], "rewards": parts})
+                    checkpoint.append_jsonl(self.out / name / "samples.jsonl", card(m["step"], e, r.texts[i], parts))
 
         def validate_now(model):
             texts, counts = self.complete(model, self.validation, samples=2, temperature=1.0, top_p=1.0)
@@ -282,9 +285,7 @@ class Run:
         def write_watched(step):
             for i, (e, said) in enumerate(list(zip(self.validation, latest))[:6]):
                 scores = {n: rule(said, e) for n, rule in rules.items() if weights.get(n) and applies(n, e)}
-                checkpoint.append_jsonl(self.out / name / "watched.jsonl", {
-                    "step": step, "problem": i, **{key: e[key] for key in ("prompt", "answer", "language", "kind")},
-                    "completion": said, "rewards": scores})
+                checkpoint.append_jsonl(self.out / name / "watched.jsonl", card(step, e, said, scores) | {"problem": i})
 
         weights = {name: weights.get(name, 0.0) for name in rules}
         with keeper, checkpoint.offending(self.out / name):
@@ -366,6 +367,12 @@ class Run:
         parameters = sum(p.numel() for p in model.parameters())
         self.cost["tokens"] += trained + sampled
         self.cost["flops"] += parameters * (6.0 * trained + 2.0 * (scored + sampled))
+
+
+def card(step, example, completion, scores):
+    """A row of what the report shows."""
+    known = {key: example[key] for key in ("prompt", "answer", "language", "kind")}
+    return {"step": step, **known, "completion": completion, "rewards": scores}
 
 
 class Bar:

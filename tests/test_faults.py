@@ -122,6 +122,7 @@ def test_a_run_whose_rate_is_far_too_high_stops_in_one_line_and_saves_the_batch(
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "5 steps in a row" in result.stderr and "there is no good state yet" in result.stderr
     assert load_file(tmp_path / "run" / "base" / "not_finite.safetensors")["ids"].dtype == torch.long
+    assert len(checkpoint.read_jsonl(tmp_path / "run" / "base" / "warnings.jsonl")) == 4  # the fifth ends it
 
 
 # ---- one run a directory, and its end
