@@ -76,9 +76,10 @@ def drop(dir: str | Path):
 class Keeper:
     """A training's state, saved now and then and taken up again; `settle` beside it refuses other settings.
 
-    Saving takes at most 2% of the time, `after` included, which is called after each save. A state with a number that is not
-    finite is not saved: the one before it stays the last good one. In a `with`, Ctrl-C lets the step finish, saves, and stops
-    then; a second one stops at once. logs: JSONL files in `dir`, whose rows after the state's "step" go away, to be written again.
+    save(step=..., ...) is offered the state after each step; `step` counts those that are finished, as do the rows of `logs`, JSONL
+    files in `dir`: rows after the state's step go away, to be written again. Saving takes at most 2% of the time, `after` included,
+    which is called after each save. Where a weight is not finite the state before it stays, the last good one. In a `with`, Ctrl-C
+    lets the step finish, saves, and stops then; a second one stops at once.
     """
 
     def __init__(self, dir: str | Path, logs: Iterable[str] = (), every: float = 30.0, after=None):
@@ -96,7 +97,7 @@ class Keeper:
             tensors, meta = state_of(**parts)
             took = sum(t.nbytes for t in tensors.values()) / DISK if self.took is None else self.took
             due = self.asked or self.spent + took <= 0.02 * (now - self.began)
-            due = due and all(bool(t.isfinite().all()) for t in tensors.values())
+            due = due and all(bool(p.isfinite().all()) for part in parts.values() if isinstance(part, Module) for p in part.parameters())
         if due:
             save(self.dir, tensors, meta)
             if self.after is not None:
@@ -192,7 +193,7 @@ def settle(path: str | Path, settings: dict):
 def difference(before, now, name=""):
     """The first setting in which two differ, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
-        key = next(k for k in before | now if before.get(k) != now.get(k))
+        key = next(k for k in before | now if k not in before or k not in now or before[k] != now[k])
         return difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     return f"{name} was {before}, is {now}"
 
@@ -292,16 +293,17 @@ def _restore_module(module: Module, own: dict[str, Tensor], name: str):
 
 def _restore_optimizer(optimizer: Optimizer, own: dict[str, Tensor], groups: list[dict]):
     state, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))  # whose fused step on another shape writes outside its memory
     for key, t in own.items():  # "0.exp_avg"
         i, moment = key.split(".")
-        shapes = [()] if moment == "step" else [parameters[int(i)].shape]  # a fused step of another shape writes outside its memory
-        if t.shape not in shapes or not t.is_floating_point():
+        shape = () if moment == "step" else parameters[int(i)].shape
+        if adam and (t.shape != shape or not t.is_floating_point()):
             raise ValueError(f"the optimizer's {moment} of parameter {i} has shape {tuple(t.shape)}")
         state.setdefault(int(i), {})[moment] = t.clone()
     if len({frozenset(moments) for moments in state.values()}) > 1:
         raise ValueError("the optimizer's moments are not those of all parameters")
     now = optimizer.state_dict()["param_groups"]
-    groups = [{key: tuple(group[key]) if isinstance(value, tuple) else group[key] for key, value in here.items()}
+    groups = [{key: tuple(value) if isinstance(here.get(key), tuple) else value for key, value in group.items()}
               for here, group in zip(now, groups, strict=True)]
     for here, group in zip(now, groups):
         if wrong := [key for key, value in here.items() if type(group[key]) is not type(value) or key == "params" and group[key] != value]:

@@ -261,3 +261,36 @@ def test_a_broken_marker_is_named(tmp_path):
     (tmp_path / checkpoint.DONE).write_text("{")
     with pytest.raises(ValueError, match="DONE: not JSON"):
         finished(tmp_path)
+
+
+def test_an_optimizer_of_another_kind_and_a_schedulers_keys_come_back():
+    def make():
+        net = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.NAdam(net.parameters())
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step(), scheduler.step()
+        return net, optimizer
+    (net, optimizer), (_, other) = make(), make()
+    other.param_groups[0]["initial_lr"] = 7.0
+    restore(*state_of(model=net, optimizer=optimizer, step=1), optimizer=other)
+    assert other.param_groups[0]["initial_lr"] == optimizer.param_groups[0]["initial_lr"] != 7.0
+    assert torch.equal(*(o.state_dict()["state"][0]["mu_product"] for o in (optimizer, other)))
+
+
+def test_a_setting_that_is_missing_in_one_is_the_difference(tmp_path):
+    checkpoint.settle(tmp_path / "settings.json", {"a": 1, "b": None})
+    with pytest.raises(ValueError, match="b was None, is None|b was"):
+        checkpoint.settle(tmp_path / "settings.json", {"a": 1})
+
+
+def test_a_mask_of_minus_infinity_is_no_sign_of_a_broken_model(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    net.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+    keeper = checkpoint.Keeper(tmp_path, every=0.0)
+    keeper.began -= 1000
+    assert keeper.save(model=net, step=1)
+    with torch.no_grad():
+        net.weight[0, 0] = float("nan")
+    keeper.began -= 1000
+    assert not keeper.save(model=net, step=2) and load(tmp_path)[1]["step"] == 1

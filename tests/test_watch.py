@@ -21,7 +21,7 @@ def test_a_healthy_run_gives_no_warning():
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"entropy": 0.005, "no_signal": 0.95}, "entropy fell"), ({"entropy": 2.5}, "entropy rose"), ({"kl": 0.7}, "KL to the reference jumped"),
+    ({"entropy": 0.005, "no_signal": 0.95}, "entropy fell"), ({"entropy": 2.5}, "entropy rose"), ({"kl": 0.7}, "KL to the reference rose"),
     ({"unfinished": 0.6}, "run over max_new_tokens"), ({"length": 10.0}, "shrank"), ({"format": 0.4}, "format fell"),
     ({"reward": 0.2}, "reward fell"), ({"sampler_gap": 0.1}, "sampler and trainer differ"), ({"skipped": 2.0}, "not finite"),
 ])
@@ -32,7 +32,17 @@ def test_what_runs_away_is_named_with_its_step_and_a_mend_and_only_once(change, 
 
 
 def test_a_first_rollout_that_already_left_the_reference_is_named():
-    assert "step 1: the KL to the reference jumped to 25" in watch.warnings([{"step": 1, **HEALTHY, "kl": 25.0}])[0]
+    assert "step 1: the KL to the reference rose to 25" in watch.warnings([{"step": 1, **HEALTHY, "kl": 25.0}])[0]
+
+
+@pytest.mark.parametrize("kl", [[0.01 * 1.5 ** i for i in range(30)], [0.06, 0.4, 0.55, 3.0, 4.5, 100.0], [0.5 + i for i in range(9)]])
+def test_a_kl_that_grows_step_by_step_is_named_too(kl):
+    run = [{"step": i, **HEALTHY, "kl": value} for i, value in enumerate(kl, 1)]
+    assert [line for i in range(1, len(run) + 1) for line in watch.warnings(run[:i]) if "KL" in line]
+
+
+def test_a_negative_first_reward_is_no_fall():
+    assert not watch.warnings([{"step": 1, **HEALTHY, "reward": -1.0}])
 
 
 def test_a_step_far_too_large_is_noticed_in_a_real_run(tiny):
