@@ -43,10 +43,10 @@ def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
 
 
 def _checksum(tensors: dict[str, Tensor], meta: str) -> str:
-    sum = zlib.crc32(meta.encode())
+    checksum = zlib.crc32(meta.encode())
     for name in sorted(tensors):
-        sum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), sum)
-    return str(sum)
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+    return str(checksum)
 
 
 def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
@@ -92,21 +92,27 @@ class Keeper:
 
     def save(self, **parts) -> bool:
         """Whether the state was saved this time. Raises KeyboardInterrupt after a Ctrl-C."""
-        now, due = time.monotonic(), False
-        if self.asked or now - self.last > self.every:
-            tensors, meta = state_of(**parts)
-            took = sum(t.nbytes for t in tensors.values()) / DISK if self.took is None else self.took
-            due = self.asked or self.spent + took <= 0.02 * (now - self.began)
-            due = due and all(bool(p.isfinite().all()) for part in parts.values() if isinstance(part, Module) for p in part.parameters())
-        if due:
-            save(self.dir, tensors, meta)
-            if self.after is not None:
-                self.after()
-            self.last = time.monotonic()
-            self.took, self.spent = self.last - now, self.spent + self.last - now
+        now = time.monotonic()
+        if not self.asked and now - self.last <= self.every:
+            return False
+        saved = self._save(now, parts)
         if self.asked:
             raise KeyboardInterrupt
-        return due
+        return saved
+
+    def _save(self, now: float, parts: dict) -> bool:
+        tensors, meta = state_of(**parts)
+        took = sum(t.nbytes for t in tensors.values()) / DISK if self.took is None else self.took
+        if not self.asked and self.spent + took > 0.02 * (now - self.began):
+            return False
+        if not all(p.isfinite().all() for part in parts.values() if isinstance(part, Module) for p in part.parameters()):
+            return False
+        save(self.dir, tensors, meta)
+        if self.after is not None:
+            self.after()
+        self.last = time.monotonic()
+        self.took, self.spent = self.last - now, self.spent + self.last - now
+        return True
 
     @property
     def resume(self):
@@ -119,11 +125,16 @@ class Keeper:
             if type(rest["step"]) is not int or rest["step"] < 0:
                 raise ValueError(f"its step is {rest['step']!r}")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            if "memory" in str(error):  # of the GPU: the state is none the worse
+                raise
             raise ValueError(f"{self.dir / STATE}: not a state of this training ({error}); without it the training begins anew") from None
         for log in filter(Path.exists, self.logs):
-            rows = read_jsonl(log)
-            if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
-                raise ValueError(f"{log}: a row has no step; without this file and {STATE} beside it the training begins anew")
+            try:
+                rows = read_jsonl(log)
+                if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
+                    raise ValueError(f"{log}: a row has no step")
+            except ValueError as error:
+                raise ValueError(f"{error}; without this file and {STATE} beside it the training begins anew") from None
             write_jsonl(log, [row for row in rows if row["step"] <= rest["step"]])
         return rest
 
@@ -198,6 +209,12 @@ def difference(before, now, name=""):
     return f"{name} was {before}, is {now}"
 
 
+def say(text: str):
+    """Prints, if there is still someone who reads: `| tee` dies of the same Ctrl-C, and the state must be saved after it."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 def atomic_write(path: str | Path, text: str):
     with _aside(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -212,7 +229,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path}: not whole ({error}); without it, and without {DONE} beside it if there is one, it is made anew") from None
 
 
@@ -355,12 +372,13 @@ def kept_rows(path: str | Path, generator: Generator, save, resume):
 
 def content_hash(path: str | Path) -> str:
     """Of a file, or of a model directory's files: whether it is what it was at an earlier call, wherever it lies now."""
-    path, sum = Path(path), hashlib.sha256()
-    for file in sorted([*path.glob("*.json"), *path.glob("*.jinja"), *path.glob("*.safetensors")]) if path.is_dir() else [path]:
+    path, digest = Path(path), hashlib.sha256()
+    there = sorted(file for kind in ("json", "jinja", "safetensors") for file in path.glob(f"*.{kind}") if file.is_file())
+    for file in there if path.is_dir() else [path]:
         with open(file, "rb") as content:
             while piece := content.read(2 ** 24):
-                sum.update(piece)
-    return sum.hexdigest()[:16]
+                digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 def code_hash(*paths: str | Path) -> str:

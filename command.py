@@ -1,7 +1,7 @@
 """What the scripts' command lines share: one-line errors, a dataclass's fields as options, and the wiring of an RL run."""
 
 import argparse
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 import rewards
 import watch
-from checkpoint import Keeper, content_hash, drop, lock, offending, settle
+from checkpoint import Keeper, content_hash, drop, lock, offending, say, settle
 from configs import METHODS, PUBLISHED
 from data.readers import read_problems
 from graphs import with_graphs
@@ -85,27 +85,27 @@ def saving(out, args):
     """The Keeper of a script's training in `out`, which no other process may use meanwhile; its state goes away at the end."""
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "save_every")}
     for name in {"model", "data", "teacher", "student", "general"} & settings.keys():  # wherever they lie, they must be the same
-        settings[name] = settings[name] and content_hash(settings[name])
+        file = settings.pop(name)
+        settings[f"content of {name}"] = file and content_hash(file)
     with lock(out):
         settle(out / "settings.json", settings)
-        with Keeper(out, every=args.save_every) as keeper, offending(out):
-            yield keeper
+        try:
+            with Keeper(out, every=args.save_every) as keeper, offending(out):
+                yield keeper
+        except KeyboardInterrupt:
+            if not (out / "config.json").exists():  # a model's last file: it came too late to stop anything
+                raise
         drop(out)
 
 
 def new_directory(path):
     """Path of an output directory that holds no model yet: nothing is overwritten."""
     if (Path(path) / "config.json").exists():
-        drop(path)  # of a call that was killed when its model was whole
+        if (Path(path) / "settings.json").exists():
+            drop(path)  # of a call that was killed when its model was whole
         raise ValueError(f"{path} already holds a model; choose another --out")
     Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
-
-
-def say(text):
-    """Prints, if there is still someone who reads: `| tee` dies of the same Ctrl-C, and the state must be saved after it."""
-    with suppress(BrokenPipeError):
-        print(text, flush=True)
 
 
 def prepare(model, args):

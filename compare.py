@@ -11,7 +11,6 @@ Each run has a process of its own, so that its memory is its own; as many at onc
 thread each: seconds compare methods with one another, not with other runs of the machine.
 """
 
-import itertools
 import multiprocessing
 import os
 import threading
@@ -57,7 +56,6 @@ class RejectionFineTuning:
 
 def one(make_run, method, lr, weights):
     """One method with one learning rate, in a process of its own: its weights and figures are in its directory then."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
     run = make_run()
     run.begin(CODE)
     if run.device.type == "cpu":
@@ -79,8 +77,10 @@ def one(make_run, method, lr, weights):
 
 def end_with_parent():
     """Where the command was killed, nothing may go on beside the one that takes its place."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def compare(run, make_run, weights):
@@ -93,11 +93,11 @@ def compare(run, make_run, weights):
     open_jobs = [job for job in jobs if not checkpoint.finished(path(*job))]
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        waiting, under_way = iter(open_jobs), set()
-        # no more than there are workers: after Ctrl-C those under way save and end, and no other begins
-        while under_way := under_way | {pool.submit(one, make_run, *job, weights) for job in
-                                        itertools.islice(waiting, workers - len(under_way))}:
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1, initializer=end_with_parent) as pool:
+        under_way = set()
+        while open_jobs or under_way:
+            while open_jobs and len(under_way) < workers:  # no more: after Ctrl-C these save and end, and no other begins
+                under_way.add(pool.submit(one, make_run, *open_jobs.pop(0), weights))
             done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
             for future in done:
                 print(future.result(), flush=True)

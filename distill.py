@@ -18,7 +18,7 @@ FILTERS = ("correct", "one_language", "readable", "distinct", "enough")  # in th
 
 
 def repeats(text, shortest=12, longest=100, times=3):
-    """Whether some run of 12 to 100 characters stands three times in a row: a loop. 25 ms for 10,000 characters."""
+    """Whether some run of so many characters stands so many times in a row: a loop. 25 ms for 10,000 characters."""
     return re.search(rf"(.{{{shortest},{longest}}}?)\1{{{times - 1}}}", text, re.DOTALL) is not None
 
 
@@ -81,8 +81,8 @@ def main():
     import evaluate
     import rewards
     import sft
-    from checkpoint import Keeper, drop, kept_rows, read_jsonl, write_jsonl
-    from command import PROBLEMS, Parser, add_saving, add_template, fields_of, new_directory, open_model, saving, say
+    from checkpoint import Keeper, drop, kept_rows, read_jsonl, say, write_jsonl
+    from command import PROBLEMS, Parser, add_saving, add_template, fields_of, new_directory, open_model, saving
     from data.readers import read_problems, read_rows
     from graphs import with_graphs
     from model import generate, save
@@ -104,6 +104,8 @@ def main():
         Tokenizer(args.student, args.template).template  # what cannot be asked is refused before the teacher samples
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
         out = new_directory(args.out)
+        if (out / "traces.jsonl").exists() and not (out / "settings.json").exists():
+            raise ValueError(f"{out} already holds other traces; choose another --out")
 
         def sampled(save, resume):
             teacher, tokenizer = open_model(args.teacher, getattr(torch, args.dtype), template=args.template)

@@ -95,7 +95,7 @@ def complete(prompts, generate, decode, config, done=(), log=None):
             ids, lengths, _ = generate([prompts[i] for i in chosen], n=n, max_new_tokens=config.max_new_tokens,
                                        temperature=config.temperature, top_p=config.top_p)
             ids, lengths = ids.tolist(), lengths.tolist()
-            row = {"step": step, "texts": [decode(row[:length]) for row, length in zip(ids, lengths)], "counts": lengths}
+            row = {"step": step, "texts": [decode(own[:length]) for own, length in zip(ids, lengths)], "counts": lengths}
             if log is not None:
                 log(row)
         else:

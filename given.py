@@ -252,7 +252,8 @@ def main():
         run = GivenRun(out, preset, args.seed, device, args, students)
         anew(run, args.from_stage, every)
         recipe(run, set().union(*(groups.get(name, {name}) for name in chosen)))
-        (out / "FROM").unlink(missing_ok=True)
+        if not args.stages:
+            (out / "FROM").unlink(missing_ok=True)
     print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 

@@ -12,6 +12,7 @@ a stage, results.json and report.html, which can be watched while it grows. `rec
 """
 
 import itertools
+import json
 import os
 import sys
 import time
@@ -296,7 +297,7 @@ def main():
             compare.compare(run, make_run, ACCURACY_AND_FORMAT)
         else:
             recipe(run, args.ablations)
-        (out / "FROM").unlink(missing_ok=True)
+            (out / "FROM").unlink(missing_ok=True)
     if not args.compare:
         print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
@@ -306,10 +307,10 @@ def anew(run, stage, stages):
     """--from: this stage of `stages` and the later ones are forgotten; once, so that the same command goes on after a stop."""
     for page in run.out.glob("report.html.*.tmp"):  # of killed calls
         page.unlink()
-    before = run.out / "FROM"  # the stage of a call that did not come to its end
-    if stage and not (before.exists() and before.read_text(encoding="utf-8") == stage):
+    path, asked = run.out / "FROM", {"stage": stage, "code": run.code}  # FROM is of a call that did not come to its end
+    if stage and not (path.exists() and checkpoint.read_json(path) == asked):
         run.forget(stages[stages.index(stage):])
-        checkpoint.atomic_write(before, stage)
+        checkpoint.atomic_write(path, json.dumps(asked))
 
 
 def print_tables(run):

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -98,7 +97,9 @@ class Run:
         if not isinstance(before.get("stages", {}), dict) or not isinstance(before.get("claims", []), list):
             raise ValueError(f"{path}: not a run's results; without it, it is made anew")
         stages = {name: stage for name, stage in before.get("stages", {}).items()
-                  if re.fullmatch(r"\w{1,99}", name) and checkpoint.finished(self.out / name)}  # no path is followed
+                  if re.fullmatch(r"\w{1,99}", name) and checkpoint.finished(self.out / name) is not None}  # no path is followed
+        if not all(isinstance(each, dict) for each in [*stages.values(), *before.get("claims", [])]):
+            raise ValueError(f"{path}: not a run's results; without it, it is made anew")
         claims = before.get("claims", []) if len(stages) == len(before.get("stages", {})) else []  # they are of all stages
         return ({"compare": before["compare"]} if "compare" in before and "base" in stages else {}) | {"claims": claims, "stages": stages}
 
@@ -111,7 +112,8 @@ class Run:
         for name in [*compared, *reversed(stages)]:
             (self.out / name / checkpoint.DONE).unlink(missing_ok=True)
             checkpoint.drop(self.out / name)
-        self.results.pop("compare", None) if compared else None
+            (self.out / name / "values.npz").unlink(missing_ok=True)
+        self.results.pop("compare", None)  # which comes back unless it has gone with the base
         self.results |= self.before()
 
     # ---- text to ids
@@ -137,7 +139,7 @@ class Run:
     def stage(self, name, title, starts_from, by, paper, make):
         """Make the stage's model with make(), unless it is finished; measure it; print its line. The rest is for tables."""
         dir = self.out / name
-        if done := checkpoint.finished(dir):
+        if (done := checkpoint.finished(dir)) is not None:
             self.say_changed(name, "was made", done["code"])
         else:
             dir.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,8 @@ class Run:
     def say_changed(self, name, what, code):
         now = code_of(file for file in code if (HERE / file).exists())
         if changed := [file for file, hash in code.items() if now.get(file) != hash]:
-            print(f"{name} {what} before {', '.join(changed)} changed; to make it anew: --from {name}", flush=True)
+            how = f"--from {name}" if "/" not in name else f"remove {self.out / name}"  # a comparison's
+            checkpoint.say(f"{name} {what} before {', '.join(changed)} changed; to make it anew: {how}")
 
     def model(self, stage):
         return load(self.out / stage, device=self.device)
@@ -216,7 +219,7 @@ class Run:
         checkpoint.append_jsonl(self.out / name / "times.jsonl", {"step": metrics["step"], **times, "peak_bytes": peak_bytes(self.device)})
 
     def warn(self, name, step, line):
-        print(f"{name}, {line}", flush=True)
+        checkpoint.say(f"{name}, {line}")
         checkpoint.append_jsonl(self.out / name / "warnings.jsonl", {"step": step, "warning": line})
 
     # ---- what stages do
@@ -396,7 +399,7 @@ class Bar:
 def peak_bytes(device):
     """The most memory that this process has held: of the GPU, or in all."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

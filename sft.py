@@ -207,7 +207,8 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
 
 
 def main():
-    from command import Parser, add_saving, add_speed, add_template, fields_of, new_directory, open_model, prepare, saving, say
+    from checkpoint import say
+    from command import Parser, add_saving, add_speed, add_template, fields_of, new_directory, open_model, prepare, saving
     from data.readers import read_rows
     from model import save
     parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
