@@ -182,7 +182,7 @@ def lock(dir: str | Path):
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise ValueError(f"{dir}: process {file.read().strip() or '?'} is at work here; wait for it, or choose another directory") from None
         file.truncate(0)
