@@ -94,13 +94,12 @@ class Run:
         """What an earlier call left in results.json, of stages that are still finished."""
         path = self.out / "results.json"
         before = checkpoint.read_json(path) if path.exists() else {}
-        if not isinstance(before.get("stages", {}), dict) or not isinstance(before.get("claims", []), list):
+        every, claims = before.get("stages", {}), before.get("claims", [])
+        if not isinstance(every, dict) or not isinstance(claims, list) or not all(isinstance(each, dict) for each in [*every.values(), *claims]):
             raise ValueError(f"{path}: not a run's results; without it, it is made anew")
-        stages = {name: stage for name, stage in before.get("stages", {}).items()
+        stages = {name: stage for name, stage in every.items()
                   if re.fullmatch(r"\w{1,99}", name) and checkpoint.finished(self.out / name) is not None}  # no path is followed
-        if not all(isinstance(each, dict) for each in [*stages.values(), *before.get("claims", [])]):
-            raise ValueError(f"{path}: not a run's results; without it, it is made anew")
-        claims = before.get("claims", []) if len(stages) == len(before.get("stages", {})) else []  # they are of all stages
+        claims = claims if len(stages) == len(every) else []  # they are of all stages
         return ({"compare": before["compare"]} if "compare" in before and "base" in stages else {}) | {"claims": claims, "stages": stages}
 
     def forget(self, stages):

@@ -365,7 +365,8 @@ def test_from_base_forgets_the_comparison_too_with_what_was_measured_of_it(copy_
 
 
 def test_a_file_that_is_damaged_is_named_and_what_was_measured_is_made_anew_without_it(copy_of, call_here):
-    for name, damage in (("results.json", "[]"), ("results.json", '{"stages": '), ("times.json", "[" * 10 ** 5), ("zero/values.npz", ""),
+    for name, damage in (("results.json", "[]"), ("results.json", '{"claims": [5]}'), ("results.json", '{"stages": {"base": 5}}'), ("results.json", '{"claims": 5}'),
+                         ("results.json", '{"stages": '), ("times.json", "[" * 10 ** 5), ("zero/values.npz", ""),
                          ("zero/values.npz", "PK"), ("zero/DONE", '{"title"'), ("config.json", "nothing")):
         whole = (copy_of / name).read_bytes()
         (copy_of / name).write_text(damage)
