@@ -376,7 +376,7 @@ said.filters = [...choice.options].map(option => {
 });
 document.querySelectorAll("details").forEach(fold => { fold.querySelector("summary").click(); fold.querySelector("summary").click(); });
 said.links = [...document.querySelectorAll("nav a")].every(link => document.querySelector(link.getAttribute("href")));
-said.wide = document.documentElement.scrollWidth <= innerWidth;
+said.wide = document.documentElement.scrollWidth <= innerWidth && label.getBoundingClientRect().right <= innerWidth;
 document.title = "SAID" + JSON.stringify(said) + "END";
 """
 
