@@ -64,6 +64,7 @@ def alive(group):
 def test_a_comparison_that_is_killed_leaves_no_process_behind_and_ctrl_c_begins_no_other_method(tmp_path):
     def start():
         return subprocess.Popen([sys.executable, "pipeline.py", *COMPARE, str(tmp_path / "run")], cwd=ROOT, start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # heard, though a shell's background ignores it
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     begun = lambda: sorted(tmp_path.glob("run/compare/*"))
