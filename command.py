@@ -166,7 +166,7 @@ def reinforce(description, train, config_class, credit_class=None, credit_config
         def log(m, r):
             rows.append(m)
             say(f"rollout {m['step']}/{config.rollouts}  reward {m['reward']:.3f}  length {m['length']:.0f}  "
-                  f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
+                f"kl {m['kl']:.4f}  clipped {m['clip_fraction']:.3f}  entropy {m['entropy']:.2f}  grad norm {m['grad_norm']:.2f}")
             for line in watch.warnings(rows):
                 say(f"  {line}")
             if (m["step"] - 1) % config.validate_every == 0:  # a sample to read

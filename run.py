@@ -133,7 +133,7 @@ class Run:
 
     def end(self, name):
         self.times["stages"][name] = time.time() - self.started
-        checkpoint.atomic_write(self.out / "times.json", json.dumps(self.times, indent=1))
+        self.write_times()
 
     def stage(self, name, title, starts_from, by, paper, make):
         """Make the stage's model with make(), unless it is finished; measure it; print its line. The rest is for tables."""
@@ -190,9 +190,12 @@ class Run:
         anew = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
         kept = [c for c in self.results["claims"] if c["number"] not in {a["number"] for a in anew}]
         self.results["claims"] = sorted(anew + kept, key=lambda c: (int(c["number"].split()[0]), c["number"]))
-        checkpoint.atomic_write(self.out / "times.json", json.dumps(self.times, indent=1))
+        self.write_times()
         checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
         report.write(self.out)
+
+    def write_times(self):
+        checkpoint.atomic_write(self.out / "times.json", json.dumps(self.times, indent=1))
 
     def keeper(self, name):
         """(keeper, save, resume) of a stage."""

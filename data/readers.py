@@ -79,4 +79,3 @@ def as_example(row):
         raise ValueError(f"fields {', '.join(map(str, row))} are of no problem set known here: texts prompt and answer (or question and "
                          "answer, problem and solution), or nums and target")
     return {**row, "prompt": prompt, **english}
-

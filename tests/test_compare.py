@@ -14,6 +14,7 @@ import torch
 
 import compare
 import grpo
+from test_faults import content, run_in, wait_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,13 +47,6 @@ def test_samples_and_seconds_to_a_level_are_those_of_the_first_rollout_there():
 COMPARE = ["--preset", "smoke", "--device", "cpu", "--compare", "--out"]
 
 
-def wait_for(condition, seconds=300):
-    end = time.time() + seconds
-    while not condition() and time.time() < end:
-        time.sleep(0.05)
-    assert condition()
-
-
 def alive(group):
     try:
         os.killpg(group, 0)
@@ -69,11 +63,11 @@ def test_a_comparison_that_is_killed_leaves_no_process_behind_and_ctrl_c_begins_
 
     begun = lambda: sorted(tmp_path.glob("run/compare/*"))
     killed = start()
-    wait_for(begun)
+    wait_for(begun, 300)
     killed.kill(), killed.wait()
     wait_for(lambda: not alive(killed.pid), 10)
     stopped, before = start(), len([*tmp_path.glob("run/compare/*/metrics.jsonl")])
-    wait_for(lambda: len([*tmp_path.glob("run/compare/*/metrics.jsonl")]) > before or any((path / "DONE").exists() for path in begun()))
+    wait_for(lambda: len([*tmp_path.glob("run/compare/*/metrics.jsonl")]) > before or any((path / "DONE").exists() for path in begun()), 300)
     time.sleep(0.5)
     os.killpg(stopped.pid, signal.SIGINT)
     there = begun()
@@ -85,7 +79,6 @@ def test_a_comparison_that_is_killed_leaves_no_process_behind_and_ctrl_c_begins_
 
 @pytest.mark.full
 def test_a_comparison_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(tmp_path):
-    from test_faults import content, run_in
     assert run_in(tmp_path / "whole", [*COMPARE, "run"]) == 0 and run_in(tmp_path / "killed", [*COMPARE, "run"], [9, 21, 14]) >= 1
     whole, killed = (content(tmp_path / name / "run") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys() and not [name for name in whole if whole[name] != killed[name]]
