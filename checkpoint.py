@@ -15,6 +15,7 @@ holds the old content or the new one, whole.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -69,8 +70,8 @@ def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
 
 def drop(dir: str | Path):
     """The state of a training that has ended, and what a killed writer left of one."""
-    for name in (STATE, f"{STATE}.tmp"):
-        (Path(dir) / name).unlink(missing_ok=True)
+    (Path(dir) / STATE).unlink(missing_ok=True)
+    shutil.rmtree(_folder(Path(dir) / STATE), ignore_errors=True)
 
 
 class Keeper:
@@ -236,17 +237,23 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 @contextmanager
 def _aside(path: str | Path):
     """A name to write to; at the end it takes the name's place, or is gone where that failed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # always this name: what a killed writer left is overwritten
+    path, folder = Path(path), _folder(path)
+    shutil.rmtree(folder, ignore_errors=True)  # always this name: what a killed writer left goes, safetensors' own temporary file too
     try:
-        yield temporary
-        _flush(temporary)  # the content first: a name that outlives a power cut must not name an empty file
-        os.replace(temporary, path)
+        folder.mkdir(parents=True)
+        yield folder / path.name
+        _flush(folder / path.name)  # the content first: a name that outlives a power cut must not name an empty file
+        os.replace(folder / path.name, path)
+        folder.rmdir()
         _flush(path.parent)
     except (OSError, SafetensorError) as error:  # of a full disk neither names the file
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(path: str | Path) -> Path:
+    return Path(f"{path}.new")
 
 
 def _flush(path: Path):

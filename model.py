@@ -13,6 +13,7 @@ Shapes: B rows, T positions, D hidden size, H heads, K key/value heads, d head s
 import json
 import math
 import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -451,13 +452,20 @@ def save(model, dir, tokenizer=None):
                                 "attention_bias": c.model_type == "qwen2", "mlp_bias": False, "use_sliding_window": False,
                                 "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
     weights = {name: part.detach().cpu().contiguous() for parts in stored(model).values() for name, part in parts.items()}
-    save_file(weights, dir / "model.safetensors.tmp", {"format": "pt"})
-    (dir / "config.json.tmp").write_text(json.dumps(config, indent=2))
-    (dir / "generation_config.json.tmp").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
-    for name in ("model.safetensors", "generation_config.json", "config.json"):
-        with open(dir / f"{name}.tmp", "rb") as file:
-            os.fsync(file.fileno())  # whole on the disk, before it has the name
-        os.replace(dir / f"{name}.tmp", dir / name)
+    aside = dir / "model.safetensors.new"  # a folder: what a killed writer left, safetensors' own temporary file too, goes with it
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        (aside / "config.json").write_text(json.dumps(config, indent=2))
+        (aside / "generation_config.json").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
+        save_file(weights, aside / "model.safetensors", {"format": "pt"})
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # safetensors 0.8 lets the owner alone read it
+        for name in ("model.safetensors", "generation_config.json", "config.json"):
+            with open(aside / name, "rb") as file:
+                os.fsync(file.fileno())  # whole on the disk, before it has the name
+            os.replace(aside / name, dir / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def inspect(dir):
