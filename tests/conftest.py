@@ -1,8 +1,10 @@
 """What the tests share: a tiny model and a tokenizer without a file. `python -m pytest --full` runs the long checks too."""
 
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="a long check: --full runs it"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random modules are the same in each call: in a fresh process torch's generator starts from the machine's entropy."""
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
 
 
 class ByteTokenizer:

@@ -144,18 +144,19 @@ def test_two_runs_in_one_directory_are_refused_and_a_dead_process_holds_nothing(
         pass
 
 
-class Slow:
-    """A training of ten steps of a tenth of a second, as sft.train and grpo.train call save."""
+class Training:
+    """Of ten steps, as sft.train and grpo.train call save; Ctrl-C is pressed within step `stop`."""
 
-    def __init__(self, keeper):
-        self.keeper, self.step = keeper, 0
+    def __init__(self, keeper, stop=None):
+        self.keeper, self.step, self.stop = keeper, 0, stop
 
     def run(self):
         if self.keeper.resume:
             self.step = self.keeper.resume()["step"]
         while self.step < 10:
-            time.sleep(0.1)
             self.step += 1
+            if self.step == self.stop:
+                os.kill(os.getpid(), signal.SIGINT)
             checkpoint.append_jsonl(self.keeper.dir / "metrics.jsonl", {"step": self.step})
             self.keeper.save(step=self.step, tensor=torch.zeros(1))
 
@@ -163,15 +164,12 @@ class Slow:
 def test_the_first_ctrl_c_finishes_the_step_and_saves_and_the_next_call_goes_on(tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
         with checkpoint.Keeper(tmp_path, ["metrics.jsonl"]) as keeper:
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-            signal.setitimer(signal.ITIMER_REAL, 0.25)
-            Slow(keeper).run()
+            Training(keeper, stop=3).run()
     assert checkpoint.load(tmp_path)[1]["step"] == 3 and "the step is finished" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     checkpoint.append_jsonl(tmp_path / "metrics.jsonl", {"step": 4})  # of a step that the state does not know
     with checkpoint.Keeper(tmp_path, ["metrics.jsonl"]) as keeper:
-        slow = Slow(keeper)
-        slow.run()
+        Training(keeper).run()
     assert [row["step"] for row in checkpoint.read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 11)]
 
 

@@ -1540,6 +1540,7 @@ def test_an_update_with_a_vocabulary_of_150_000_stays_within_the_readmes_formula
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, model, grpo
+torch.manual_seed(0)
 c = model.Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=2, num_attention_heads=14,
                  num_key_value_heads=2, max_position_embeddings=1280, model_type="qwen2")
 m = model.Transformer(c).init_weights()

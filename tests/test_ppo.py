@@ -598,7 +598,7 @@ def alone(script, folder, *names):
     for name in names:
         shutil.copy(ROOT / f"{name}.py", folder)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    script = "import sys\nsys.path.insert(0, '.')\nimport torch\ntorch.set_num_threads(1)\n" + textwrap.dedent(script)
+    script = "import sys\nsys.path.insert(0, '.')\nimport torch\ntorch.set_num_threads(1)\ntorch.manual_seed(0)\n" + textwrap.dedent(script)
     command = [sys.executable, "-I", "-c", script]
     result = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -5,11 +5,7 @@ import importlib.util
 import inspect
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +18,7 @@ import grpo
 import model as model_module
 import prime as prime_module
 from prime import PRIME, PRIMEConfig, implicit_rewards, micro_batches, others_mean, outcome_loss, prime_advantages
+from test_ppo import alone
 
 ROOT = Path(__file__).resolve().parent.parent
 END = 3
@@ -482,18 +479,6 @@ def test_none_of_its_settings_has_the_name_of_one_of_the_loops():
 
 def test_the_copies_of_micro_batches_agree():
     assert inspect.getsource(micro_batches) == inspect.getsource(grpo.micro_batches)
-
-
-def alone(script, folder, *names):
-    """Runs a script in a fresh interpreter, in a folder that holds these files of ours and nothing else."""
-    for name in names:
-        shutil.copy(ROOT / f"{name}.py", folder)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    script = "import sys\nsys.path.insert(0, '.')\nimport torch\ntorch.set_num_threads(1)\n" + textwrap.dedent(script)
-    command = [sys.executable, "-I", "-c", script]
-    result = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_copied_alone_into_an_empty_folder_it_imports_silently_and_works(tmp_path):

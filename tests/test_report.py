@@ -300,9 +300,9 @@ def test_a_chart_of_numbers_next_to_each_other_or_far_apart_is_drawn(rows, tmp_p
 
 def test_blank_lines_are_passed_over_in_no_time(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n" * 5_000_000 + '{"step": 1}\r\n \n[1]\n5\n')
-    started = time.perf_counter()
+    started = time.process_time()
     assert report.read_objects(tmp_path / "rows.jsonl") == [{"step": 1}]
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_what_is_no_file_is_not_read(tmp_path):
