@@ -145,7 +145,7 @@ def chain(rng, canonical, style, language, slip=0.0):
         for op, b in part:
             value = calculate(value, op, b)
         sum_ = f"{before}" + "".join(f"{op}{b}" for op, b in part)
-        true, word = value, "then " if lines else "first "
+        word = "then " if lines else "first "
         if rng.random() < slip:
             value = max(0, value + rng.choice([-10, -2, -1, 1, 2, 10]))
         if style == "careful":

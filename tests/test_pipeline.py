@@ -1,7 +1,6 @@
 """The whole recipe at the smoke preset, and what its users may do wrong."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
