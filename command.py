@@ -29,7 +29,9 @@ class Parser(argparse.ArgumentParser):
         """What a user can mend ends in one line: exit code 2, or 130 after Ctrl-C. out: where the same command goes on."""
         try:
             yield
-        except (ValueError, OSError, SafetensorError) as error:  # the latter where a disk is full
+        except (OSError, SafetensorError) as error:  # of a full disk neither names the file
+            self.error(str(error) if out is None or getattr(error, "filename", None) or str(out) in str(error) else f"{out}: {error}")
+        except ValueError as error:
             self.error(str(error))
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: stopped" + (f"; the same command goes on from here: {out}" if out else "") + "\n")

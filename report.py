@@ -471,8 +471,11 @@ def write(run_dir):
     """Writes run_dir/report.html in one replace: who reads meanwhile sees the old page or the new one."""
     content = page(*read_run(Path(run_dir)))
     aside = Path(run_dir) / f"report.html.{os.getpid()}.tmp"  # of this process: a run and its user may write at once
-    aside.write_text(content, encoding="utf-8")
-    os.replace(aside, Path(run_dir) / "report.html")
+    try:
+        aside.write_text(content, encoding="utf-8")
+        os.replace(aside, Path(run_dir) / "report.html")
+    finally:
+        aside.unlink(missing_ok=True)  # where the disk is full
 
 
 def main():

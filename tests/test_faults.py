@@ -525,6 +525,31 @@ def test_an_unchanged_state_is_taken(tmp_path):
     assert checkpoint.Keeper(tmp_path).resume(model=net, optimizer=optimizer, generator=torch.Generator()) == {"step": 3}
 
 
+LIMITED = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (AT, AT))
+"""
+
+
+def test_a_run_whose_disk_was_full_says_where_and_goes_on_to_the_same_end(finished_run, tmp_path):
+    for limit in (30_000, 200_000):  # the tokenizer's file, the model's
+        result = again(tmp_path / "run", code=LIMITED.replace("AT", str(limit)) + PLAIN)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "pipeline.py: run" in result.stderr, result.stderr
+        assert not [*tmp_path.rglob("*.new"), *tmp_path.rglob("*.tmp")]
+    assert again(tmp_path / "run").returncode == 0
+    found, undisturbed = content(tmp_path / "run"), content(finished_run)
+    assert found.keys() == undisturbed.keys() and not [name for name in found if found[name] != undisturbed[name]]
+
+
+def test_a_page_that_the_disk_has_no_room_for_leaves_the_old_one(copy_of):
+    before = (copy_of / "report.html").read_bytes()
+    code = LIMITED.replace("AT", "50_000") + f"import runpy, sys; sys.argv = ['report.py', {str(copy_of)!r}]; runpy.run_path({str(ROOT / 'report.py')!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith(f"{copy_of}: "), result.stderr
+    assert (copy_of / "report.html").read_bytes() == before and not [*copy_of.glob("report.html.*")]
+
+
 @pytest.mark.parametrize("meta", ["[" * 100_000, "[]", "5", "null", "{"])
 def test_counters_of_another_kind_are_refused(meta, tmp_path):
     from safetensors.torch import save_file
