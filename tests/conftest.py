@@ -1,5 +1,6 @@
 """What the tests share: a tiny model and a tokenizer without a file. `python -m pytest --full` runs the long checks too."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: a long check, run with --full only")
     torch.set_num_threads(1)  # the models are tiny: more threads cost more than they give
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the runs that tests start; two threads each wait for one another on a busy machine
 
 
 def pytest_collection_modifyitems(config, items):
