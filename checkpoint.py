@@ -169,7 +169,8 @@ def offending(dir: str | Path):
         if not hasattr(error, "batch"):
             raise
         path, state = Path(dir) / "not_finite.safetensors", Path(dir) / STATE
-        save_file({name: t.cpu().contiguous() for name, t in error.batch.items()}, path)
+        with _aside(path) as temporary:
+            save_file({name: t.cpu().contiguous() for name, t in error.batch.items()}, temporary)
         last = f"the last good state is {state}" if state.exists() else "there is no good state yet: the training begins anew"
         raise ValueError(f"{error}. Its batch: {path}; {last}. What usually mends it: a lower learning rate or float32, in another --out") from None
 
