@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -270,3 +271,13 @@ assert curve[0]["sampler_gap"] < 1e-5
 def test_grpo_copied_alone_trains_a_transformers_model_in_a_scratch_project(tmp_path):
     result = alone("grpo", SCRATCH, tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_links_to_the_lines_that_it_names():
+    lines = {"`rollout`": "def rollout(", "one line": "total = sum(weights", "`group_advantages`": "def group_advantages(",
+             "`policy_loss`": "objective = torch.min(ratio", "`kl_divergence`": "def kl_divergence(", "this line": "token_loss / lengths",
+             "the loop": "c.minibatches", "here": "reference.load_state_dict", "`recipe` in pipeline.py": "def recipe("}
+    links = re.findall(r"\[([^\]]+)\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {text for text, _, _ in links} == lines.keys()
+    for text, file, number in links:
+        assert lines[text] in (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1], text
