@@ -40,7 +40,7 @@ DISK = 5e8  # bytes a second, until a state has been saved and its time is known
 def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
     tensors, meta = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, json.dumps(meta)
     with _aside(Path(dir) / STATE) as temporary:
-        save_file(tensors, temporary, {"meta": meta, "checksum": _checksum(tensors, meta)})
+        _save_file(temporary, tensors, {"meta": meta, "checksum": _checksum(tensors, meta)})
 
 
 def _checksum(tensors: dict[str, Tensor], meta: str) -> str:
@@ -70,8 +70,9 @@ def load(dir: str | Path) -> tuple[dict[str, Tensor], dict] | None:
 
 def drop(dir: str | Path):
     """The state of a training that has ended, and what a killed writer left of one."""
-    (Path(dir) / STATE).unlink(missing_ok=True)
-    shutil.rmtree(_folder(Path(dir) / STATE), ignore_errors=True)
+    for name in (STATE, f"{STATE}.tmp"):
+        (Path(dir) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(dir) / f"{STATE}.tmp.new", ignore_errors=True)
 
 
 class Keeper:
@@ -170,7 +171,7 @@ def offending(dir: str | Path):
             raise
         path, state = Path(dir) / "not_finite.safetensors", Path(dir) / STATE
         with _aside(path) as temporary:
-            save_file({name: t.cpu().contiguous() for name, t in error.batch.items()}, temporary)
+            _save_file(temporary, {name: t.cpu().contiguous() for name, t in error.batch.items()})
         last = f"the last good state is {state}" if state.exists() else "there is no good state yet: the training begins anew"
         raise ValueError(f"{error}. Its batch: {path}; {last}. What usually mends it: a lower learning rate or float32, in another --out") from None
 
@@ -229,32 +230,41 @@ def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]):
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     try:
+        if not Path(path).is_file():
+            raise ValueError("not a file")
         with np.load(path) as file:
             return dict(file)
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, RuntimeError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"{path}: not whole ({error}); without it, and without {DONE} beside it if there is one, it is made anew") from None
 
 
 @contextmanager
 def _aside(path: str | Path):
     """A name to write to; at the end it takes the name's place, or is gone where that failed."""
-    path, folder = Path(path), _folder(path)
-    shutil.rmtree(folder, ignore_errors=True)  # always this name: what a killed writer left goes, safetensors' own temporary file too
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")  # always this name: what a killed writer left goes
     try:
-        folder.mkdir(parents=True)
-        yield folder / path.name
-        _flush(folder / path.name)  # the content first: a name that outlives a power cut must not name an empty file
-        os.replace(folder / path.name, path)
-        folder.rmdir()
+        temporary.unlink(missing_ok=True)  # and no link in its place is followed
+        yield temporary
+        _flush(temporary)  # the content first: a name that outlives a power cut must not name an empty file
+        os.replace(temporary, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:  # of a full disk neither names the file
+        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: {error}") from None
+
+
+def _save_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None):
+    """safetensors 0.8 writes to a hidden file of a random name beside the one it is given: here in a folder, which the next call clears."""
+    folder = path.with_name(path.name + ".new")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        save_file(tensors, folder / path.name, header)
+        os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folder(path: str | Path) -> Path:
-    return Path(f"{path}.new")
 
 
 def _flush(path: Path):
@@ -336,9 +346,11 @@ def _restore_optimizer(optimizer: Optimizer, own: dict[str, Tensor], groups: lis
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """All rows; a last line that a killed writer left unfinished is not one."""
+def read_jsonl(path: str | Path, whole: bool = False) -> list[dict]:
+    """All rows; a last line that a killed writer left unfinished is not one. whole: of a file that was written at once, where there is none."""
     rows, lines = [], Path(path).read_bytes().split(b"\n")
+    if whole and lines[-1]:
+        raise ValueError(f"{path}:{len(lines)}: the last line is cut off")
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
@@ -368,14 +380,16 @@ def append_jsonl(path: str | Path, row: dict):
 def kept_rows(path: str | Path, generator: Generator, save, resume):
     """(rows, log) for a loop that draws from `generator` and logs rows {"step": ...}, as evaluate.complete: rows are those of an
     earlier call, log(row) appends to `path` and offers the state. save and resume: a Keeper's, of which `path` is a log."""
-    if resume is not None:
-        resume(generator=generator)
+    step = resume(generator=generator)["step"] if resume is not None else 0
 
     def log(row):
         append_jsonl(path, row)
         save(generator=generator, step=row["step"])
 
-    return read_jsonl(path) if Path(path).exists() else [], log
+    rows = read_jsonl(path) if Path(path).exists() else []
+    if [row["step"] for row in rows] != [*range(1, step + 1)]:  # what is lost would be drawn again, by another generator
+        raise ValueError(f"{path}: not the {step} rows of the state beside it; without both it is made anew")
+    return rows, log
 
 
 def content_hash(path: str | Path) -> str:

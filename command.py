@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except (OSError, SafetensorError) as error:  # of a full disk neither names the file
-            self.error(str(error) if out is None or getattr(error, "filename", None) or str(out) in str(error) else f"{out}: {error}")
+            self.error(str(error) if out is None or getattr(error, "filename", None) or str(error).startswith(str(out)) else f"{out}: {error}")
         except ValueError as error:
             self.error(str(error))
         except KeyboardInterrupt:
@@ -86,7 +86,7 @@ def add_saving(parser):
 def saving(out, args):
     """The Keeper of a script's training in `out`, which no other process may use meanwhile; its state goes away at the end."""
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "save_every")}
-    for name in {"model", "data", "teacher", "student", "general"} & settings.keys():  # wherever they lie, they must be the same
+    for name in sorted({"model", "data", "teacher", "student", "general"} & settings.keys()):  # wherever they lie, they must be the same
         file = settings.pop(name)
         settings[f"content of {name}"] = file and content_hash(file)
     with lock(out):

@@ -126,7 +126,7 @@ def main():
                 print(explain(counts))
                 write_jsonl(out / "traces.jsonl", traces)
             drop(out / "sampling")
-            traces = read_jsonl(out / "traces.jsonl")
+            traces = read_jsonl(out / "traces.jsonl", whole=True)
             student, tokenizer = open_model(args.student, torch.float32, template=args.template)
 
             def encode(row):

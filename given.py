@@ -179,7 +179,7 @@ def cold_start_examples(run):
     dir, problems = run.out / "dev1", run.problems[:4 * run.preset.cold_start]
     if (dir / "cold_start.json").exists():  # of a call that was killed later on
         run.cost = checkpoint.read_json(dir / "cold_start.json")
-        return checkpoint.read_jsonl(dir / "cold_start.jsonl")
+        return checkpoint.read_jsonl(dir / "cold_start.jsonl", whole=True)
     texts, _ = run.complete(run.model("zero"), problems, samples=4, temperature=1.0, top_p=1.0)
     in_its_language = lambda text, example: rewards.language_consistency(text, example) == 1
     rows, counts = distill.rejection_sample(problems, texts, rewards.accuracy, in_its_language, keep=1)
@@ -254,7 +254,7 @@ def main():
         recipe(run, set().union(*(groups.get(name, {name}) for name in chosen)))
         if not args.stages:
             (out / "FROM").unlink(missing_ok=True)
-    print_tables(run)
+        print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 
 

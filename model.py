@@ -452,20 +452,27 @@ def save(model, dir, tokenizer=None):
                                 "attention_bias": c.model_type == "qwen2", "mlp_bias": False, "use_sliding_window": False,
                                 "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
     weights = {name: part.detach().cpu().contiguous() for parts in stored(model).values() for name, part in parts.items()}
-    aside = dir / "model.safetensors.new"  # a folder: what a killed writer left, safetensors' own temporary file too, goes with it
+    aside = dir / "model.safetensors.new"  # a folder: safetensors 0.8 writes to a hidden file of a random name, which a kill would leave
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    names = ("model.safetensors", "generation_config.json", "config.json")
     try:
-        (aside / "config.json").write_text(json.dumps(config, indent=2))
-        (aside / "generation_config.json").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
-        save_file(weights, aside / "model.safetensors", {"format": "pt"})
-        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # safetensors 0.8 lets the owner alone read it
-        for name in ("model.safetensors", "generation_config.json", "config.json"):
-            with open(aside / name, "rb") as file:
+        for name in names:
+            (dir / f"{name}.tmp").unlink(missing_ok=True)  # no link in its place is followed
+        (dir / "config.json.tmp").write_text(json.dumps(config, indent=2))
+        (dir / "generation_config.json.tmp").write_text(json.dumps(end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}))
+        aside.mkdir()
+        save_file(weights, aside / "weights", {"format": "pt"})
+        shutil.copymode(dir / "config.json.tmp", aside / "weights")  # safetensors 0.8 lets the owner alone read it
+        os.replace(aside / "weights", dir / "model.safetensors.tmp")
+        aside.rmdir()
+        for name in names:
+            with open(dir / f"{name}.tmp", "rb") as file:
                 os.fsync(file.fileno())  # whole on the disk, before it has the name
-            os.replace(aside / name, dir / name)
-    finally:
+            os.replace(dir / f"{name}.tmp", dir / name)
+    finally:  # where the disk is full
         shutil.rmtree(aside, ignore_errors=True)
+        for name in names:
+            (dir / f"{name}.tmp").unlink(missing_ok=True)
 
 
 def inspect(dir):

@@ -213,7 +213,7 @@ def rejection_sampling(run):
     checkpoint.drop(dir)
     run.results["stages"]["traces"] = done
     print(run.line_of("traces"), flush=True)
-    return checkpoint.read_jsonl(dir / "traces.jsonl")
+    return checkpoint.read_jsonl(dir / "traces.jsonl", whole=True)
 
 
 def rl2_prompts(run):
@@ -298,8 +298,8 @@ def main():
         else:
             recipe(run, args.ablations)
             (out / "FROM").unlink(missing_ok=True)
-    if not args.compare:
-        print_tables(run)
+        if not args.compare:
+            print_tables(run)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 
 

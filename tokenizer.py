@@ -475,6 +475,7 @@ def _write(path: Path, content: dict):
     """Aside, then renamed: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a killed call; no link in its place is followed
     try:
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)

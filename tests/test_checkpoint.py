@@ -221,32 +221,41 @@ def test_what_a_writer_left_that_was_killed_within_a_file_goes_with_the_next_sav
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who may read one may read all
 
 
-def test_whatever_part_of_a_write_is_done_when_it_stops_the_name_holds_a_whole_file(tmp_path, monkeypatch):
-    """Stops before each of the three calls that bring a file into place, as a kill would."""
+def write_text(dir, number):
+    atomic_write(dir / "file", str(number))
+    return 3
+
+
+def write_state(dir, number):
+    save(dir, {"w": torch.full((2,), float(number))}, {"step": number})
+    return 4  # out of safetensors' folder first
+
+
+@pytest.mark.parametrize("write, read", [(write_text, lambda dir: int((dir / "file").read_text())), (write_state, lambda dir: load(dir)[1]["step"])])
+def test_whatever_part_of_a_write_is_done_when_it_stops_the_name_holds_a_whole_file(write, read, tmp_path, monkeypatch):
+    """Stops before each of the calls that bring a file into place, as a kill would."""
     class Killed(BaseException):
         pass
-    for stopped_at in range(3):
-        atomic_write(tmp_path / "file", "old")
-        save(tmp_path, {"w": torch.zeros(2)}, {"step": 0})
-        for write in (lambda: atomic_write(tmp_path / "file", "new"),
-                      lambda: save(tmp_path, {"w": torch.ones(2)}, {"step": 1})):
-            calls = iter(range(3))
+    parts = write(tmp_path, 0)
+    there = sorted(tmp_path.iterdir())
+    for stopped_at in range(parts):
+        write(tmp_path, 0)
+        calls = iter(range(parts))
 
-            def stop_or(do):
-                def call(*args):
-                    if next(calls) == stopped_at:
-                        raise Killed
-                    return do(*args)
-                return call
-            with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, "_flush", stop_or(checkpoint._flush))
-                patch.setattr(checkpoint.os, "replace", stop_or(checkpoint.os.replace))
-                with pytest.raises(Killed):
-                    write()
-        renamed = stopped_at == 2
-        assert (tmp_path / "file").read_text() == ("new" if renamed else "old")
-        tensors, meta = load(tmp_path)
-        assert (tensors["w"].tolist(), meta) == ([float(renamed)] * 2, {"step": int(renamed)})
+        def stop_or(do):
+            def call(*args):
+                if next(calls) == stopped_at:
+                    raise Killed
+                return do(*args)
+            return call
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_flush", stop_or(checkpoint._flush))
+            patch.setattr(checkpoint.os, "replace", stop_or(checkpoint.os.replace))
+            with pytest.raises(Killed):
+                write(tmp_path, 1)
+        assert read(tmp_path) == (stopped_at == parts - 1)
+    write(tmp_path, 0)
+    assert next(calls, None) is None and sorted(tmp_path.iterdir()) == there
 
 
 # ---- rows and markers
@@ -326,3 +335,37 @@ def test_a_mask_of_minus_infinity_is_no_sign_of_a_broken_model(tmp_path):
         net.weight[0, 0] = float("nan")
     keeper.began -= 1000
     assert not keeper.save(model=net, step=2) and load(tmp_path)[1]["step"] == 1
+
+
+def test_sampled_rows_that_are_not_those_of_the_state_are_refused_and_not_drawn_again(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    keeper = checkpoint.Keeper(tmp_path, ["rows.jsonl"])
+    keeper.asked = True  # saved at once
+    _, log = checkpoint.kept_rows(tmp_path / "rows.jsonl", generator, lambda **parts: keeper._save(0, parts), None)
+    log({"step": 1}), log({"step": 2})
+    for rows in ([{"step": 1}], [], [{"step": 2}], [{"step": 1}] * 2):
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(ValueError, match="rows.jsonl: not the 2 rows of the state"):
+            checkpoint.kept_rows(tmp_path / "rows.jsonl", generator, None, checkpoint.Keeper(tmp_path, ["rows.jsonl"]).resume)
+    write_jsonl(tmp_path / "rows.jsonl", [{"step": 1}, {"step": 2}, {"step": 3}])
+    assert checkpoint.kept_rows(tmp_path / "rows.jsonl", generator, None, checkpoint.Keeper(tmp_path, ["rows.jsonl"]).resume)[0] == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_that_was_written_at_once_has_no_unfinished_line(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    assert read_jsonl(tmp_path / "rows.jsonl", whole=True) == ROWS
+    (tmp_path / "rows.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes()[:-3])
+    with pytest.raises(ValueError, match="rows.jsonl:2: the last line is cut off"):
+        read_jsonl(tmp_path / "rows.jsonl", whole=True)
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tiny, tmp_path):
+    from tokenizer import Tokenizer
+    (tmp_path / "else").write_text("mine")
+    (tmp_path / "dir").mkdir()
+    for name in ("file.tmp", "tokenizer.json.tmp", "config.json.tmp", "model.safetensors.tmp"):
+        (tmp_path / "dir" / name).symlink_to(tmp_path / "else")
+    atomic_write(tmp_path / "dir" / "file", "new")
+    model.save(tiny(), tmp_path / "dir", Tokenizer(Path(checkpoint.__file__).parent / "data"))
+    assert (tmp_path / "else").read_text() == "mine" and not [*(tmp_path / "dir").glob("*.tmp")]
+    assert (tmp_path / "dir" / "tokenizer.json").is_file() and not (tmp_path / "dir" / "tokenizer.json").is_symlink()
