@@ -226,12 +226,22 @@ def write_text(dir, number):
     return 3
 
 
+def read_text(dir):
+    return int((dir / "file").read_text())
+
+
 def write_state(dir, number):
     save(dir, {"w": torch.full((2,), float(number))}, {"step": number})
     return 4  # out of safetensors' folder first
 
 
-@pytest.mark.parametrize("write, read", [(write_text, lambda dir: int((dir / "file").read_text())), (write_state, lambda dir: load(dir)[1]["step"])])
+def read_state(dir):
+    tensors, meta = load(dir)
+    assert tensors["w"].tolist() == [float(meta["step"])] * 2
+    return meta["step"]
+
+
+@pytest.mark.parametrize("write, read", [(write_text, read_text), (write_state, read_state)])
 def test_whatever_part_of_a_write_is_done_when_it_stops_the_name_holds_a_whole_file(write, read, tmp_path, monkeypatch):
     """Stops before each of the calls that bring a file into place, as a kill would."""
     class Killed(BaseException):

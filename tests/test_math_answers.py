@@ -223,7 +223,7 @@ def test_an_absurd_answer_is_harmless_and_fast(text):
     assert slowest([text]) < 0.05  # seconds; 0.008 where it was written
     start = time.process_time()
     assert accuracy_any(text, EXAMPLE | {"answer": "5"}) == accuracy(tagged(text), EXAMPLE | {"answer": "5"}) == 0.0
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 0.2
     assert rewards.solves(text, [1, 2], 3) is False
 
 
