@@ -350,7 +350,7 @@ def read_jsonl(path: str | Path, whole: bool = False) -> list[dict]:
     """All rows; a last line that a killed writer left unfinished is not one. whole: of a file that was written at once, where there is none."""
     rows, lines = [], Path(path).read_bytes().split(b"\n")
     if whole and lines[-1]:
-        raise ValueError(f"{path}:{len(lines)}: the last line is cut off")
+        raise ValueError(f"{path}:{len(lines)}: the last line is cut off; without it, and without {DONE} beside it if there is one, it is made anew")
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line.strip() else []

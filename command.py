@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except (OSError, SafetensorError) as error:  # of a full disk neither names the file
-            self.error(str(error) if out is None or getattr(error, "filename", None) or str(error).startswith(str(out)) else f"{out}: {error}")
+            named = out is None or getattr(error, "filename", None) or str(error).startswith(str(out))
+            self.error(str(error) if named else f"{out}: {error}")
         except ValueError as error:
             self.error(str(error))
         except KeyboardInterrupt:
