@@ -4,7 +4,7 @@ As R1 evaluates [v1 3]: k samples a problem at T 0.6 and top-p 0.95, pass@1 = me
 avoided. Every figure is a mean over problems, with a 95% bootstrap interval over problems; a comparison of two
 models on the same problems is a paired bootstrap.
 
-    python evaluate.py --model DIR --data FILE.jsonl     # a problem set (data/readers.py)
+    python evaluate.py --model DIR --data FILE.jsonl     # a problem set (data/problems.py)
 """
 
 from collections import Counter
@@ -24,11 +24,13 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.samples < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"samples {self.samples}, temperature {self.temperature} or top_p {self.top_p} out of range")
+        if self.samples < 1:
+            raise ValueError(f"samples {self.samples} must be positive")
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not above 0 and at most 1")
 
-
-# ------------------------------------------------------------------------------------------- estimators
 
 def pass_at_k(n, c, k):
     """The chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased."""
@@ -38,19 +40,20 @@ def pass_at_k(n, c, k):
 
 
 def majority_at_k(answers, reference, k):
-    """The chance that a vote of k samples finds the reference: mean over the disjoint lots of k among `answers`.
+    """The chance that a vote of k samples finds the reference: the mean over disjoint sets of k among `answers`.
 
-    An unreadable answer (None) does not vote; a tie gives each of the tied an equal chance.
+    An unreadable answer (None) does not vote; in a tie each of the tied answers has an equal chance.
     """
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} of {len(answers)} samples")
-    lots = [answers[i:i + k] for i in range(0, len(answers) - k + 1, k)]
-    return sum(_vote(lot, reference) for lot in lots) / len(lots)
+    starts = range(0, len(answers) - k + 1, k)
+    return sum(vote(answers[i:i + k], reference) for i in starts) / len(starts)
 
 
-def _vote(answers, reference):
-    votes = Counter(a for a in answers if a is not None)
-    best = [a for a, count in votes.items() if count == max(votes.values())]
+def vote(answers, reference):
+    votes = Counter(answer for answer in answers if answer is not None)
+    most = max(votes.values(), default=0)
+    best = [answer for answer, count in votes.items() if count == most]
     return (reference in best) / len(best) if best else 0.0
 
 
@@ -58,162 +61,149 @@ def bootstrap(values, draws=2000, seed=0):
     """Mean and 95% interval over problems: values (N,), NaN where a problem has none."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
-    if not len(values):
+    if len(values) == 0:
         return float("nan"), float("nan"), float("nan")
     means = values[np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))].mean(axis=1)
-    return float(values.mean()), *(float(x) for x in np.percentile(means, [2.5, 97.5]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
 
 
 def paired_bootstrap(a, b, draws=2000, seed=0):
-    """mean(b) - mean(a) over the same problems, with its 95% interval; a problem without a value in one is left out of that mean."""
+    """mean(b) - mean(a) over the same problems, with its 95% interval. A mean leaves out problems without a value."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} problems cannot be paired")
-    nothing = (float("nan"),) * 3
     if np.isnan(a).all() or np.isnan(b).all():
-        return nothing
+        return float("nan"), float("nan"), float("nan")
     rows = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
-    rows = rows[~(np.isnan(a[rows]).all(axis=1) | np.isnan(b[rows]).all(axis=1))]  # a draw of problems without any value
+    empty = np.isnan(a[rows]).all(axis=1) | np.isnan(b[rows]).all(axis=1)  # draws of problems without any value
+    rows = rows[~empty]
     differences = np.nanmean(b[rows], axis=1) - np.nanmean(a[rows], axis=1)
-    return float(np.nanmean(b) - np.nanmean(a)), *(float(x) for x in np.nanpercentile(differences, [2.5, 97.5]))
+    low, high = np.nanpercentile(differences, [2.5, 97.5])
+    return float(np.nanmean(b) - np.nanmean(a)), float(low), float(high)
 
-
-# ------------------------------------------------------------------------------------------- sampling
 
 def complete(prompts, generate, decode, config, done=(), log=None):
     """config.samples completions of each prompt (lists of ids): texts (N lists of n) and token counts (N, n).
 
-    log(row) gets each lot of prompts as it is done, {"step", "texts", "counts"}; `done` are such rows of an earlier call,
-    which are not sampled again.
+    log(row) gets each batch of prompts as it is done, {"step", "texts", "counts"}; `done` are such rows of an earlier
+    call, which are not sampled again.
     """
-    n, texts, counts = config.samples, [None] * len(prompts), np.zeros((len(prompts), config.samples), dtype=int)
+    n = config.samples
+    texts, counts = [None] * len(prompts), np.zeros((len(prompts), n), dtype=int)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
-    lot = max(1, config.batch_rows // n)
-    for step, at in enumerate(range(0, len(order), lot), 1):
-        chosen = order[at:at + lot]
-        if step > len(done):
-            ids, lengths, _ = generate([prompts[i] for i in chosen], n=n, max_new_tokens=config.max_new_tokens,
-                                       temperature=config.temperature, top_p=config.top_p)
-            ids, lengths = ids.tolist(), lengths.tolist()
-            row = {"step": step, "texts": [decode(own[:length]) for own, length in zip(ids, lengths)], "counts": lengths}
+    size = max(1, config.batch_rows // n)
+    for step, at in enumerate(range(0, len(order), size), 1):
+        batch = order[at:at + size]
+        if step <= len(done):
+            row = done[step - 1]
+        else:
+            sampled, lengths = sample([prompts[i] for i in batch], generate, config, n, config.max_new_tokens)
+            row = {"step": step, "texts": [decode(ids) for ids in sampled], "counts": lengths}
             if log is not None:
                 log(row)
-        else:
-            row = done[step - 1]
-        for j, i in enumerate(chosen):
+        for j, i in enumerate(batch):
             texts[i], counts[i] = row["texts"][j * n:(j + 1) * n], row["counts"][j * n:(j + 1) * n]
     return texts, counts
 
 
-# ------------------------------------------------------------------------------------------- metrics
+def sample(prompts, generate, config, n, max_new_tokens):
+    """n completions of each prompt, as lists of ids without padding; and generate's count of their tokens."""
+    ids, lengths, _ = generate(prompts, n=n, max_new_tokens=max_new_tokens, temperature=config.temperature,
+                               top_p=config.top_p)
+    lengths = lengths.tolist()
+    return [row[:length] for row, length in zip(ids.tolist(), lengths)], lengths
+
 
 def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking, ks=()):
     """{metric: (N,) one value a problem, NaN where it does not apply} of the completions texts[i][j].
 
-    rules: {name: (completion, example) -> float}, averaged over the samples; "accuracy" is the metric of any stage's
-    style and "accuracy_strict" the training reward. Within outputs that think: accuracy, language, thinking's length.
+    rules: {name: (completion, example) -> float}, averaged over the samples; among them "accuracy", in the asked form,
+    "accuracy_any", in any style, and "language_consistency". pass@k and maj@k go by any style.
     """
-    scores = {name: [[rule(t, e) for t in row] for e, row in zip(examples, texts)] for name, rule in rules.items()}
-    values = {name: [np.mean(row) for row in rows] for name, rows in scores.items()}
-    values["length"] = counts.mean(axis=1)
-    thinking = [[thinks(t) for t in row] for row in texts]
-    values["thinks"] = [np.mean(row) for row in thinking]
-    lengths = [[count_thinking(t) if flag else 0 for t, flag in zip(row, flags)] for row, flags in zip(texts, thinking)]
-    for name, rows in ("accuracy", scores["accuracy"]), ("language", scores["language_consistency"]), ("length", lengths):
-        within = [[value for value, flag in zip(row, flags) if flag] for row, flags in zip(rows, thinking)]
-        values[f"{name}_if_thinking"] = [np.mean(row) if row else np.nan for row in within]
-    if any(e["kind"] == "reasoning" for e in examples):
-        answers = [[final_answer(t) for t in row] for row in texts] if ks else []
-        for k in ks:
-            values[f"pass@{k}"] = [pass_at_k(counts.shape[1], int(sum(row)), k) for row in scores["accuracy"]]
-            values[f"maj@{k}"] = [majority_at_k(row, final_answer(e["answer"]), k) for e, row in zip(examples, answers)]
-    return {name: np.asarray(v, dtype=float) for name, v in values.items()}
+    names = (*rules, "length", "thinks", "accuracy_any_if_thinking", "language_if_thinking", "length_if_thinking")
+    values = {name: [] for name in names}
+    is_problem = [example.get("kind", "reasoning") == "reasoning" for example in examples]
+    votes = sorted(set(ks)) if any(is_problem) else []
+    for k in votes:
+        values[f"pass@{k}"], values[f"maj@{k}"] = [], []
+    for example, completions, lengths in zip(examples, texts, counts):
+        scores = {name: np.array([rule(text, example) for text in completions]) for name, rule in rules.items()}
+        thought = np.array([bool(thinks(text)) for text in completions])
+        thinking = np.array([count_thinking(text) for text in completions if thinks(text)])
+        for name in rules:
+            values[name].append(scores[name].mean())
+        values["length"].append(lengths.mean())
+        values["thinks"].append(thought.mean())
+        values["accuracy_any_if_thinking"].append(mean_or_nan(scores["accuracy_any"][thought]))
+        values["language_if_thinking"].append(mean_or_nan(scores["language_consistency"][thought]))
+        values["length_if_thinking"].append(mean_or_nan(thinking))
+        if votes:
+            answers, reference = [final_answer(text) for text in completions], final_answer(example["answer"])
+        for k in votes:
+            values[f"pass@{k}"].append(pass_at_k(len(completions), int(scores["accuracy_any"].sum()), k))
+            values[f"maj@{k}"].append(majority_at_k(answers, reference, k))
+    return {name: np.asarray(column, dtype=float) for name, column in values.items()}
+
+
+def mean_or_nan(values):
+    return values.mean() if len(values) else np.nan
 
 
 def summarise(values, groups=None):
-    """{metric: [mean, low, high]} of the metrics with a value; groups {name: problems' indices} adds "accuracy_<name>"."""
+    """{metric: [mean, low, high]} of the metrics with a value; groups {name: indices} adds "accuracy_any_<name>"."""
     summary = {name: list(bootstrap(v)) for name, v in values.items() if not np.isnan(v).all()}
     for name, rows in (groups or {}).items():
         if len(rows):
-            summary[f"accuracy_{name}"] = list(bootstrap(values["accuracy"][rows]))
+            summary[f"accuracy_any_{name}"] = list(bootstrap(values["accuracy_any"][rows]))
     return summary
 
 
-def go_on(prompts, heads, generate, decode, config, new_tokens):
-    """Texts as `complete` gives them, from heads [(ids, goes on)]: head r begins completion r % samples of prompt r // samples."""
-    n, texts = config.samples, [decode(head) for head, _ in heads]
-    rows = sorted((r for r, (_, open_) in enumerate(heads) if open_), key=lambda r: len(prompts[r // n]) + len(heads[r][0]))
+def continue_from(beginnings, unfinished, prompts, generate, decode, config, new_tokens):
+    """Texts as `complete` gives them, from beginnings of completions (lists of ids), config.samples per prompt in turn.
+
+    Beginning r is continued by at most new_tokens where unfinished[r] is True; the others stay as they are.
+    """
+    n, texts = config.samples, [decode(ids) for ids in beginnings]
+    contexts = [list(prompts[r // n]) + ids for r, ids in enumerate(beginnings)]
+    rows = sorted((r for r in range(len(contexts)) if unfinished[r]), key=lambda r: len(contexts[r]))
     for at in range(0, len(rows), config.batch_rows):
-        chosen = rows[at:at + config.batch_rows]
-        ids, lengths, _ = generate([list(prompts[r // n]) + heads[r][0] for r in chosen], n=1, max_new_tokens=new_tokens,
-                                   temperature=config.temperature, top_p=config.top_p)
-        for r, row, length in zip(chosen, ids.tolist(), lengths.tolist()):
-            texts[r] = decode(heads[r][0] + row[:length])
+        batch = rows[at:at + config.batch_rows]
+        sampled, _ = sample([contexts[r] for r in batch], generate, config, 1, new_tokens)
+        for r, ids in zip(batch, sampled):
+            texts[r] = decode(beginnings[r] + ids)
     return [texts[i * n:(i + 1) * n] for i in range(len(prompts))]
 
 
 def with_budget(prompts, generate, decode, config, budget, end_thinking, thinking_over):
     """Completions whose thinking is cut after `budget` tokens [s1, arXiv 2501.19393]; texts as `complete` gives them.
 
-    A completion that still thinks then (thinking_over(text) is False) goes on after `end_thinking`, the ids that
+    A completion that still thinks then (thinking_over(text) is False) is continued after `end_thinking`, the ids that
     close the thinking and open the answer.
     """
-    ids, lengths, _ = generate(prompts, n=config.samples, max_new_tokens=budget + 1, temperature=config.temperature,
-                               top_p=config.top_p)
-    heads = []
-    for row, length in zip(ids.tolist(), lengths.tolist()):
-        head, open_ = row[:min(length, budget)], length > budget  # one more token tells what goes on from what ended there
-        if open_ and not thinking_over(decode(head)):
-            head += end_thinking
-        heads.append((head, open_))
-    return go_on(prompts, heads, generate, decode, config, new_tokens=40)
+    sampled, _ = sample(prompts, generate, config, config.samples, budget + 1)  # one more: did it end at the budget?
+    unfinished = [len(ids) > budget for ids in sampled]
+    beginnings = [ids[:budget] for ids in sampled]
+    for r, ids in enumerate(beginnings):
+        if unfinished[r] and not thinking_over(decode(ids)):
+            beginnings[r] = ids + end_thinking
+    return continue_from(beginnings, unfinished, prompts, generate, decode, config, new_tokens=40)
 
 
 def lengthened(prompts, generate, decode, config, end_thinking, wait):
-    """Completions whose thinking may not end at once: its end token is replaced by the ids `wait`, one time [s1]."""
-    ids, lengths, _ = generate(prompts, n=config.samples, max_new_tokens=config.max_new_tokens,
-                               temperature=config.temperature, top_p=config.top_p)
-    heads = []
-    for row, length in zip(ids.tolist(), lengths.tolist()):
-        ended = end_thinking in row[:length]
-        heads.append((row[:row.index(end_thinking)] + list(wait), True) if ended else (row[:length], False))
-    return go_on(prompts, heads, generate, decode, config, new_tokens=config.max_new_tokens)
+    """Completions whose thinking may not end at once: its end token is replaced, one time, by the ids `wait` [s1]."""
+    sampled, _ = sample(prompts, generate, config, config.samples, config.max_new_tokens)
+    unfinished = [end_thinking in ids for ids in sampled]
+    beginnings = list(sampled)
+    for r, ids in enumerate(sampled):
+        if unfinished[r]:
+            beginnings[r] = ids[:ids.index(end_thinking)] + list(wait)
+    return continue_from(beginnings, unfinished, prompts, generate, decode, config, config.max_new_tokens)
 
 
 def main():
-    import torch
-
-    import rewards
-    from command import PROBLEMS, Parser, add_template, fast_dtype, fields_of, open_model
-    from data.readers import read_problems
-    from graphs import with_graphs
-    from model import generate
-    parser = Parser(description="Measure a model directory on problems and requests.")
-    parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", required=True, help=PROBLEMS)
-    add_template(parser)
-    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"), help="default %(default)s")
-    parser.add_fields(EvalConfig)
-    args = parser.parse_args()
-    with parser.explained():
-        config, examples = fields_of(args, EvalConfig), read_problems(args.data, rewards.check_reference)
-        model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)
-        random = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
-
-        def sample(prompts, **settings):
-            return with_graphs(generate)(model, prompts, end_ids=tokenizer.end_ids, generator=random, **settings)
-
-        rules = {**rewards.REWARDS, "accuracy_strict": rewards.accuracy,
-                 "accuracy": lambda text, example: rewards.accuracy(text, example, strict=False)}
-        for kind in rewards.KINDS:
-            rows = [e for e in examples if e["kind"] == kind]
-            if rows:
-                texts, counts = complete([tokenizer.encode_prompt(e["prompt"]) for e in rows], sample, tokenizer.decode, config)
-                values = measure(rows, texts, counts, rules, rewards.final_answer, rewards.thinks,
-                                 lambda text: len(tokenizer.encode(rewards.split(text)[0])), sorted({1, config.samples}))
-                print(f"{kind}: {len(rows)} rows, {config.samples} samples each")
-                for name, (mean, low, high) in summarise(values).items():
-                    print(f"  {name:26} {mean:8.3f}  [{low:.3f}, {high:.3f}]")
+    from lab.scripts import measure_directory  # here, so that the rest imports without the project
+    measure_directory(EvalConfig, complete, measure, summarise)
 
 
 if __name__ == "__main__":

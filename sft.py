@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-
 LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
-SKIPS = 5  # steps in a row that are not finite end a run
+SKIPS = 5  # so many steps in a row that are not finite end a training
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class SFTConfig:
 
 
 def pack(examples, row_length):
-    """Fill rows of `row_length` tokens with whole examples, in order; each goes to the first of a few open rows with room.
+    """Fill rows of `row_length` tokens with whole examples, in order, each into the first of a few open rows with room.
 
     Returns tensors (R, row_length): ids; segments (1.. within a row, 0 for padding); positions (from 0 in each
     example); targets, the next token where the loss falls and -100 elsewhere. An example longer than a row is cut.
@@ -77,8 +76,19 @@ def pack(examples, row_length):
     return ids, segments, positions, targets
 
 
-def say_cut(examples, row_length):
-    """A line on those that are longer than a row, which lose their end and the end token with it; "" if there are none."""
+def pack_epochs(examples, c: SFTConfig):
+    """The rows of all epochs, one after another, as `pack` gives them: each epoch packs in another order."""
+    order, epochs = torch.Generator().manual_seed(c.seed), []
+    for _ in range(c.epochs):
+        shuffled = torch.randperm(len(examples), generator=order).tolist()
+        packed = pack([examples[i] for i in shuffled], c.row_length)
+        mixed = torch.randperm(len(packed[0]), generator=torch.Generator().manual_seed(c.seed))  # full rows came first
+        epochs.append([x[mixed] for x in packed])
+    return [torch.cat(parts) for parts in zip(*epochs)]
+
+
+def cut_warning(examples, row_length):
+    """A line on examples longer than a row, which lose their end and the end token with it; "" if there are none."""
     cut = sum(len(ids) > row_length for ids, _ in examples)
     return f"{cut} of {len(examples)} examples are longer than row_length {row_length} and are cut\n" if cut else ""
 
@@ -103,8 +113,8 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 class CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target] of each row. logits (N, V), targets (N,) -> (N,) in fp32.
 
-    As F.cross_entropy, but the gradient, softmax - onehot, is made at once from pieces that stay in the processor's cache:
-    (N, V) in fp32 is never written to memory.
+    As F.cross_entropy, but the gradient, softmax - onehot, is computed at once in pieces that stay in the processor's
+    cache: (N, V) in fp32 is never written to memory.
     """
 
     @staticmethod
@@ -113,7 +123,8 @@ class CrossEntropy(torch.autograd.Function):
         for x, target, g in zip(logits.split(128), targets[:, None].split(128), gradient.split(128)):
             p = x.softmax(-1, dtype=torch.float32)
             # log p[target] by way of the likeliest token: p[target] itself may be too small for a float
-            losses.append(x.amax(-1, keepdim=True).float() - x.gather(1, target).float() - p.amax(-1, keepdim=True).log())
+            likeliest, likeliest_logprob = x.amax(-1, keepdim=True).float(), p.amax(-1, keepdim=True).log()
+            losses.append(likeliest - x.gather(1, target).float() - likeliest_logprob)
             g.copy_(p.scatter_(1, target, p.gather(1, target) - 1))
         ctx.save_for_backward(gradient)
         return torch.cat(losses)[:, 0]
@@ -127,21 +138,23 @@ class CrossEntropy(torch.autograd.Function):
 def loss_sum(model, ids, segments, positions, targets, dtype):
     """The summed cross-entropy over the targets of these rows.
 
-    A model with hidden(...) -> (B, T, D), head(states) and config.vocab_size makes logits at the targets only, at most
-    LOGITS_AT_ONCE numbers; where that takes several pieces, each is made again in the backward pass: (B, T, V) is never there.
+    A model with hidden(...) -> (B, T, D), head(states) and config.vocab_size makes logits at the targets only.
     """
-    learned = (targets.flatten() >= 0).nonzero()[:, 0]
-    states_of, head, rows = model, lambda logits: logits, len(learned)
-    if hasattr(model, "hidden") and hasattr(model, "head"):
-        states_of, head, rows = model.hidden, model.head, LOGITS_AT_ONCE // model.config.vocab_size
+    def loss_of(states, targets):
+        return CrossEntropy.apply(model.head(states), targets).sum()
+
+    learned = (targets.flatten() >= 0).nonzero()[:, 0]  # (n,) positions with a target
+    targets = targets.flatten()[learned]                # (n,)
     with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
-        states = states_of(ids, positions=positions, segments=segments).flatten(0, 1).index_select(0, learned)  # (n, D) or (n, V)
-
-        def loss(states, targets):
-            return CrossEntropy.apply(head(states), targets).sum()
-
-        pieces = list(zip(states.split(rows), targets.flatten()[learned].split(rows)))
-        return sum(loss(*piece) if len(pieces) == 1 else checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
+        if not (hasattr(model, "hidden") and hasattr(model, "head")):
+            logits = model(ids, positions=positions, segments=segments).flatten(0, 1)         # (B*T, V)
+            return CrossEntropy.apply(logits.index_select(0, learned), targets).sum()
+        states = model.hidden(ids, positions=positions, segments=segments).flatten(0, 1)      # (B*T, D)
+        states, rows = states.index_select(0, learned), LOGITS_AT_ONCE // model.config.vocab_size
+        if len(targets) <= rows:
+            return loss_of(states, targets)
+        pieces = zip(states.split(rows), targets.split(rows))  # a large vocabulary's (n, V) would not fit
+        return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)  # computed again in backward
 
 
 class NotFinite(ValueError):
@@ -164,13 +177,7 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
     if not any(min(len(ids), c.row_length) > max(prompt_length, 1) for ids, prompt_length in examples):
         raise ValueError(f"none of the {len(examples)} examples has a token to learn")
     optimizer = make_optimizer(model, c.lr, c.weight_decay, c.betas)
-    order = torch.Generator().manual_seed(c.seed)
-    rows_of_epochs = []
-    for _ in range(c.epochs):  # a new packing each epoch
-        shuffled = torch.randperm(len(examples), generator=order).tolist()
-        rows = pack([examples[i] for i in shuffled], c.row_length)
-        rows_of_epochs.append([x[torch.randperm(len(x), generator=torch.Generator().manual_seed(c.seed))] for x in rows])
-    data = [torch.cat(parts) for parts in zip(*rows_of_epochs)]
+    data = pack_epochs(examples, c)
     rows_a_step = max(1, c.batch_tokens // c.row_length)
     steps = math.ceil(len(data[0]) / rows_a_step)
     step, skips, metrics = 0, 0, {}
@@ -188,8 +195,9 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
             loss.backward()
             total += loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
+        lr = learning_rate(step, steps, c)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, c)
+            group["lr"] = lr
         skips = 0 if math.isfinite(total + grad_norm) else skips + 1  # Adam would keep a NaN for good
         if not skips:
             optimizer.step()
@@ -197,7 +205,7 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
         step += 1
         if skips == SKIPS:
             raise NotFinite(step, dict(zip(("ids", "segments", "positions", "targets"), batch)))
-        metrics = {"step": step, "steps": steps, "loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
+        metrics = {"step": step, "steps": steps, "loss": total, "lr": lr, "grad_norm": grad_norm,
                    "tokens": int((batch[1] > 0).sum()), "skipped": float(skips > 0), "seconds": time.time() - started}
         if log is not None:
             log(metrics)
@@ -206,35 +214,16 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
     return metrics
 
 
+def tokenize(row, tokenizer, pretrain=False):
+    """(ids, prompt_length) of a row {"prompt", "completion"}; in pretraining the prompt is learned too."""
+    prompt = tokenizer.encode_prompt(row["prompt"])
+    ids = prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id]
+    return ids, 0 if pretrain else len(prompt)
+
+
 def main():
-    from checkpoint import say
-    from command import Parser, add_saving, add_speed, add_template, fields_of, new_directory, open_model, prepare, saving
-    from data.readers import read_rows
-    from model import save
-    parser = Parser(description="Supervised fine-tuning of a model directory; --pretrain puts the loss on the prompt too.")
-    parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
-    parser.add_argument("--out", required=True, help="where the trained model goes")
-    add_template(parser)
-    parser.add_argument("--pretrain", action="store_true")
-    parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
-    add_speed(parser)
-    add_saving(parser)
-    args = parser.parse_args()
-    with parser.explained(args.out):
-        config, rows = fields_of(args, SFTConfig), read_rows(args.data, ("prompt", "completion"))
-        model, tokenizer = open_model(args.model, torch.float32, template=args.template)
-        prepare(model, args)
-        out, examples = new_directory(args.out), []
-        for row in rows:
-            prompt = tokenizer.encode_prompt(row["prompt"])
-            ids = prompt + tokenizer.encode(row["completion"]) + [tokenizer.end_id]
-            examples.append((ids, 0 if args.pretrain else len(prompt)))
-        print(say_cut(examples, config.row_length), end="")
-        with saving(out, args) as keeper:
-            train(model, examples, config, save=keeper.save, resume=keeper.resume, log=lambda m: say(
-                f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"))
-            save(model, out, tokenizer)
+    from lab.scripts import fine_tune  # here, so that the training imports without the rest of the project
+    fine_tune(SFTConfig, tokenize, cut_warning, train)
 
 
 if __name__ == "__main__":

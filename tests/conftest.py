@@ -1,7 +1,8 @@
-"""What the tests share: a tiny model and a tokenizer without a file. `python -m pytest --full` runs the long checks too."""
+"""What the tests share: a tiny model, a tokenizer without a file, a finished run. --full runs the long checks too."""
 
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: a long check, run with --full only")
     torch.set_num_threads(1)  # the models are tiny: more threads cost more than they give
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the runs that tests start; two threads each wait for one another on a busy machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise of the interpreters that tests start
 
 
 def pytest_collection_modifyitems(config, items):
@@ -32,8 +33,25 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Random modules are the same in each call: in a fresh process torch's generator starts from the machine's entropy."""
+    """Random modules are the same at each call: torch's generator would start from the machine's entropy."""
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A run of the whole recipe at the smoke preset, not to be changed; what it printed stands in `said` beside it."""
+    from runs import RECIPE, call
+    folder = tmp_path_factory.mktemp("finished")
+    ended = call(folder, RECIPE)
+    assert ended.status == 0, ended.stderr
+    (folder / "said").write_text(ended.stdout)
+    return folder / "run"
+
+
+@pytest.fixture
+def copy_of_run(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
 
 
 class ByteTokenizer:
@@ -60,5 +78,6 @@ def tiny():
     def make(vocab_size=16, seed=0, **fields):
         sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                      num_key_value_heads=1, max_position_embeddings=64)
-        return Transformer(Config(vocab_size=vocab_size, **sizes | fields)).init_weights(torch.Generator().manual_seed(seed))
+        config = Config(vocab_size=vocab_size, **sizes | fields)
+        return Transformer(config).init_weights(torch.Generator().manual_seed(seed))
     return make

@@ -23,25 +23,47 @@ def test_the_matrices_of_the_limit_are_those_of_the_model():
 def test_the_cache_of_the_limit_is_that_of_the_model():
     model = Transformer(Config(**SHAPE)).bfloat16()
     cache = KVCache(model.config, torch.zeros(3, dtype=torch.long), torch.bfloat16)
-    model(torch.ones(3, 32, dtype=torch.long), cache=cache)  # 32 columns: a whole lot
+    model(torch.ones(3, 32, dtype=torch.long), cache=cache)  # 32 columns: by so many the cache grows
     assert bench.cache_bytes(SHAPE, 3, 32) == cache.k.nbytes + cache.v.nbytes
 
 
-@pytest.mark.parametrize("race", [
-    partial(bench.train_race, SHAPE, 4, 8, None), partial(bench.decode_race, SHAPE, 2, 3, 5, 4),
-    partial(bench.prefill_race, SHAPE, 2, 8)], ids=["train", "decode", "prefill"])
-def test_a_race_prints_a_row_a_contender_with_rate_limit_and_memory(race, capsys, monkeypatch):
-    def without_peers_or_compiler():
-        unit, work, contenders, limit = race()
-        return unit, work, {name: make for name, make in contenders.items() if name in ("ours bf16", "ours fp32")}, limit
+RACES = {"train": partial(bench.train_race, SHAPE, 4, 8, None), "decode": partial(bench.decode_race, SHAPE, 2, 3, 5, 4),
+         "prefill": partial(bench.prefill_race, SHAPE, 2, 8), "grpo": partial(bench.grpo_race, SHAPE)}
 
+
+@pytest.fixture
+def show(monkeypatch, capsys):
+    """show(race) -> its rows, at small sizes, of the contenders that need neither a compiler nor a peer."""
     monkeypatch.setattr(bench, "peak_megabytes", lambda *which: "7")
-    bench.show_race("race", without_peers_or_compiler, 1, None)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "ours" in line]
-    assert [row[:2] for row in rows] == [["ours", "bf16"], ["ours", "fp32"]]
+    monkeypatch.setattr(bench, "median_time", lambda run, *_: bench.timed(run))
+    for name, value in dict(PROMPTS=2, GROUP=2, PROMPT=4, NEW=3).items():
+        monkeypatch.setattr(bench, name, value)
+
+    def rows(race, **more):
+        unit, work, contenders, limit = race()
+        chosen = {name: make for name, make in contenders.items() if name.startswith("ours") and "compiled" not in name}
+        bench.show_race("race", lambda: (unit, work, chosen | more, limit), 1, None)
+        return [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    return rows
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_a_race_prints_one_row_per_contender_with_rate_limit_and_memory_also_without_any_peer(race, show):
+    rows = show(RACES[race])
+    assert [row[0] for row in rows] == ["ours"] * (3 if race == "grpo" else 2)
+    assert [row[1] for row in rows] == (["bf16", "bf16,", "fp32"] if race == "grpo" else ["bf16", "fp32"])
     for row in rows:
-        rate, low, high = map(float, row[2:5])
-        assert 0 < low <= rate <= high and row[-2].endswith("%") and row[-1] == "7"
+        rate, low, high = map(float, row[-6:-3])
+        assert 0 < low <= rate <= high and row[-3:-1] == ["-", row[-2]] and row[-2].endswith("%") and row[-1] == "7"
+
+
+def test_a_ratio_is_to_the_best_peer_of_the_same_run(monkeypatch, show):
+    monkeypatch.setattr(bench, "timed", lambda run: run() or 0.5)
+    monkeypatch.setattr(bench, "product_seconds", lambda *_, **__: 0.25)
+    monkeypatch.setattr(bench, "adam_step", lambda *_: lambda: 2.0)
+    rows = show(RACES["train"], **{"peer slow": lambda: lambda: 8.0, "peer fast": lambda: lambda: 3.0})
+    assert [row[-3] for row in rows] == ["1.50x", "1.50x", "0.38x", "1.00x"]
+    assert [row[-2] for row in rows] == ["12%", "12%", "3%", "8%"]
 
 
 def test_a_growth_prints_the_slope_between_points(capsys, monkeypatch):
@@ -52,7 +74,7 @@ def test_a_growth_prints_the_slope_between_points(capsys, monkeypatch):
     assert slopes == ["nan", "2.00", "2.00"]
 
 
-def test_a_process_of_its_own_reports_its_peak_not_its_parents():
+def test_a_separate_process_reports_its_own_peak_and_not_its_parents():
     ballast = torch.ones(300 * 2**18)  # 300 MB in this process
     peak = int(bench.peak_megabytes("decode: rows", "1"))
     assert 100 < peak < 600 and ballast.sum() > 0

@@ -1,8 +1,8 @@
+"""A state comes back bit for bit, a kill at any moment leaves whole files, and a signal lets the step be finished."""
+
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
 import model
-from checkpoint import (append_jsonl, atomic_write, code_hash, finished, load, mark_finished, read_jsonl, restore, save,
-                        state_of, write_jsonl)
+from forked import start_forked
+from lab import checkpoint
+from lab.checkpoint import (STATE, Checkpointer, Terminated, append_jsonl, atomic_write, code_hash, finished, load,
+                            mark_finished, read_jsonl, restore, save, state_of, write_jsonl)
+
+ROOT = Path(__file__).parent.parent
 
 
 class Tied(nn.Module):
@@ -54,7 +57,7 @@ def steps(model, optimizer, generator, first, last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_goes_on_bit_for_bit_where_it_stopped(dtype, tmp_path):
+def test_training_resumes_bit_for_bit_where_it_stopped(dtype, tmp_path):
     through = start(0, dtype)
     steps(*through, 0, 9)
 
@@ -82,7 +85,7 @@ def test_a_state_before_the_first_step_can_be_saved(tmp_path):
     assert restore(*load(tmp_path), model=model, optimizer=optimizer, generator=generator) == {}
 
 
-def test_many_modules_and_loose_tensors_keep_apart(tmp_path):
+def test_modules_with_similar_names_and_loose_tensors_are_not_mixed_up(tmp_path):
     policy, critic = Tied(), Tied()
     save(tmp_path, *state_of(model=policy, model_b=critic, mean=torch.tensor(2.5), order=torch.arange(4), note="小明"))
     other, another = Tied(), Tied()
@@ -111,8 +114,11 @@ def test_restoring_does_not_tie_the_model_to_what_was_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("culprit, parts", [
-    ("has shape (11, 8) in the training state, (11, 16) in the model", {"model": Tied(16)}),
-    ("has shape None in the training state", {"model": nn.ModuleList([nn.Linear(2, 2)])}),
+    ("model.embedding.weight is (11, 8) torch.float32 in the training state, (11, 16) torch.float32 in the model",
+     {"model": Tied(16)}),
+    ("model.embedding.weight is (11, 8) torch.float32 in the training state, (11, 8) torch.bfloat16 in the model",
+     {"model": Tied().bfloat16()}),
+    ("model.0.bias is missing in the training state", {"model": nn.ModuleList([nn.Linear(2, 2)])}),
     ("holds no optimizer", {"optimizer": torch.optim.AdamW(Tied().parameters())}),
 ])
 def test_a_state_of_something_else_is_refused_by_name(culprit, parts, tmp_path):
@@ -129,7 +135,7 @@ def test_there_is_no_state_before_the_first_save(tmp_path):
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_state_is_named(keep, tmp_path):
     save(tmp_path, *state_of(model=Tied(), step=1))
-    path = tmp_path / checkpoint.STATE
+    path = tmp_path / STATE
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match="state.safetensors: not a whole training state") as caught:
         load(tmp_path)
@@ -138,7 +144,7 @@ def test_a_truncated_state_is_named(keep, tmp_path):
 
 def test_a_weights_file_without_counters_is_not_taken_for_a_state(tmp_path):
     from safetensors.torch import save_file
-    save_file({"w": torch.zeros(2)}, tmp_path / checkpoint.STATE)
+    save_file({"w": torch.zeros(2)}, tmp_path / STATE)
     with pytest.raises(ValueError, match="state.safetensors"):
         load(tmp_path)
 
@@ -152,36 +158,34 @@ def test_a_save_that_fails_leaves_the_state_before_it(tmp_path):
 
 def test_no_file_is_a_pickle(tmp_path):
     save(tmp_path, *state_of(model=Tied(), step=1))
-    header = (tmp_path / checkpoint.STATE).read_bytes()[8:]
+    header = (tmp_path / STATE).read_bytes()[8:]
     assert json.JSONDecoder().raw_decode(header.decode("latin-1"))[0]["__metadata__"]["meta"] == '{"step": 1}'
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
 
 
 # ---- killed at any point
 
-WRITER = """
-import sys, torch
-from checkpoint import append_jsonl, mark_finished, save
-step = 0
-while True:
-    step += 1
-    save(sys.argv[1], {"w": torch.full((300_000,), float(step))}, {"step": step})
-    append_jsonl(sys.argv[1] + "/metrics.jsonl", {"step": step, "text": "x" * 50_000})
-    mark_finished(sys.argv[1], {"step": step, "text": "x" * 50_000})
-    if step == 1:
-        print("ready", flush=True)
-"""
+def write_for_ever(dir):
+    step = 0
+    while True:
+        step += 1
+        save(dir, {"w": torch.full((300_000,), float(step))}, {"step": step})
+        append_jsonl(dir / "metrics.jsonl", {"step": step, "text": "x" * 50_000})
+        mark_finished(dir, {"step": step, "text": "x" * 50_000})
+        if step == 1:
+            print("ready", flush=True)
 
 
 def test_a_process_killed_at_any_moment_leaves_a_whole_state(tmp_path):
     rows_before = 0
     for delay in (0.02, 0.2):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                  cwd=Path(checkpoint.__file__).parent)
-        with writer:
-            assert writer.stdout.readline() == "ready\n"
+        with start_forked(write_for_ever, tmp_path) as writer:
+            while writer.stdout != "ready\n":
+                assert writer.poll() is None, writer.stderr
+                time.sleep(0.001)
             time.sleep(delay)
-            writer.send_signal(signal.SIGKILL)
+            writer.kill()
+            assert writer.wait().status == -signal.SIGKILL
         tensors, meta = load(tmp_path)
         assert tensors["w"].shape == (300_000,) and (tensors["w"] == meta["step"]).all()
         rows = read_jsonl(tmp_path / "metrics.jsonl")[rows_before:]
@@ -191,32 +195,41 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_state(tmp_path):
         rows_before += len(rows)
 
 
-BIG = """
-import sys, torch, checkpoint, model
-config = model.Config(vocab_size=5000, hidden_size=512, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-big = model.Transformer(config)
-while True:
-    model.save(big, sys.argv[1]) if sys.argv[2] == "model" else checkpoint.save(sys.argv[1], *checkpoint.state_of(big=big))
-"""
+def write_much_for_ever(dir, kind):
+    config = model.Config(vocab_size=5000, hidden_size=512, intermediate_size=16, num_hidden_layers=1,
+                          num_attention_heads=1, num_key_value_heads=1)
+    big = model.Transformer(config)
+    while True:
+        if kind == "model":
+            model.save(big, dir)
+        else:
+            save(dir, *state_of(big=big))
 
 
-@pytest.mark.parametrize("kind", ["model", "state"])
-def test_what_a_writer_left_that_was_killed_within_a_file_goes_with_the_next_save(kind, tiny, tmp_path):
-    """safetensors 0.8 writes to a hidden file of a random name: each kill would leave another one, as large as the weights."""
-    wanted = ["config.json", "generation_config.json", "model.safetensors"] if kind == "model" else [checkpoint.STATE]
+@pytest.mark.parametrize("kind, wanted", [("model", ["config.json", "generation_config.json", "model.safetensors"]),
+                                          ("state", [STATE])])
+def test_what_a_writer_left_that_was_killed_within_a_file_goes_with_the_next_save(kind, wanted, tiny, tmp_path):
+    """safetensors 0.8 writes to a hidden file with a random name: each would leave one, as large as the weights."""
+    def is_within_a_file():  # each name can be gone while it is looked at
+        for folder, _, names in os.walk(tmp_path):
+            for name in names:
+                if not name.endswith(".json") and (name not in wanted or folder != str(tmp_path)):
+                    return True
+        return False
 
-    def begun():  # each name can be gone while it is looked at
-        return any(not name.endswith(".json") and (name not in wanted or folder != str(tmp_path))
-                   for folder, _, names in os.walk(tmp_path) for name in names)
     for _ in range(50):
-        writer = subprocess.Popen([sys.executable, "-c", BIG, str(tmp_path), kind], cwd=Path(checkpoint.__file__).parent)
-        while not begun():
-            assert writer.poll() is None
-        writer.kill(), writer.wait()
-        if begun():
+        with start_forked(write_much_for_ever, tmp_path, kind) as writer:
+            while not is_within_a_file():
+                assert writer.poll() is None, writer.stderr
+            writer.kill()
+            writer.wait()
+        if is_within_a_file():
             break
-    assert begun()
-    model.save(tiny(), tmp_path) if kind == "model" else save(tmp_path, {"w": torch.zeros(2)}, {"step": 0})
+    assert is_within_a_file()
+    if kind == "model":
+        model.save(tiny(), tmp_path)
+    else:
+        save(tmp_path, {"w": torch.zeros(2)}, {"step": 0})
     assert sorted(path.name for path in tmp_path.iterdir()) == wanted
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who may read one may read all
 
@@ -330,35 +343,48 @@ def test_an_optimizer_of_another_kind_and_a_schedulers_keys_come_back():
 
 
 def test_a_setting_that_is_missing_in_one_is_the_difference(tmp_path):
-    checkpoint.settle(tmp_path / "settings.json", {"a": 1, "b": None})
-    with pytest.raises(ValueError, match="b was None, is None|b was"):
-        checkpoint.settle(tmp_path / "settings.json", {"a": 1})
+    checkpoint.check_same_settings(tmp_path / "settings.json", {"a": 1, "b": None})
+    with pytest.raises(ValueError, match="b was None, is None"):
+        checkpoint.check_same_settings(tmp_path / "settings.json", {"a": 1})
+
+
+def test_the_first_setting_that_differs_is_named_by_its_path(tmp_path):
+    checkpoint.check_same_settings(tmp_path / "settings.json", {"rl": {"lr": 0.1, "rates": (1, 2)}, "seed": 0})
+    checkpoint.check_same_settings(tmp_path / "settings.json", {"rl": {"lr": 0.1, "rates": [1, 2]}, "seed": 0})
+    with pytest.raises(ValueError, match="another configuration .rl.lr was 0.1, is 0.2."):
+        checkpoint.check_same_settings(tmp_path / "settings.json", {"rl": {"lr": 0.2, "rates": [1, 2]}, "seed": 1})
 
 
 def test_a_mask_of_minus_infinity_is_no_sign_of_a_broken_model(tmp_path):
     net = torch.nn.Linear(3, 2)
     net.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
-    keeper = checkpoint.Keeper(tmp_path, every=0.0)
-    keeper.began -= 1000
-    assert keeper.save(model=net, step=1)
+    checkpointer = Checkpointer(tmp_path, every=0.0)
+    checkpointer.began -= 1000
+    assert checkpointer.save(model=net, step=1)
     with torch.no_grad():
         net.weight[0, 0] = float("nan")
-    keeper.began -= 1000
-    assert not keeper.save(model=net, step=2) and load(tmp_path)[1]["step"] == 1
+    checkpointer.began -= 1000
+    assert not checkpointer.save(model=net, step=2) and load(tmp_path)[1]["step"] == 1
 
 
 def test_sampled_rows_that_are_not_those_of_the_state_are_refused_and_not_drawn_again(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    keeper = checkpoint.Keeper(tmp_path, ["rows.jsonl"])
-    keeper.asked = True  # saved at once
-    _, log = checkpoint.kept_rows(tmp_path / "rows.jsonl", generator, lambda **parts: keeper._save(0, parts), None)
+    path, generator = tmp_path / "rows.jsonl", torch.Generator().manual_seed(0)
+    checkpointer = Checkpointer(tmp_path, ["rows.jsonl"])
+
+    def save_at_once(**parts):
+        checkpointer._save(parts, at_once=True)
+
+    def resumed_rows():
+        return checkpoint.kept_rows(path, generator, None, Checkpointer(tmp_path, ["rows.jsonl"]).resume)[0]
+
+    _, log = checkpoint.kept_rows(path, generator, save_at_once, None)
     log({"step": 1}), log({"step": 2})
     for rows in ([{"step": 1}], [], [{"step": 2}], [{"step": 1}] * 2):
-        write_jsonl(tmp_path / "rows.jsonl", rows)
+        write_jsonl(path, rows)
         with pytest.raises(ValueError, match="rows.jsonl: not the 2 rows of the state"):
-            checkpoint.kept_rows(tmp_path / "rows.jsonl", generator, None, checkpoint.Keeper(tmp_path, ["rows.jsonl"]).resume)
-    write_jsonl(tmp_path / "rows.jsonl", [{"step": 1}, {"step": 2}, {"step": 3}])
-    assert checkpoint.kept_rows(tmp_path / "rows.jsonl", generator, None, checkpoint.Keeper(tmp_path, ["rows.jsonl"]).resume)[0] == [{"step": 1}, {"step": 2}]
+            resumed_rows()
+    write_jsonl(path, [{"step": 1}, {"step": 2}, {"step": 3}])
+    assert resumed_rows() == [{"step": 1}, {"step": 2}]
 
 
 def test_a_file_that_was_written_at_once_has_no_unfinished_line(tmp_path):
@@ -373,9 +399,128 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tiny, tmp_path)
     from tokenizer import Tokenizer
     (tmp_path / "else").write_text("mine")
     (tmp_path / "dir").mkdir()
-    for name in ("file.tmp", "tokenizer.json.tmp", "config.json.tmp", "model.safetensors.tmp"):
+    for name in ("file.tmp", "tokenizer.json.tmp", "saving.tmp"):
         (tmp_path / "dir" / name).symlink_to(tmp_path / "else")
     atomic_write(tmp_path / "dir" / "file", "new")
-    model.save(tiny(), tmp_path / "dir", Tokenizer(Path(checkpoint.__file__).parent / "data"))
+    model.save(tiny(), tmp_path / "dir", Tokenizer(ROOT / "data"))
     assert (tmp_path / "else").read_text() == "mine" and not [*(tmp_path / "dir").glob("*.tmp")]
     assert (tmp_path / "dir" / "tokenizer.json").is_file() and not (tmp_path / "dir" / "tokenizer.json").is_symlink()
+
+
+# ---- signals
+
+SIGNALS = pytest.mark.parametrize("number, stop, name", [(signal.SIGINT, KeyboardInterrupt, "Ctrl-C"),
+                                                         (signal.SIGTERM, Terminated, "SIGTERM")])
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """Also where the tests run in the background of a shell, which ignores Ctrl-C there."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def press(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # the handler runs between two instructions
+
+
+def train(checkpointer, steps, signals):
+    """`signals` {step: number} come within their steps; returns the steps that were made."""
+    made = []
+    first = checkpointer.resume()["step"] if checkpointer.resume else 0
+    for step in range(first + 1, steps + 1):
+        if step in signals:
+            press(signals[step])
+        append_jsonl(checkpointer.dir / "metrics.jsonl", {"step": step})
+        made.append(step)
+        checkpointer.save(step=step, tensor=torch.zeros(1))
+    return made
+
+
+@SIGNALS
+def test_the_first_signal_finishes_the_step_and_saves_and_the_next_call_resumes(number, stop, name, tmp_path, capfd):
+    with pytest.raises(stop) as caught:
+        with Checkpointer(tmp_path, ["metrics.jsonl"]) as checkpointer:
+            train(checkpointer, 10, {3: number})
+    assert type(caught.value) is stop and load(tmp_path)[1]["step"] == 3
+    said = capfd.readouterr().err
+    assert f"{name}: stopping once the current step is finished and saved" in said and said.count("\n") == 2
+    append_jsonl(tmp_path / "metrics.jsonl", {"step": 4})  # of a step that the state does not know
+    with Checkpointer(tmp_path, ["metrics.jsonl"]) as checkpointer:
+        assert train(checkpointer, 10, {}) == [4, 5, 6, 7, 8, 9, 10]
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 11)]
+
+
+@SIGNALS
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(first, number, stop, name, tmp_path):
+    with pytest.raises(stop) as caught:
+        with Checkpointer(tmp_path) as checkpointer:
+            press(first)
+            assert checkpointer.stop is not None
+            press(number)
+            time.sleep(5)
+    assert type(caught.value) is stop and not (tmp_path / STATE).exists()
+
+
+@SIGNALS
+def test_a_signal_after_the_last_save_is_not_swallowed(number, stop, name, tmp_path):
+    with pytest.raises(stop):
+        with Checkpointer(tmp_path):
+            press(number)
+
+
+@SIGNALS
+def test_a_signal_while_the_state_is_written_stops_after_the_next_step(number, stop, name, tmp_path):
+    checkpointer = Checkpointer(tmp_path, every=0.0, after=lambda: press(number))
+    checkpointer.began -= 1000
+    with pytest.raises(stop), checkpointer:
+        assert checkpointer.save(step=1)
+        checkpointer.after = None
+        checkpointer.save(step=2)
+    assert load(tmp_path)[1]["step"] == 2
+
+
+def test_sigterm_outside_of_a_training_raises_at_once_and_within_one_when_the_step_is_saved(tmp_path):
+    with pytest.raises(Terminated), checkpoint.hear_sigterm():
+        press(signal.SIGTERM)
+        time.sleep(5)
+    with checkpoint.hear_sigterm():
+        with pytest.raises(Terminated), Checkpointer(tmp_path, ["metrics.jsonl"]) as checkpointer:
+            train(checkpointer, 10, {2: signal.SIGTERM})
+        assert load(tmp_path)[1]["step"] == 2
+        with pytest.raises(Terminated):  # the outer handler is back
+            press(signal.SIGTERM)
+            time.sleep(5)
+
+
+def test_a_signal_that_a_shell_ignores_in_the_background_stays_ignored(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Checkpointer(tmp_path):
+        press(signal.SIGINT)
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) == signal.SIG_IGN
+
+
+@SIGNALS
+def test_a_process_that_gets_a_signal_ends_with_its_state_saved(number, stop, name, tmp_path):
+    def train_for_ever():
+        try:
+            with Checkpointer(tmp_path, ["metrics.jsonl"]) as checkpointer:
+                train(checkpointer, 10 ** 9, {})
+        except KeyboardInterrupt as caught:
+            raise SystemExit(143 if isinstance(caught, Terminated) else 130)
+
+    with start_forked(train_for_ever) as child:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert child.poll() is None, child.stderr
+            time.sleep(0.01)
+        child.kill(number)
+        assert child.wait(30).status == (143 if stop is Terminated else 130)
+    assert load(tmp_path)[1]["step"] == len(read_jsonl(tmp_path / "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""The comparison of methods: what stands in it, and (--full) one at the smoke preset."""
+"""The comparison of methods: what stands in it, how it is stopped, and (--full) one at the smoke preset."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import compare
 import grpo
-from test_faults import content, run_in, wait_for
+from lab import compare
+from runs import differing, wait_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +47,17 @@ def test_samples_and_seconds_to_a_level_are_those_of_the_first_rollout_there():
 COMPARE = ["--preset", "smoke", "--device", "cpu", "--compare", "--out"]
 
 
-def alive(group):
+def start(folder):
+    """A comparison, in a group of processes of its own."""
+    def hear_ctrl_c():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
+
+    return subprocess.Popen([sys.executable, "pipeline.py", *COMPARE, str(folder / "run")], cwd=ROOT, text=True,
+                            start_new_session=True, preexec_fn=hear_ctrl_c,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def is_alive(group):
     try:
         os.killpg(group, 0)
         return True
@@ -55,38 +65,69 @@ def alive(group):
         return False
 
 
-def test_a_comparison_that_is_killed_leaves_no_process_behind_and_ctrl_c_begins_no_other_method(tmp_path):
-    def start():
-        return subprocess.Popen([sys.executable, "pipeline.py", *COMPARE, str(tmp_path / "run")], cwd=ROOT, start_new_session=True,
-                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # heard, though a shell's background ignores it
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def test_a_comparison_that_is_killed_leaves_no_process_behind_and_one_that_is_stopped_begins_no_other_method(tmp_path):
+    def begun():
+        return sorted(tmp_path.glob("run/compare/*"))
 
-    begun = lambda: sorted(tmp_path.glob("run/compare/*"))
-    killed = start()
+    def training():
+        return sorted(tmp_path.glob("run/compare/*/metrics.jsonl"))
+
+    killed = start(tmp_path)
     wait_for(begun, 300)
-    killed.kill(), killed.wait()
-    wait_for(lambda: not alive(killed.pid), 10)
-    stopped, before = start(), len([*tmp_path.glob("run/compare/*/metrics.jsonl")])
-    wait_for(lambda: len([*tmp_path.glob("run/compare/*/metrics.jsonl")]) > before or any((path / "DONE").exists() for path in begun()), 300)
-    time.sleep(0.5)
-    os.killpg(stopped.pid, signal.SIGINT)
-    there = begun()
-    said = stopped.communicate(timeout=300)[1]
-    assert stopped.returncode == 130 and "the same command goes on from here" in said
-    assert not [path for path in begun() if path not in there and (path / "DONE").exists()]  # one may have been about to begin
-    wait_for(lambda: not alive(stopped.pid), 10)
+    killed.kill()
+    killed.wait()
+    wait_for(lambda: not is_alive(killed.pid), 10)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        before = len(training())
+        stopped = start(tmp_path)
+        wait_for(lambda: len(training()) > before or any((path / "DONE").exists() for path in begun()), 300)
+        time.sleep(0.5)
+        if number == signal.SIGINT:
+            os.killpg(stopped.pid, number)  # a terminal's Ctrl-C reaches all its processes
+        else:
+            stopped.send_signal(number)
+        there = begun()
+        said = stopped.communicate(timeout=300)[1]
+        assert stopped.returncode == code and "the same command resumes here" in said
+        # one more method may have been about to begin, but none has been trained
+        assert not [path for path in begun() if path not in there and (path / "DONE").exists()]
+        wait_for(lambda: not is_alive(stopped.pid), 10)
+
+
+SAVES_OFTEN = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from runs import saving_often
+if __name__ == "__main__":
+    sys.argv = ["pipeline.py", *{args!r}]
+    saving_often()
+"""
+
+
+def run_saving_often(folder, kills):
+    """A comparison in an interpreter of its own, from which its processes start; killed after so many seconds each."""
+    folder.mkdir()
+    program = SAVES_OFTEN.format(root=str(ROOT), tests=str(ROOT / "tests"), args=[*COMPARE, "run"])
+    (folder / "program.py").write_text(program)
+    for killed, after in enumerate([*kills, None]):
+        process = subprocess.Popen([sys.executable, "program.py"], cwd=folder, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(after) == 0
+            return killed
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.full
 def test_a_comparison_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(tmp_path):
-    assert run_in(tmp_path / "whole", [*COMPARE, "run"]) == 0 and run_in(tmp_path / "killed", [*COMPARE, "run"], [9, 21, 14]) >= 1
-    whole, killed = (content(tmp_path / name / "run") for name in ("whole", "killed"))
-    assert whole.keys() == killed.keys() and not [name for name in whole if whole[name] != killed[name]]
+    assert run_saving_often(tmp_path / "whole", []) == 0 and run_saving_often(tmp_path / "killed", [9, 21, 14]) >= 1
+    assert differing(tmp_path / "whole" / "run", tmp_path / "killed" / "run") == []
 
 
 @pytest.mark.full
 def test_one_command_compares_all_methods_within_one_budget_of_samples(tmp_path):
-    command = [sys.executable, "pipeline.py", "--preset", "smoke", "--out", str(tmp_path), "--device", "cpu", "--compare"]
+    command = [sys.executable, "pipeline.py", *COMPARE, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     table, times = (json.loads((tmp_path / name).read_text())["compare"] for name in ("results.json", "times.json"))
@@ -98,8 +139,8 @@ def test_one_command_compares_all_methods_within_one_budget_of_samples(tmp_path)
     assert "Methods" in (tmp_path / "report.html").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("compare/*/model.safetensors")}
     one = tmp_path / "compare" / "grpo-0.0001" / "DONE"
-    one.write_text(one.read_text().replace('"ppo.py": "', '"ppo.py": "another'))
+    one.write_text(one.read_text().replace('"variants/ppo.py": "', '"variants/ppo.py": "another'))
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "grpo was made before ppo.py changed" in again.stdout and str(one.parent) in again.stdout
+    assert "grpo was made before variants/ppo.py changed" in again.stdout and str(one.parent) in again.stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("compare/*/model.safetensors")}
     assert len(stamps) == len(compare.ENTRIES) and not [*tmp_path.glob("compare/*/state.safetensors")]

@@ -1,11 +1,9 @@
-"""The papers' settings by name: against PAPER.md's figures, and against the table in policy_loss's docstring."""
-
-import re
+"""The papers' settings by name: against their figures, and against the methods whose loss test_grpo.py has by hand."""
 
 import pytest
 
 import grpo
-from configs import METHODS, PUBLISHED
+from variants.configs import METHODS, PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED | METHODS)
@@ -14,7 +12,9 @@ def test_every_named_configuration_is_a_valid_one(name):
 
 
 def test_the_published_values_are_the_papers():
-    zero, rl1, rl2, dsm = (grpo.GRPOConfig(**PUBLISHED[name]) for name in ("r1-zero", "r1-rl1", "r1-rl2", "deepseekmath"))
+    zero, rl1, rl2, dsm = (
+        grpo.GRPOConfig(**PUBLISHED[name]) for name in ("r1-zero", "r1-rl1", "r1-rl2", "deepseekmath")
+    )
     assert all((c.lr, c.beta, c.group_size, c.minibatches) == (3e-6, 0.001, 16, 16) for c in (zero, rl1, rl2))
     assert zero.prompts_per_rollout * zero.group_size == 8192  # outputs a rollout
     assert zero.prompts_per_rollout * zero.group_size // zero.minibatches == 512  # of an update
@@ -26,18 +26,14 @@ def test_the_published_values_are_the_papers():
     assert dsm.prompts_per_rollout * dsm.group_size == 1024 and dsm.minibatches == dsm.inner_epochs == 1
 
 
-def test_the_methods_are_the_rows_of_the_losses_table():
-    rows = {}
-    for line in grpo.policy_loss.__doc__.splitlines():
-        cells = re.split(r"\s{2,}", line.strip())
-        if len(cells) >= 5 and cells[0] != "method":
-            rows[cells[0].lower().replace(". ", "_").replace(".", "_")] = cells
+def test_the_methods_are_those_whose_loss_test_grpo_has_by_hand():
+    from test_grpo import METHODS as BY_HAND
+    names = {name.lower().replace(". ", "_"): name for name in BY_HAND}
+    assert METHODS.keys() == names.keys() - {"ppo"}  # whose switches variants/ppo.py's script sets
     for name, settings in METHODS.items():
-        cells, c = rows[name], grpo.GRPOConfig(**settings)
-        text = " ".join(cells)
-        low, high = (float(x) for x in next(cell for cell in cells if re.match(r"[\d.e-]+, [\d.e-]+$", cell)).split(", "))
-        assert (c.clip_low, c.clip_high) == (low, high)
-        assert c.mean == next(cell for cell in cells if cell in ("sequence", "token", "constant"))
-        assert c.beta == float(cells[-1])
-        assert c.sequence_ratio == ("sequence_ratio" in text) and c.detach_ratio == ("detach_ratio" in text)
-        assert c.scale_by_std == ("/ std" in text) and c.leave_one_out == ("leave one out" in text)
+        config, switches = grpo.GRPOConfig(**settings), BY_HAND[names[name]]
+        assert {switch: getattr(config, switch) for switch in switches} == switches
+        assert config.sequence_ratio == ("sequence_ratio" in switches)
+        assert config.detach_ratio == ("detach_ratio" in switches)
+        assert config.scale_by_std == (name not in ("dr_grpo", "rloo", "reinforce"))
+        assert config.leave_one_out == (name == "rloo")

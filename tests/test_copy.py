@@ -1,7 +1,8 @@
-"""A concept file is copied alone into an empty folder and used there (STYLE.md, "A file that can be copied")."""
+"""A concept file is copied alone into an empty folder and used there; and which file may import which."""
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -14,11 +15,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {  # beside the standard library
-    "model": {"torch", "safetensors", "tqdm"}, "tokenizer": {"tiktoken", "tqdm"}, "sft": {"torch", "tqdm"}, "rewards": set(),
-    "grpo": {"torch", "tqdm"}, "ppo": {"torch", "tqdm"}, "prime": {"torch", "tqdm"}, "process": {"torch"},
-    "configs": set(), "distill": set(), "graphs": {"torch"},
-    "evaluate": {"numpy", "tqdm"}, "checkpoint": {"torch", "safetensors", "numpy"}}
-CONCEPTS = [name for name in ALLOWED if (ROOT / f"{name}.py").exists()]
+    "model": {"torch", "safetensors", "tqdm"}, "tokenizer": {"tiktoken", "regex"}, "rewards": set(),
+    "sft": {"torch", "tqdm"}, "grpo": {"torch", "tqdm"}, "distill": set(), "evaluate": {"numpy", "tqdm"},
+    "variants/ppo": {"torch", "tqdm"}, "variants/prime": {"torch", "tqdm"}, "variants/process": {"torch"},
+    "variants/configs": set(), "lab/graphs": {"torch"}, "lab/checkpoint": {"torch", "safetensors", "numpy"}}
+CONCEPTS = [*ALLOWED]
+FOLDERS = ("variants", "lab", "data")
+OURS = [path for folder in (ROOT, *(ROOT / name for name in FOLDERS)) for path in sorted(folder.glob("*.py"))]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in OURS}
+SIBLINGS = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 
 TOY = """
 class Toy(torch.nn.Module):
@@ -33,25 +38,56 @@ class Toy(torch.nn.Module):
 """
 
 EXAMPLES = {
-    "ppo": """
+    "variants/ppo": TOY + """
+        from types import SimpleNamespace
         import ppo
-        rewards, values, mask = torch.tensor([[0., 0, 0, 1]]), torch.tensor([[9., 0.2, 0.4, 0.7]]), torch.tensor([[0, 1, 1, 1]])
+        class Policy(Toy):
+            def hidden(self, ids):
+                return self.table(ids)
+        config = SimpleNamespace(dtype="float32", micro_batch_tokens=8, grad_clip=1.0)
+        ids, mask = torch.tensor([[1, 2, 3, 4], [1, 5, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+        rollout = SimpleNamespace(ids=ids, ends=[4, 2], mask=mask, old_logprobs=torch.zeros(2, 3),
+                                  rewards=torch.tensor([[1.0, 0.0]]))
+        policy = Policy()
+        torch.nn.init.normal_(policy.table.weight, generator=torch.Generator().manual_seed(0))
+        estimator = ppo.PPO(policy, config, ppo.PPOConfig(critic_lr=0.1, whiten=False))
+        first = estimator.advantages(rollout)
+        assert first.tolist() == [[1, 1, 1], [0, 0, 0]], first
+        for _ in range(100):
+            estimator.advantages(rollout), estimator.learn(rollout, [0, 1])
+        last = estimator.advantages(rollout)
+        # token 1 is followed by a 1 or by a 0
+        assert last[0, 1:].abs().max() < 0.1 and abs(last[0, 0] - 0.5) < 0.2, last
+        rewards, values = torch.tensor([[0., 0, 0, 1]]), torch.tensor([[9., .2, .4, .7]])
+        mask = torch.tensor([[0, 1, 1, 1]])
         advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, lam=1.0)
         assert torch.allclose(advantages, torch.tensor([[0, 0.8, 0.6, 0.3]])) and torch.allclose(returns, mask.float())
     """,
-    "prime": """
+    "variants/prime": TOY + """
+        from types import SimpleNamespace
         import prime
         process, mask = torch.tensor([[0.5, 0.1], [0.2, 9.0]]), torch.tensor([[1, 1], [1, 0]])
         advantages = prime.prime_advantages(process, torch.tensor([[1.0, 0.0]]), mask)
-        assert torch.allclose(advantages, torch.tensor([[0.5 + 0.1 - 2 * 0.2 + 1, 0.1 - 0.2 + 1], [0.2 - 0.3 - 1, 0.0]]))
+        expected = torch.tensor([[0.5 + 0.1 - 2 * 0.2 + 1, 0.1 - 0.2 + 1], [0.2 - 0.3 - 1, 0.0]])
+        assert torch.allclose(advantages, expected)
+        config = SimpleNamespace(dtype="float32", micro_batch_tokens=8, grad_clip=1.0, temperature=1.0)
+        ids, mask = torch.tensor([[1, 2, 3, 4], [1, 5, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+        rollout = SimpleNamespace(ids=ids, ends=[4, 2], mask=mask, old_logprobs=torch.zeros(2, 3),
+                                  parts={"accuracy": torch.tensor([[1.0, 0.0]])})
+        estimator = prime.PRIME(Toy(), config, prime.PRIMEConfig(prm_lr=0.1, prm_beta=0.5))
+        assert estimator.advantages(rollout).tolist() == [[1, 1, 1], [-1, 0, 0]]
+        for _ in range(50):
+            estimator.advantages(rollout)
+        assert estimator.learn(rollout, [0])["prm_accuracy"] == 1 and estimator.metrics["prm_loss"] < 0.1
     """,
-    "process": """
+    "variants/process": """
         import process
-        rewards, ends = torch.tensor([[0., 1, 0], [0, 0, 3]]), torch.tensor([[False, True, False], [False, False, True]])
+        rewards = torch.tensor([[0., 1, 0], [0, 0, 3]])
+        ends = rewards > 0
         advantages = process.process_advantages(rewards, ends, group_size=2, scale_by_std=False)
         assert advantages.tolist() == [[-1, -1, 0], [1, 1, 1]]
     """,
-    "configs": """
+    "variants/configs": """
         import configs
         assert configs.PUBLISHED["r1-zero"]["group_size"] == 16 and configs.METHODS["dapo"]["clip_high"] == 0.28
     """,
@@ -59,7 +95,8 @@ EXAMPLES = {
         import model
         net = model.Transformer(model.Config(vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1))
         net.init_weights(torch.Generator().manual_seed(0))
-        ids, lengths, logprobs = model.generate(net, [[1, 2], [3]], n=2, max_new_tokens=5, generator=torch.Generator().manual_seed(0))
+        ids, lengths, logprobs = model.generate(net, [[1, 2], [3]], n=2, max_new_tokens=5,
+                                                generator=torch.Generator().manual_seed(0))
         assert ids.shape == (4, 5) and (logprobs < 0).all()
         model.save(net, "weights")
         again = model.load("weights")
@@ -68,18 +105,25 @@ EXAMPLES = {
     """,
     "tokenizer": """
         import json, pathlib, tokenizer
-        spec = tokenizer.train_bpe(["Tom has 12 apples."] * 3, 280)
+        vocab = {char: i for i, char in enumerate([*tokenizer.BYTE, "To", "Tom"])}
+        added = [{"id": 258 + i, "content": tag, "special": False} for i, tag in enumerate(tokenizer.TAGS)]
+        added.append({"id": 262, "content": "<|endoftext|>", "special": True})
+        spec = {"added_tokens": added, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+                "decoder": {"type": "ByteLevel"},
+                "model": {"type": "BPE", "vocab": vocab, "merges": ["T o", "To m"]}}
         pathlib.Path("tokenizer.json").write_text(json.dumps(spec))
         tok = tokenizer.Tokenizer(".")
-        assert tok.decode(tok.encode("<think>Tom 三</think>")) == "<think>Tom 三</think>"
+        ids = tok.encode("<think>Tom 三</think>")
+        assert ids[:2] == [258, 257] and tok.decode(ids) == "<think>Tom 三</think>"
     """,
     "sft": TOY + """
         import sft
         net = Toy()
-        last = sft.train(net, [([1, 2, 3, 4], 1)] * 40, sft.SFTConfig(lr=0.3, batch_tokens=16, row_length=8, dtype="float32"))
+        config = sft.SFTConfig(lr=0.3, batch_tokens=16, row_length=8, dtype="float32")
+        last = sft.train(net, [([1, 2, 3, 4], 1)] * 40, config)
         assert last["loss"] < 0.2 and net(torch.tensor([[2]])).argmax() == 3
     """,
-    "graphs": """
+    "lab/graphs": """
         import graphs
         generate = graphs.with_graphs(lambda model, prompts, n: (model, prompts, n))
         net = torch.nn.Linear(2, 2)
@@ -104,23 +148,26 @@ EXAMPLES = {
             return out, lengths, torch.zeros(out.shape)
         rewards = []
         grpo.train(Toy(), [[1], [2]], encode=list, decode=lambda ids: ids, generate=generate, end_ids=[0],
-                   rewards={"ones": lambda ids, example: ids.count(5) / len(ids)}, log=lambda m, r: rewards.append(m["reward"]),
-                   config=grpo.GRPOConfig(rollouts=20, prompts_per_rollout=2, group_size=8, max_new_tokens=4, lr=0.1, warmup=1,
-                                          dtype="float32"))
+                   rewards={"ones": lambda ids, example: ids.count(5) / len(ids)},
+                   log=lambda m, r: rewards.append(m["reward"]),
+                   config=grpo.GRPOConfig(rollouts=20, prompts_per_rollout=2, group_size=8, max_new_tokens=4, lr=0.1,
+                                          warmup=1, dtype="float32"))
         assert rewards[0] < 0.3 and rewards[-1] > 0.7, rewards
     """,
     "distill": """
         import distill
-        rows, counts = distill.rejection_sample([{"prompt": "2+3?"}], [["5", "6", "5"]], lambda t, e: t == "5", lambda t, e: True)
+        rows, counts = distill.rejection_sample([{"prompt": "2+3?"}], [["5", "6", "5"]], correct=lambda t, e: t == "5",
+                                                one_language=lambda t, e: True)
         assert counts["kept"] == counts["correct"] == counts["distinct"] == 1
-        assert len(distill.distill(None, rows * 3, [{"prompt": "hello", "completion": "hi"}], lambda row: row, lambda m, e: e)) == 4
+        general = [{"prompt": "hello", "completion": "hi"}]
+        assert len(distill.distill(None, rows * 3, general, encode=dict, train=lambda model, examples: examples)) == 4
     """,
     "evaluate": """
         import evaluate
         assert evaluate.pass_at_k(4, 1, 2) == 0.5 and evaluate.majority_at_k([5, 5, 7], 5, 3) == 1
         assert evaluate.bootstrap([1, 1, 1]) == (1, 1, 1)
     """,
-    "checkpoint": """
+    "lab/checkpoint": """
         import checkpoint
         net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
         checkpoint.save("state", *checkpoint.state_of(model=net, step=3))
@@ -134,9 +181,17 @@ import io, random, sys
 sys.path.insert(0, ".")
 sys.stdout, sys.stderr, shown = io.StringIO(), io.StringIO(), (sys.stdout, sys.stderr)
 import {packages}
-state = lambda: [random.getstate(), *[str(sys.modules[m].random.get_state()) for m in ["numpy"] if m in sys.modules],
-                 *[sys.modules[m].get_rng_state().tolist() + [sys.modules[m].get_default_dtype(), sys.modules[m].get_num_threads(),
-                   sys.modules[m].is_grad_enabled()] for m in ["torch"] if m in sys.modules]]
+
+def state():
+    states = [random.getstate()]
+    if "numpy" in sys.modules:
+        states.append(str(sys.modules["numpy"].random.get_state()))
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        states += [torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
+                   torch.is_grad_enabled()]
+    return states
+
 before = state()
 import {name}
 assert state() == before, "importing changed a random state or a flag"
@@ -147,78 +202,139 @@ sys.stdout, sys.stderr = shown
 """
 
 
-def alone(name, script, folder):
-    """Runs a script in a fresh interpreter, in a folder that holds one file of ours and nothing else."""
-    shutil.copy(ROOT / f"{name}.py", folder)
+def alone(script, folder, *names):
+    """Runs a script in a fresh interpreter, in a folder that holds these files of ours and nothing else."""
+    for name in names:
+        shutil.copy(ROOT / f"{name}.py", folder)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    return subprocess.run([sys.executable, "-I", "-c", script], cwd=folder, env=clean, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-I", "-c", script], cwd=folder, env=clean, capture_output=True, text=True,
+                            timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_concept_file_alone_in_an_empty_folder_imports_silently_and_works(name, tmp_path):
     packages = sorted(ALLOWED[name] - {"tqdm"}) or ["json"]
-    siblings = {path.stem for path in ROOT.glob("*.py")}
-    script = AROUND.format(name=name, packages=", ".join(packages), siblings=siblings) + textwrap.dedent(EXAMPLES[name])
-    result = alone(name, script, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
+    stems = {path.stem for path in MODULES.values()} | set(FOLDERS)
+    script = AROUND.format(name=Path(name).stem, packages=", ".join(packages), siblings=stems)
+    assert alone(script + textwrap.dedent(EXAMPLES[name]), tmp_path, name) == ""
 
 
 def test_every_concept_file_has_an_example_here():
-    assert set(CONCEPTS) == set(EXAMPLES)
+    top = {path.stem for path in ROOT.glob("*.py")} - {"pipeline"}
+    variants = {f"variants/{path.stem}" for path in ROOT.glob("variants/*.py")} - {"variants/__init__"}
+    assert EXAMPLES.keys() == ALLOWED.keys() == top | variants | {"lab/graphs", "lab/checkpoint"}
+
+
+# ------------------------------------------------------------------------------------------- who imports whom
+
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree):
+    """[(node, module)] of each import in a tree, functions included; of `from a import b` both a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield node, node.module
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def functions_of(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_at_the_top_a_concept_file_imports_the_standard_library_and_its_packages_only(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.Lambda))
-              for node in ast.walk(function)}
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) not in inside and isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import"
-            found.add(node.module.partition(".")[0])
-        elif id(node) not in inside and isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+    tree = parsed(ROOT / f"{name}.py")
+    inside = {id(node) for function in functions_of(tree) for node in ast.walk(function)}
+    found = {module.partition(".")[0] for node, module in imported(tree) if id(node) not in inside}
     assert found - set(sys.stdlib_module_names) <= ALLOWED[name]
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_only_main_imports_siblings(name):
-    siblings = {path.stem for path in ROOT.glob("*.py")} | {"data"}
-    for function in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
-        if isinstance(function, ast.FunctionDef) and function.name != "main":
-            for node in ast.walk(function):
-                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                    [node.module] if isinstance(node, ast.ImportFrom) else []
-                assert not {m.partition(".")[0] for m in modules} & siblings, f"{name}.{function.name} line {node.lineno}"
+    for function in functions_of(parsed(ROOT / f"{name}.py")):
+        for node, module in imported(function):
+            if module.partition(".")[0] in SIBLINGS:
+                assert getattr(function, "name", "") == "main", f"line {node.lineno}: {module}"
+
+
+def graph_of_imports():
+    """{module of ours: those of ours that it imports, at any level}."""
+    edges = {}
+    for name, path in MODULES.items():
+        edges[name] = {module for _, module in imported(parsed(path)) if module in MODULES and module != name}
+    return edges
+
+
+def test_no_file_imports_another_in_a_circle_not_even_within_functions():
+    edges, done = graph_of_imports(), set()
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail[trail.index(name):], name])
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in edges:
+        visit(name, [])
+    assert {"pipeline", "lab.scripts", "variants.ppo", "data.world"} <= done
+
+
+def test_the_recipe_and_what_runs_it_are_imported_by_nothing_below():
+    above = {"pipeline", "lab.run", "lab.compare"}
+    for name, others in graph_of_imports().items():
+        if name not in above:
+            assert not others & above, name
+    assert not any(others & {"pipeline"} for others in graph_of_imports().values())
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_the_body_of_a_concept_file_only_defines(name):
     """No call stands alone at the top, no loop and no flag: importing does nothing."""
-    for node in ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body:
+    for node in parsed(ROOT / f"{name}.py").body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
         assert is_docstring or is_main or isinstance(
-            node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)), f"line {node.lineno}"
-        for target in getattr(node, "targets", []):
+            node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
+        ), f"line {node.lineno}"
+        for target in getattr(node, "targets", [node.target] if hasattr(node, "target") else []):
             assert isinstance(target, (ast.Name, ast.Tuple)), f"line {node.lineno}: sets something of another module"
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_nothing_says_cuda_by_itself(name):
     """Device and dtype come from the inputs or the parameters."""
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
-        assert not (isinstance(node, ast.Attribute) and node.attr == "cuda" and ast.unparse(node.value) != "torch"), node.lineno
+    for node in ast.walk(parsed(ROOT / f"{name}.py")):
+        assert not (isinstance(node, ast.Attribute) and node.attr == "cuda" and ast.unparse(node.value) != "torch"), (
+            node.lineno)
 
 
 def test_what_two_files_hold_twice_agrees():
     """The price of files that can be copied."""
+    import grpo
     import rewards
     import tokenizer
-    assert list(tokenizer.TAGS) == rewards.TAGS
+    from variants import ppo, prime
+    assert list(tokenizer.TAGS) == list(rewards.TAGS)
+    for copy in (ppo, prime):
+        assert inspect.getsource(copy.micro_batches) == inspect.getsource(grpo.micro_batches)
 
+
+def test_no_line_of_a_python_file_is_longer_than_120_characters():
+    files = [*MODULES.values(), *ROOT.glob("tests/*.py"), *ROOT.glob("tests/fixtures/*.py")]
+    wide = [f"{path.relative_to(ROOT)}:{number}" for path in files
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    assert not wide, wide
+
+
+# ------------------------------------------------------------------------------------------- a model from elsewhere
 
 SCRATCH = """
 import sys
@@ -237,7 +353,7 @@ class Wrapped(torch.nn.Module):
 
 @torch.no_grad()
 def generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator):
-    rows, logprobs, lengths = [], [], []
+    rows, logprobs = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt] * n)
         scores = []
@@ -256,28 +372,53 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 model = Wrapped(LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                              num_attention_heads=2, num_key_value_heads=2, attention_dropout=0.1)))
+settings = dict(rollouts=12, prompts_per_rollout=2, group_size=16, lr=1e-2, warmup=1, max_new_tokens=5, dtype="float32")
+rules = {"sevens": lambda ids, example: ids.count(7) / len(ids), "seven": lambda ids, example: float(7 in ids)}
 curve = []
-grpo.train(model, [[1, 2], [4, 5, 6]], encode=list, decode=lambda ids: ids, generate=generate, end_ids=[3],
-           rewards={"sevens": lambda ids, example: ids.count(7) / len(ids)},
-           config=grpo.GRPOConfig(rollouts=12, prompts_per_rollout=2, group_size=16, lr=1e-2, warmup=1, max_new_tokens=5, dtype="float32"),
-           log=lambda metrics, rollout: curve.append(metrics))
-rewards = [m["reward"] for m in curve]
-assert rewards[0] < 0.2 and rewards[-1] > 0.6, rewards
-assert curve[0]["sampler_gap"] < 1e-5
+
+def train(rule, config, estimator=None):
+    grpo.train(model, [[1, 2], [4, 5, 6]], encode=list, decode=lambda ids: ids, generate=generate, end_ids=[3],
+               rewards={rule: rules[rule]}, config=config, advantage_estimator=estimator,
+               log=lambda metrics, rollout: curve.append(metrics))
+    return [metrics["reward"] for metrics in curve]
 """
+
+METHODS = {
+    "grpo": """
+        rewards = train("sevens", grpo.GRPOConfig(**settings))
+        assert rewards[0] < 0.2 and rewards[-1] > 0.6, rewards
+        assert curve[0]["sampler_gap"] < 1e-5
+    """,
+    "variants/ppo": """
+        import ppo
+        config = grpo.GRPOConfig(**settings, mean="token", beta=0.0)
+        states = lambda trunk, ids: trunk.inner.model(input_ids=ids, use_cache=False).last_hidden_state
+        rewards = train("sevens", config, ppo.PPO(model, config, ppo.PPOConfig(critic_lr=1e-2), hidden=states))
+        assert rewards[0] < 0.2 and sum(rewards[-2:]) / 2 > 0.5, rewards
+    """,
+    "variants/prime": """
+        import prime
+        config = grpo.GRPOConfig(**settings, mean="token", beta=0.0)
+        rewards = train("seven", config, prime.PRIME(model, config, prime.PRIMEConfig(prm_lr=3e-3), outcome="seven"))
+        assert sum(rewards[:2]) / 2 < 0.5 and sum(rewards[-2:]) / 2 > 0.8, rewards
+    """}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
-def test_grpo_copied_alone_trains_a_transformers_model_in_a_scratch_project(tmp_path):
-    result = alone("grpo", SCRATCH, tmp_path)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("name", METHODS)
+def test_grpo_copied_alone_or_with_a_variant_trains_a_transformers_model_in_a_scratch_project(name, tmp_path):
+    alone(SCRATCH + textwrap.dedent(METHODS[name]), tmp_path, *{"grpo", name})
 
 
-def test_the_readme_links_to_the_lines_that_it_names():
-    lines = {"`rollout`": "def rollout(", "one line": "total = sum(weights", "`group_advantages`": "def group_advantages(",
-             "`policy_loss`": "objective = torch.min(ratio", "`kl_divergence`": "def kl_divergence(", "this line": "token_loss / lengths",
-             "the loop": "c.minibatches", "here": "reference.load_state_dict", "`recipe` in pipeline.py": "def recipe("}
-    links = re.findall(r"\[([^\]]+)\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {text for text, _, _ in links} == lines.keys()
-    for text, file, number in links:
-        assert lines[text] in (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1], text
+# ------------------------------------------------------------------------------------------- links of the documents
+
+def defined_in(path):
+    return {node.name for node in ast.walk(parsed(path)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))])
+def test_each_function_that_a_document_names_beside_its_file_is_defined_there(page):
+    """Written as `name` in [file.py](file.py)."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, link in re.findall(r"`(\w+)(?:\(\))?` in \[[^\]]*\]\(([\w./]+\.py)\)", text):
+        assert name in defined_in((ROOT / page).parent / link), f"{name} in {link}"

@@ -49,7 +49,9 @@ def test_the_counts_add_up():
     rng = random.Random(0)
     texts = [[rng.choice(["5 a", "5 b", "5 c", "6", "5 三", "5```"]) for _ in range(20)] for _ in range(30)]
     rows, counts = rejection_sample([EXAMPLE] * 30, texts, lambda t, e: "5" in t, lambda t, e: t.isascii(), keep=2)
-    assert counts["sampled"] == 600 == sum(counts[name] for name in FILTERS) + counts["kept"] and counts["kept"] == len(rows)
+    assert counts["sampled"] == 600 == sum(counts[name] for name in FILTERS) + counts["kept"] and counts["kept"] == len(
+        rows
+    )
     assert all(counts[name] for name in FILTERS)
 
 
@@ -97,11 +99,20 @@ def test_a_mixture_of_nothing_is_refused(traces, general):
 
 def test_a_student_is_trained_on_the_encoded_mixture_and_nothing_else():
     seen = []
-    result = distill("student", [{"completion": "abc"}] * 6, [{"completion": "x"}] * 9, lambda row: (list(row["completion"]), 1),
-                     lambda model, examples: seen.append((model, examples)) or {"loss": 1.0})
+    result = distill(
+        "student",
+        [{"completion": "abc"}] * 6,
+        [{"completion": "x"}] * 9,
+        lambda row: (list(row["completion"]), 1),
+        lambda model, examples: seen.append((model, examples)) or {"loss": 1.0},
+    )
     (model, examples), = seen
     assert result == {"loss": 1.0} and model == "student"
     assert sorted(examples) == sorted([(["a", "b", "c"], 1)] * 6 + [(["x"], 1)] * 2)
+
+
+def test_without_general_examples_a_student_is_trained_on_the_traces_alone_in_their_order():
+    assert distill(None, [1, 2, 3], [], lambda row: -row, lambda model, examples: examples) == [-1, -2, -3]
 
 
 def test_a_student_learns_its_teachers_traces(tiny, tokenizer):
@@ -113,7 +124,10 @@ def test_a_student_learns_its_teachers_traces(tiny, tokenizer):
                                  [[f"<think>{i}</think>{i}", f"<think>{i}</think>x"] for i in range(10)],
                                  lambda t, e: t.endswith(e["answer"]), lambda t, e: True)
     student = tiny(vocab_size=tokenizer.vocab_size)
-    encode = lambda row: (tokenizer.encode(row["prompt"] + "?" + row["completion"]) + [tokenizer.end_id], len(row["prompt"]) + 1)
+    encode = lambda row: (
+        tokenizer.encode(row["prompt"] + "?" + row["completion"]) + [tokenizer.end_id],
+        len(row["prompt"]) + 1,
+    )
     config = SFTConfig(lr=1e-2, epochs=40, batch_tokens=128, row_length=64, dtype="float32")
     distill(student, traces, [{"prompt": "hello", "completion": "hi"}], encode, partial(train, config=config))
     prompts = [tokenizer.encode(p + "?") for p in ("3", "8", "hello")]

@@ -7,7 +7,9 @@ import torch
 
 import evaluate
 import rewards
-from evaluate import EvalConfig, bootstrap, complete, majority_at_k, measure, paired_bootstrap, pass_at_k, summarise, with_budget
+from data.math_answers import read_answer, read_end
+from evaluate import (EvalConfig, bootstrap, complete, majority_at_k, measure, paired_bootstrap, pass_at_k, summarise,
+                      with_budget)
 
 END = 256
 
@@ -23,7 +25,8 @@ def test_pass_at_k_is_the_share_of_all_subsets_that_hold_a_correct_sample(n):
 
 
 def test_pass_at_k_is_exact_for_many_samples():
-    assert pass_at_k(1000, 1, 64) == pytest.approx(0.064) and pass_at_k(1000, 0, 64) == 0 and pass_at_k(1000, 937, 64) == 1
+    assert pass_at_k(1000, 1, 64) == pytest.approx(0.064)
+    assert pass_at_k(1000, 0, 64) == 0 and pass_at_k(1000, 937, 64) == 1
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0), (0, 0, 1)])
@@ -40,7 +43,7 @@ def test_a_majority_is_counted_by_hand_with_ties_and_unreadable_answers(answers,
     assert majority_at_k(answers, 5, len(answers)) == pytest.approx(expected)
 
 
-def test_maj_at_k_is_the_mean_over_disjoint_lots():
+def test_maj_at_k_is_the_mean_over_disjoint_sets_of_k():
     answers = [5, 5, 7, 7, 7, 5, 5, 8, 5, 9]
     assert majority_at_k(answers, 5, 3) == pytest.approx((1 + 0 + 1) / 3)  # the tenth is left over
     assert majority_at_k(answers, 5, 1) == pytest.approx(0.5)
@@ -110,13 +113,17 @@ def scripted(reply, asked=None):
 @pytest.mark.parametrize("batch_rows", [1, 3, 4, 100])
 def test_completions_come_back_in_the_order_of_the_prompts(tokenizer, batch_rows):
     prompts = ["long prompt", "b", "medium", "xy", "a"]
-    texts, counts = complete([tokenizer.encode(p) for p in prompts], scripted(lambda p, j: f"{p} {j}"), tokenizer.decode,
-                             EvalConfig(samples=3, batch_rows=batch_rows))
+    texts, counts = complete(
+        [tokenizer.encode(p) for p in prompts],
+        scripted(lambda p, j: f"{p} {j}"),
+        tokenizer.decode,
+        EvalConfig(samples=3, batch_rows=batch_rows),
+    )
     assert texts == [[f"{p} {j}" for j in range(3)] for p in prompts]
     assert counts.tolist() == [[len(p) + 3] * 3 for p in prompts]  # the end token counts
 
 
-def test_completions_are_sampled_as_configured_and_in_lots_of_batch_rows(tokenizer):
+def test_completions_are_sampled_as_configured_and_in_batches_of_batch_rows(tokenizer):
     asked = []
     complete([[1]] * 5, scripted(lambda p, j: "x", asked), tokenizer.decode,
              EvalConfig(samples=2, batch_rows=4, temperature=0.3, top_p=0.9, max_new_tokens=7))
@@ -157,7 +164,10 @@ def test_a_completion_that_ended_exactly_at_the_budget_does_not_go_on(tokenizer)
 
 
 def test_a_completion_that_ended_amid_its_thinking_is_not_helped_to_an_answer(tokenizer):
-    assert budgeted(tokenizer, 20, lambda prompt, j: "7</answer>" if "</think>" in prompt else "<think>0123") == [["<think>0123"] * 2] * 2
+    assert (
+        budgeted(tokenizer, 20, lambda prompt, j: "7</answer>" if "</think>" in prompt else "<think>0123")
+        == [["<think>0123"] * 2] * 2
+    )
 
 
 def test_an_answer_under_way_at_the_budget_is_finished(tokenizer):
@@ -169,8 +179,15 @@ def test_the_end_of_the_first_thinking_is_replaced_once_by_wait(tokenizer):
     """"|" stands for the one token that ends the thinking."""
     def reply(prompt, j):
         return "more|7" if "Wait" in prompt else ("first|5" if j == 0 else "5")
-    texts = evaluate.lengthened([tokenizer.encode("a")], scripted(reply), tokenizer.decode, EvalConfig(samples=2), ord("|"),
-                                tokenizer.encode("Wait "))
+
+    texts = evaluate.lengthened(
+        [tokenizer.encode("a")],
+        scripted(reply),
+        tokenizer.decode,
+        EvalConfig(samples=2),
+        ord("|"),
+        tokenizer.encode("Wait "),
+    )
     assert texts == [["firstWait more|7", "5"]]
 
 
@@ -178,23 +195,28 @@ def test_the_end_of_the_first_thinking_is_replaced_once_by_wait(tokenizer):
 
 EXAMPLES = [{"prompt": "2+3", "answer": "5", "language": "en", "kind": "reasoning"},
             {"prompt": "1+1", "answer": "2", "language": "en", "kind": "reasoning"}]
-TEXTS = [["<think>two and three</think><answer>5</answer>", "<think>so</think><answer>6</answer>", "<answer>5</answer>", "5"],
+TEXTS = [["<think>two and three</think><answer>5</answer>", "<think>so</think><answer>6</answer>",
+          "<answer>5</answer>", "5"],
          ["3", "3", "2", "2"]]
-RULES = {"accuracy": lambda t, e: rewards.accuracy(t, e, strict=False), "accuracy_strict": rewards.accuracy,
-         "format": rewards.format, "language_consistency": rewards.language_consistency}
+ALL_RULES = rewards.rules_with(read_answer, read_end)
+RULES = {name: ALL_RULES[name] for name in ("accuracy", "accuracy_any", "format", "language_consistency")}
+COUNTS = np.array([[10, 8, 3, 1], [1, 1, 1, 1]])
 
 
-def measured():
-    counts = np.array([[10, 8, 3, 1], [1, 1, 1, 1]])
-    return measure(EXAMPLES, TEXTS, counts, RULES, rewards.final_answer, rewards.thinks,
-                   lambda t: len(rewards.split(t)[0].split()), ks=(1, 2, 4))
+def final_answer(text):
+    return rewards.final_answer(text, read=read_answer, read_end=read_end)
+
+
+def measured(examples=EXAMPLES, texts=TEXTS, counts=COUNTS, ks=(1, 2, 4)):
+    return measure(examples, texts, counts, RULES, final_answer, rewards.thinks,
+                   lambda t: len(rewards.split(t)[0].split()), ks)
 
 
 def test_each_metric_is_the_mean_over_a_problems_samples():
     values = measured()
-    assert values["accuracy"].tolist() == [0.75, 0.5] and values["accuracy_strict"].tolist() == [0.25, 0]
+    assert values["accuracy_any"].tolist() == [0.75, 0.5] and values["accuracy"].tolist() == [0.25, 0]
     assert values["format"].tolist() == [0.5, 0] and values["length"].tolist() == [5.5, 1]
-    assert values["pass@1"].tolist() == values["accuracy"].tolist()
+    assert values["pass@1"].tolist() == values["accuracy_any"].tolist()
     assert values["pass@2"] == pytest.approx([1, 1 - 1 / 6]) and values["pass@4"].tolist() == [1, 1]
     assert values["maj@1"].tolist() == [0.75, 0.5] and values["maj@2"].tolist() == [0.75, 0.5]
     assert values["maj@4"].tolist() == [1, 0.5]
@@ -203,22 +225,34 @@ def test_each_metric_is_the_mean_over_a_problems_samples():
 def test_what_is_measured_within_thinking_leaves_out_what_does_not_think():
     values = measured()
     assert values["thinks"].tolist() == [0.5, 0]
-    for name, expected in (("accuracy", 0.5), ("language", 1), ("length", 2)):
+    for name, expected in (("accuracy_any", 0.5), ("language", 1), ("length", 2)):
         assert values[f"{name}_if_thinking"][0] == expected and np.isnan(values[f"{name}_if_thinking"][1])
 
 
 def test_the_gain_in_accuracy_splits_into_thinking_more_and_thinking_better():
     """Share that thinks x accuracy given that it thinks + the rest is the accuracy."""
-    row = [(rewards.thinks(t), RULES["accuracy"](t, EXAMPLES[0])) for t in TEXTS[0]]
+    row = [(rewards.thinks(t), RULES["accuracy_any"](t, EXAMPLES[0])) for t in TEXTS[0]]
     rest = sum(right for thinks, right in row if not thinks) / len(row)
     values = measured()
-    assert values["thinks"][0] * values["accuracy_if_thinking"][0] + rest == values["accuracy"][0]
+    assert values["thinks"][0] * values["accuracy_any_if_thinking"][0] + rest == values["accuracy_any"][0]
+
+
+def test_no_problems_give_empty_metrics():
+    values = measured([], [], np.zeros((0, 4), dtype=int))
+    assert values.keys() == measured(ks=()).keys() and all(column.shape == (0,) for column in values.values())
+    assert values["length"].dtype == float and summarise(values) == {}
+
+
+def test_requests_that_are_no_problems_have_no_votes():
+    general = [example | {"kind": "general"} for example in EXAMPLES]
+    assert not {"pass@1", "maj@1"} & measured(general).keys() and {"pass@1", "maj@1"} <= measured().keys()
 
 
 def test_a_summary_holds_means_with_intervals_and_accuracy_by_group():
-    summary = summarise({"accuracy": np.array([1.0, 0.0, 1.0, 1.0])}, {"level_1": [0, 1], "level_2": [2, 3], "level_3": []})
-    assert summary["accuracy"][0] == 0.75 and summary["accuracy_level_1"][0] == 0.5
-    assert summary["accuracy_level_2"] == [1, 1, 1] and "accuracy_level_3" not in summary
+    groups = {"level_1": [0, 1], "level_2": [2, 3], "level_3": []}
+    summary = summarise({"accuracy_any": np.array([1.0, 0.0, 1.0, 1.0])}, groups)
+    assert summary["accuracy_any"][0] == 0.75 and summary["accuracy_any_level_1"][0] == 0.5
+    assert summary["accuracy_any_level_2"] == [1, 1, 1] and "accuracy_any_level_3" not in summary
 
 
 @pytest.mark.parametrize("fields, culprit", [({"samples": 0}, "samples 0"), ({"temperature": -1}, "temperature -1"),

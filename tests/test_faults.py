@@ -1,29 +1,40 @@
-"""What goes wrong in a long run, provoked for real: numbers that are not finite, two runs in one directory, Ctrl-C, SIGKILL,
-a full disk, a directory that cannot be written, a file that is cut off, no memory."""
+"""What goes wrong in a long run, provoked for real: numbers that are not finite, two runs in one directory, Ctrl-C,
+SIGTERM, SIGKILL, a full disk, a directory that cannot be written, a file that is cut off, no memory."""
 
 import json
 import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
+import distill
 import grpo
 import model as model_module
 import pipeline
+import rewards
 import sft
-from command import Parser, new_directory, saving
+from forked import run_forked
+from lab import arguments, checkpoint, report
+from lab import run as run_module
+from lab.command import Parser, new_directory, saving
+from lab.logs import StageLog
+from runs import (RECIPE, STAGES, begin, call, content, differing, make, results_of, run_with_kills, saving_often,
+                  wait_for, write)
+from variants import ppo, prime
+from variants.ppo import PPO
+from variants.prime import PRIME
 
 ROOT = Path(__file__).parent.parent
-SMOKE = [sys.executable, str(ROOT / "pipeline.py"), "--preset", "smoke", "--device", "cpu", "--out"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,16 +52,18 @@ def weights_of(model):
 def reinforce(model, **changes):
     """Three rollouts of two updates; the sampler's log-probabilities are NaN in the rollouts of `broken`."""
     broken, calls, history = changes.pop("broken"), [], []
-    config = grpo.GRPOConfig(rollouts=3, prompts_per_rollout=2, group_size=4, minibatches=2, lr=1e-3, warmup=0, max_new_tokens=6,
-                             old_logprobs="sampler", dtype="float32")
+    config = grpo.GRPOConfig(rollouts=3, prompts_per_rollout=2, group_size=4, minibatches=2, lr=1e-3, warmup=0,
+                             max_new_tokens=6, old_logprobs="sampler", dtype="float32")
 
     def generate(model, prompts, **settings):
         calls.append(1)
         ids, lengths, logprobs = model_module.generate(model, prompts, **settings)
         return ids, lengths, logprobs * (float("nan") if len(calls) in broken else 1)
 
-    grpo.train(model, [{"p": [1, 2]}, {"p": [3]}], lambda e: e["p"], lambda ids: " ".join(map(str, ids)), generate, [0],
-               {"length": lambda text, e: len(text) % 3 / 2}, config, log=lambda m, r: history.append((m, weights_of(model))), **changes)
+    grpo.train(model, [{"p": [1, 2]}, {"p": [3]}], encode=lambda e: e["p"],
+               decode=lambda ids: " ".join(map(str, ids)), generate=generate, end_ids=[0],
+               rewards={"length": lambda text, e: len(text) % 3 / 2}, config=config,
+               log=lambda m, r: history.append((m, weights_of(model))), **changes)
     return history
 
 
@@ -97,12 +110,13 @@ def test_an_sft_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run
 
 
 def test_a_critic_and_a_reward_model_skip_a_step_that_is_not_finite(tiny):
-    from ppo import PPO
-    from prime import PRIME
     config = grpo.GRPOConfig(prompts_per_rollout=2, group_size=4, minibatches=1, dtype="float32")
     ids = torch.randint(1, 16, (8, 7), generator=torch.Generator().manual_seed(0))
-    r = grpo.Rollout([{}] * 2, [""] * 8, ids, torch.ones(8, 6, dtype=torch.bool), [7] * 8, torch.full((8,), 6), torch.ones(8), torch.zeros(8, 6),
-                     {"accuracy": torch.tensor([[1.0, 0, 1, 0]] * 2)}, torch.full((2, 4), float("nan")), torch.zeros(8, 6))
+    accuracy = torch.tensor([[1.0, 0, 1, 0]] * 2)
+    r = grpo.Rollout(examples=[{}] * 2, texts=[""] * 8, ids=ids, mask=torch.ones(8, 6, dtype=torch.bool), ends=[7] * 8,
+                     lengths=torch.full((8,), 6), finished=torch.ones(8), sampled_logprobs=torch.zeros(8, 6),
+                     parts={"accuracy": accuracy}, rewards=torch.full((2, 4), float("nan")),
+                     old_logprobs=torch.zeros(8, 6))
     ppo = PPO(tiny(), config)
     before = weights_of(ppo.critic)
     ppo.advantages(r), ppo.learn(r, [*range(8)])
@@ -116,30 +130,25 @@ def test_a_critic_and_a_reward_model_skip_a_step_that_is_not_finite(tiny):
 
 
 def test_a_run_whose_rate_is_far_too_high_stops_in_one_line_and_saves_the_batch(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dataclasses, pipeline; p = pipeline.PRESETS['smoke']\n"
-            "pipeline.PRESETS['smoke'] = dataclasses.replace(p, pretrain=dataclasses.replace(p.pretrain, lr=1e38))\npipeline.main()")
-    result = subprocess.run([sys.executable, "-c", code, *SMOKE[2:], str(tmp_path / "run")], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "5 steps in a row" in result.stderr and "there is no good state yet" in result.stderr
+    def far_too_high():
+        smoke = pipeline.PRESETS["smoke"]
+        pipeline.PRESETS["smoke"] = replace(smoke, pretrain=replace(smoke.pretrain, lr=1e38))
+        pipeline.main()
+
+    ended = call(tmp_path, RECIPE, far_too_high)
+    assert ended.status == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "5 steps in a row" in ended.stderr and "there is no good state yet" in ended.stderr
     assert load_file(tmp_path / "run" / "base" / "not_finite.safetensors")["ids"].dtype == torch.long
     assert len(checkpoint.read_jsonl(tmp_path / "run" / "base" / "warnings.jsonl")) == 4  # the fifth ends it
 
 
-# ---- one run a directory, and its end
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while not condition() and time.time() < end:
-        time.sleep(0.05)
-    assert condition()
-
+# ---- one run per directory, and its end
 
 def test_two_runs_in_one_directory_are_refused_and_a_dead_process_holds_nothing(tmp_path):
-    first = subprocess.Popen([*SMOKE, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for((tmp_path / "run" / "config.json").exists)
-    second = subprocess.run([*SMOKE, str(tmp_path / "run")], capture_output=True, text=True)
-    first.kill(), first.wait()
-    assert second.returncode == 2 and f"process {first.pid} is at work here" in second.stderr, second.stderr
+    with begin(tmp_path, RECIPE) as first:
+        wait_for((tmp_path / "run" / "config.json").exists)
+        second = call(tmp_path, RECIPE)
+    assert second.status == 2 and f"process {first.pid} is at work here" in second.stderr, second.stderr
     with checkpoint.lock(tmp_path / "run"):
         pass
 
@@ -147,50 +156,68 @@ def test_two_runs_in_one_directory_are_refused_and_a_dead_process_holds_nothing(
 class Training:
     """Of ten steps, as sft.train and grpo.train call save; Ctrl-C is pressed within step `stop`."""
 
-    def __init__(self, keeper, stop=None):
-        self.keeper, self.step, self.stop = keeper, 0, stop
+    def __init__(self, checkpointer, stop=None):
+        self.checkpointer, self.step, self.stop = checkpointer, 0, stop
 
     def run(self):
-        if self.keeper.resume:
-            self.step = self.keeper.resume()["step"]
+        if self.checkpointer.resume:
+            self.step = self.checkpointer.resume()["step"]
         while self.step < 10:
             self.step += 1
             if self.step == self.stop:
                 os.kill(os.getpid(), signal.SIGINT)
-            checkpoint.append_jsonl(self.keeper.dir / "metrics.jsonl", {"step": self.step})
-            self.keeper.save(step=self.step, tensor=torch.zeros(1))
+            checkpoint.append_jsonl(self.checkpointer.dir / "metrics.jsonl", {"step": self.step})
+            self.checkpointer.save(step=self.step, tensor=torch.zeros(1))
 
 
 def test_the_first_ctrl_c_finishes_the_step_and_saves_and_the_next_call_goes_on(tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
-        with checkpoint.Keeper(tmp_path, ["metrics.jsonl"]) as keeper:
-            Training(keeper, stop=3).run()
-    assert checkpoint.load(tmp_path)[1]["step"] == 3 and "the step is finished" in capfd.readouterr().err
+        with checkpoint.Checkpointer(tmp_path, ["metrics.jsonl"]) as checkpointer:
+            Training(checkpointer, stop=3).run()
+    assert checkpoint.load(tmp_path)[1]["step"] == 3 and "finished and saved" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     checkpoint.append_jsonl(tmp_path / "metrics.jsonl", {"step": 4})  # of a step that the state does not know
-    with checkpoint.Keeper(tmp_path, ["metrics.jsonl"]) as keeper:
-        Training(keeper).run()
+    with checkpoint.Checkpointer(tmp_path, ["metrics.jsonl"]) as checkpointer:
+        Training(checkpointer).run()
     assert [row["step"] for row in checkpoint.read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 11)]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with checkpoint.Keeper(tmp_path) as keeper:
+        with checkpoint.Checkpointer(tmp_path) as checkpointer:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-            assert keeper.asked
+            assert checkpointer.stop is KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
     assert not (tmp_path / checkpoint.STATE).exists()
 
 
-def test_ctrl_c_in_a_run_says_how_to_go_on(tmp_path):
-    run = subprocess.Popen([*SMOKE, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for((tmp_path / "run" / "config.json").exists)
-    time.sleep(1)
-    run.send_signal(signal.SIGINT)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 130 and f"the same command goes on from here: {tmp_path / 'run'}" in said
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_says_how_to_resume(number, code, tmp_path):
+    with begin(tmp_path, RECIPE) as run:
+        wait_for((tmp_path / "run" / "base" / "metrics.jsonl").exists)
+        run.kill(number)
+        ended = run.wait(60)
+    assert ended.status == code and "the same command resumes here: run" in ended.stderr
+    step = checkpoint.load(tmp_path / "run" / "base")[1]["step"]
+    assert step >= checkpoint.read_jsonl(tmp_path / "run" / "base" / "metrics.jsonl")[-1]["step"] > 0
+
+
+def test_sigterm_before_the_training_has_begun_stops_at_once_with_its_exit_code(tmp_path):
+    def slow_to_read(args, device):
+        (tmp_path / "reading").touch()
+        time.sleep(60)
+
+    def program():
+        pipeline.open_run = slow_to_read
+        pipeline.main()
+
+    with begin(tmp_path, RECIPE, program) as run:
+        wait_for((tmp_path / "reading").exists)
+        run.kill(signal.SIGTERM)
+        ended = run.wait(20)
+    assert ended.status == 143 and "the same command resumes here: run" in ended.stderr
 
 
 def test_saving_takes_two_percent_of_the_time_at_most(tmp_path, monkeypatch):
@@ -198,86 +225,33 @@ def test_saving_takes_two_percent_of_the_time_at_most(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(checkpoint, "save", lambda *args: now.__setitem__(0, now[0] + 7))  # a save of seven seconds
     monkeypatch.setattr(checkpoint, "DISK", 12 / 7)  # what is expected of the first one
-    keeper, saved = checkpoint.Keeper(tmp_path, every=30, after=lambda: now.__setitem__(0, now[0] + 1)), 0  # and of a page beside it
+
+    def write_a_page():
+        now[0] += 1
+
+    checkpointer, saved = checkpoint.Checkpointer(tmp_path, every=30, after=write_a_page), 0
     for _ in range(20000):
         now[0] += 1
-        saved += keeper.save(step=1, tensor=torch.zeros(3))
+        saved += checkpointer.save(step=1, tensor=torch.zeros(3))
         assert saved * 8 <= 0.02 * now[0] + 1
     assert 0.02 * now[0] <= (saved + 1) * 8
 
 
 # ---- SIGKILL
 
-def content(dir):
-    """{file: bytes} of all that a run leaves, but for times, the page that shows them, and the lock."""
-    apart = ("times.json", "times.jsonl", "report.html", "LOCK")
-    return {str(path.relative_to(dir)): path.read_bytes() for path in sorted(dir.rglob("*")) if path.is_file() and path.name not in apart}
-
-
-SAVES_OFTEN = """
-import sys; sys.path.insert(0, {root!r})
-import checkpoint
-class Often(checkpoint.Keeper):  # after each step, so that a resumption is from within a stage
-    def save(self, **parts):
-        self.every = self.took = self.spent = 0.0
-        return super().save(**parts)
-checkpoint.Keeper = Often
-import pipeline
-sys.argv = ["pipeline.py", *{args!r}]
-if __name__ == "__main__":
-    pipeline.main()
-"""
-
-
-def run_in(folder, args, kills=(), code=SAVES_OFTEN):
-    """The command in a folder of its own, killed after so many seconds each time, until it ends; how often it was killed."""
-    folder.mkdir(exist_ok=True)
-    for killed, after in enumerate([*kills, None]):
-        with open(folder / "said", "w") as said:
-            process = subprocess.Popen([sys.executable, "-c", code.format(root=str(ROOT), args=args)], cwd=folder, stdout=said, stderr=said)
-            try:
-                assert process.wait(after) == 0, (folder / "said").read_text()
-                return killed
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-PLAIN = """
-import sys; sys.path.insert(0, {root!r})
-import pipeline
-sys.argv = ["pipeline.py", *{args!r}]
-pipeline.main()
-"""
-RECIPE = ["--preset", "smoke", "--device", "cpu", "--out", "run"]
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    run_in(folder, RECIPE, code=PLAIN)
-    return folder / "run"
-
-
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
 def test_a_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(kills, finished_run, tmp_path):
     rng = random.Random(kills)
-    killed = run_in(tmp_path, RECIPE, [rng.uniform(1.5, 6 if kills == 4 else 4) for _ in range(kills)])
-    found, undisturbed = content(tmp_path / "run"), content(finished_run)
-    assert killed >= kills // 2 and found.keys() == undisturbed.keys()  # a fast machine comes to the end before
-    assert not [name for name in found if found[name] != undisturbed[name]]
+    killed = run_with_kills(tmp_path, RECIPE, [rng.uniform(0.5, 4 if kills == 4 else 3) for _ in range(kills)])
+    assert killed >= kills // 2  # a fast machine comes to the end before
+    assert differing(tmp_path / "run", finished_run) == []
 
 
-# ---- a run's ways to go on
-
-def again(run, *args, code=PLAIN):
-    """A call on a copy of a finished run: its result; it is given the recipe's arguments and these."""
-    return subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), args=[*RECIPE, *args])], cwd=run.parent, capture_output=True, text=True)
-
+# ---- a run's ways to resume
 
 @pytest.fixture
 def call_here(monkeypatch, capfd):
-    """The same within this process: (exit code, what it said on stderr)."""
+    """call_here(run, *args) -> (exit code, stderr) of the recipe's command within this process."""
     def call(run, *args):
         monkeypatch.chdir(run.parent)
         monkeypatch.setattr(sys, "argv", ["pipeline.py", *RECIPE, *args])
@@ -289,153 +263,165 @@ def call_here(monkeypatch, capfd):
     return call
 
 
-@pytest.fixture
-def copy_of(finished_run, tmp_path):
-    shutil.copytree(finished_run, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def test_a_wrong_argument_beside_from_forgets_nothing(copy_of, call_here):
-    before = content(copy_of)
-    code, said = call_here(copy_of, "--from", "base", "--seed", "1")
+def test_a_wrong_argument_beside_from_forgets_nothing(copy_of_run, call_here):
+    before = content(copy_of_run)
+    code, said = call_here(copy_of_run, "--from", "base", "--seed", "1")
     assert code == 2 and "seed was 0, is 1" in said
-    assert content(copy_of) == before
-
-
-FORGETS = PLAIN.replace("import pipeline", """
-import os, signal, pathlib, pipeline
-real, number = pathlib.Path.unlink, [0]
-def unlink(self, *args, **kwargs):
-    number[0] += 1
-    if number[0] == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, *args, **kwargs)
-pathlib.Path.unlink = unlink
-""".replace("{at}", "AT"))
+    assert content(copy_of_run) == before
 
 
 @pytest.mark.parametrize("at", [1, 5, 9, 14, 30])
-def test_a_kill_while_from_forgets_leaves_no_stage_without_the_one_it_was_made_from(at, copy_of):
-    result = again(copy_of, "--from", "dev1", code=FORGETS.replace("AT", str(at)))
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    there = [name for name in ("base", "zero", "dev1", "dev2", "traces", "dev3", "r1", "base_qwen", "student_qwen", "control_qwen",
-                               "base_llama", "student_llama") if (copy_of / name / "DONE").exists()]
-    assert there[:2] == ["base", "zero"] and there == [*json.loads((copy_of / "results.json").read_text())["stages"]][:len(there)]
+def test_a_kill_while_from_forgets_leaves_no_stage_without_the_one_it_was_made_from(at, copy_of_run):
+    def killed_while_it_forgets():
+        real, calls = Path.unlink, []
+
+        def unlink(self, *args, **kwargs):
+            calls.append(self)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, *args, **kwargs)
+
+        Path.unlink = unlink
+        pipeline.main()
+
+    ended = call(copy_of_run.parent, [*RECIPE, "--from", "dev1"], killed_while_it_forgets)
+    assert ended.status == -signal.SIGKILL, ended.stderr
+    there = [name for name in STAGES if (copy_of_run / name / "DONE").exists()]
+    assert there[:2] == ["base", "zero"] and there == STAGES[:len(there)]
 
 
-def test_from_goes_on_after_a_kill_and_begins_anew_once_it_has_ended(copy_of, finished_run):
-    stamp = lambda name: (copy_of / name / "DONE").stat().st_mtime_ns
-    base = stamp("base")
-    killed = subprocess.Popen([sys.executable, "-c", PLAIN.format(root=str(ROOT), args=[*RECIPE, "--from", "dev3"])], cwd=copy_of.parent,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (copy_of / "FROM").exists() and (copy_of / "dev3" / "DONE").exists())
-    killed.kill(), killed.wait()
+def test_from_resumes_after_a_kill_and_restarts_once_it_has_ended(copy_of_run, finished_run):
+    def stamp(name):
+        return (copy_of_run / name / "DONE").stat().st_mtime_ns
+
+    base, command = stamp("base"), [*RECIPE, "--from", "dev3"]
+    with begin(copy_of_run.parent, command) as killed:
+        wait_for(lambda: (copy_of_run / "FROM").exists() and (copy_of_run / "dev3" / "DONE").exists())
+        killed.kill()
+        killed.wait()
     dev3 = stamp("dev3")
-    assert again(copy_of, "--from", "dev3").returncode == 0
-    assert (stamp("base"), stamp("dev3")) == (base, dev3) and not (copy_of / "FROM").exists()
-    results = [json.loads((run / "results.json").read_text()) for run in (copy_of, finished_run)]
-    assert [each["meta"].pop("command") for each in results] and results[0] == results[1]
+    assert call(copy_of_run.parent, command).status == 0
+    assert (stamp("base"), stamp("dev3")) == (base, dev3) and not (copy_of_run / "FROM").exists()
+    assert results_of(copy_of_run) == results_of(finished_run)
 
 
 def open_run(out):
-    from command import fast_dtype
-    return pipeline.Run(out, "smoke", pipeline.in_dtype(pipeline.PRESETS["smoke"], fast_dtype("cpu")), 0, torch.device("cpu"))
+    args = SimpleNamespace(preset="smoke", base=None, out=str(out), seed=0, stages=None, from_stage=None,
+                           ablations=False, compare=False, command="", recompute=False, dtype=None,
+                           device="cpu")
+    for name in (*arguments.RL_OPTIONS, "offload_reference", *arguments.SFT_OPTIONS, *arguments.SIZES):
+        setattr(args, name, None)
+    return pipeline.open_run(args, torch.device("cpu"))
 
 
-def test_from_forgets_again_where_the_code_has_changed_since(copy_of):
-    run = open_run(copy_of)
-    for code, forgotten in ((run.code, True), (run.code, False), (run.code | {"grpo.py": "another"}, True)):
-        checkpoint.mark_finished(copy_of / "r1", {"by": "a call in between"})
-        run.code = code
-        pipeline.anew(run, "r1", pipeline.STAGES)
-        assert (copy_of / "r1" / "DONE").exists() != forgotten
+def test_from_forgets_again_where_the_code_has_changed_since(copy_of_run, monkeypatch):
+    run, code = open_run(copy_of_run), run_module.code_of(run_module.CODE)
+    for now, forgotten in ((code, True), (code, False), (code | {"grpo.py": "another"}, True)):
+        checkpoint.mark_finished(copy_of_run / "r1", {"by": "a call in between"})
+        monkeypatch.setattr(run_module, "code_of", lambda files: now)
+        run.restart_from("r1")
+        assert (copy_of_run / "r1" / "DONE").exists() != forgotten
 
 
-def test_from_base_forgets_the_comparison_too_with_what_was_measured_of_it(copy_of):
-    run, method = open_run(copy_of), copy_of / "compare" / "grpo-0.0001"
+def test_from_base_forgets_the_comparison_too_with_what_was_measured_of_it(copy_of_run):
+    run, method = open_run(copy_of_run), copy_of_run / "compare" / "grpo-0.0001"
     checkpoint.mark_finished(method, {})
     checkpoint.write_arrays(method / "values.npz", {"accuracy": torch.ones(3).numpy()})
     run.results["compare"] = {"grpo": {}}
-    pipeline.anew(run, "dev1", pipeline.STAGES)
-    assert (method / "DONE").exists() and (copy_of / "base" / "DONE").exists()
-    pipeline.anew(run, "base", pipeline.STAGES)
+    run.restart_from("dev1")
+    assert (method / "DONE").exists() and (copy_of_run / "base" / "DONE").exists()
+    run.restart_from("base")
     assert [path for path in method.iterdir()] == [] and "compare" not in run.results
 
 
-def test_a_file_that_is_damaged_is_named_and_what_was_measured_is_made_anew_without_it(copy_of, call_here):
-    for name, damage in (("results.json", "[]"), ("results.json", '{"claims": [5]}'), ("results.json", '{"stages": {"base": 5}}'), ("results.json", '{"claims": 5}'),
+def test_a_file_that_is_damaged_is_named_and_what_was_measured_is_written_again_without_it(copy_of_run, call_here):
+    for name, damage in (("results.json", "[]"), ("results.json", '{"claims": [5]}'),
+                         ("results.json", '{"stages": {"base": 5}}'), ("results.json", '{"claims": 5}'),
                          ("results.json", '{"stages": '), ("times.json", "[" * 10 ** 5), ("zero/values.npz", ""),
                          ("zero/values.npz", "PK"), ("zero/DONE", '{"title"'), ("config.json", "nothing")):
-        whole = (copy_of / name).read_bytes()
-        (copy_of / name).write_text(damage)
-        code, said = call_here(copy_of)
+        whole = (copy_of_run / name).read_bytes()
+        (copy_of_run / name).write_text(damage)
+        code, said = call_here(copy_of_run)
         assert code == 2 and f"{name}: not" in said and said.count("\n") == 1, (name, said)
-        (copy_of / name).write_bytes(whole)
-    whole = (copy_of / "results.json").read_bytes()
-    (copy_of / "results.json").unlink(), (copy_of / "times.json").unlink()
-    assert call_here(copy_of)[0] == 0 and json.loads((copy_of / "results.json").read_text()) == json.loads(whole)
+        (copy_of_run / name).write_bytes(whole)
+    whole = (copy_of_run / "results.json").read_bytes()
+    (copy_of_run / "results.json").unlink(), (copy_of_run / "times.json").unlink()
+    assert call_here(copy_of_run)[0] == 0
+    assert json.loads((copy_of_run / "results.json").read_text()) == json.loads(whole)
 
 
-def test_a_stage_that_goes_on_under_other_code_says_so_and_keeps_the_code_it_began_with(copy_of):
-    (copy_of / "zero" / "DONE").unlink()
-    often = SAVES_OFTEN.replace("import pipeline", """
-import pipeline, grpo
-train = grpo.train
-def stopped(*args, save, **more):
-    def save_and_stop(**parts):
-        save(**parts)
-        raise KeyboardInterrupt
-    train(*args, save=save_and_stop, **more)
-grpo.train = stopped
-""")
-    assert again(copy_of, code=often).returncode == 130
-    changed = PLAIN.replace("import pipeline", "import run; real = run.code_of; run.code_of = lambda files: dict(real(files), **{{'grpo.py': 'another'}})\nimport pipeline")
-    was = checkpoint.load(copy_of / "zero")[1]["code"]
-    result = again(copy_of, code=changed)
-    assert result.returncode == 0 and "zero goes on, but began before grpo.py changed; to make it anew: --from zero" in result.stdout
-    assert checkpoint.finished(copy_of / "zero")["code"] == was
+def test_a_stage_that_resumes_under_other_code_says_so_and_keeps_the_code_it_began_with(copy_of_run):
+    (copy_of_run / "zero" / "DONE").unlink()
 
+    def stopped_after_a_rollout():
+        train = grpo.train
 
-def test_a_rollout_whose_metrics_are_not_finite_gives_no_warning_and_hides_none():
-    from watch import signs, warnings
-    nan, healthy = float("nan"), dict(entropy=0.2, kl=0.01, unfinished=0.0, length=30.0, reward=0.5, sampler_gap=0.0, step=1)
-    rows = [healthy, {**dict.fromkeys(healthy, nan), "step": 2}, healthy | {"step": 3}, healthy | {"step": 4, "kl": 7.0}]
-    assert signs(rows[:2]) == {} and warnings(rows[:3]) == [] and "KL" in warnings(rows)[0]
+        def train_and_stop(*args, save, **more):
+            def save_and_stop(**parts):
+                save(**parts)
+                raise KeyboardInterrupt
+            train(*args, save=save_and_stop, **more)
+
+        grpo.train = train_and_stop
+        saving_often()
+
+    def with_another_grpo():
+        real = checkpoint.code_hash
+        checkpoint.code_hash = lambda path: "another" if path.name == "grpo.py" else real(path)
+        pipeline.main()
+
+    assert call(copy_of_run.parent, RECIPE, stopped_after_a_rollout).status == 130
+    was = checkpoint.load(copy_of_run / "zero")[1]["code"]
+    ended = call(copy_of_run.parent, RECIPE, with_another_grpo)
+    assert ended.status == 0, ended.stderr
+    assert "zero resumes, but began before grpo.py changed; to restart it: --from zero" in ended.stdout
+    assert checkpoint.finished(copy_of_run / "zero")["code"] == was
 
 
 def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
-    keeper, net = checkpoint.Keeper(tmp_path), torch.nn.Linear(3, 2)
-    keeper.asked = True  # as after Ctrl-C
+    checkpointer, net = checkpoint.Checkpointer(tmp_path), torch.nn.Linear(3, 2)
+    checkpointer.stop = KeyboardInterrupt  # as after Ctrl-C
     for value, step in ((1.0, 1), (float("inf"), 2), (float("nan"), 3)):
         with pytest.raises(KeyboardInterrupt):
             torch.nn.init.constant_(net.weight, value)
-            keeper.save(model=net, step=step)
+            checkpointer.save(model=net, step=step)
     assert checkpoint.load(tmp_path)[1]["step"] == 1
 
 
 def test_a_ctrl_c_after_the_last_save_is_not_swallowed(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with checkpoint.Keeper(tmp_path):
+        with checkpoint.Checkpointer(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
 
 def test_ctrl_c_is_heard_where_nobody_reads_any_more(tmp_path):
     """As behind `| tee`, which dies of the same Ctrl-C; and the step has something to say."""
-    code = SAVES_OFTEN.replace("import pipeline", "import pipeline, run; real = run.Run.log; run.Run.log = lambda self, name, m: (self.warn(name, m['step'], 'x'), real(self, name, m))")
-    with subprocess.Popen([sys.executable, "-c", code.format(root=str(ROOT), args=RECIPE)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    def talkative():
+        write = StageLog.write_metrics
+
+        def warn_and_write(self, metrics):
+            self.warn(metrics["step"], "x")
+            write(self, metrics)
+
+        StageLog.write_metrics = warn_and_write
+        saving_often()
+
+    reader, writer = os.pipe()
+    with begin(tmp_path, RECIPE, talkative, stdout=writer, stderr=writer) as run:
+        os.close(writer)
         wait_for((tmp_path / "run" / "base" / "metrics.jsonl").exists)
-        run.stdout.close(), run.stderr.close()
-        run.send_signal(signal.SIGINT)
+        os.close(reader)
+        run.kill(signal.SIGINT)
         run.wait(60)
     assert checkpoint.load(tmp_path / "run" / "base")[1]["step"] > 0
 
 
 def test_the_clock_may_be_set_back(tmp_path, monkeypatch):
-    keeper = checkpoint.Keeper(tmp_path, every=0.0)
-    keeper.began -= 100
+    checkpointer = checkpoint.Checkpointer(tmp_path, every=0.0)
+    checkpointer.began -= 100
     monkeypatch.setattr(checkpoint.time, "time", lambda: 0.0)
-    assert keeper.save(step=1)
+    assert checkpointer.save(step=1)
 
 
 # ---- files
@@ -444,8 +430,8 @@ def test_a_state_that_is_cut_off_is_named_and_nothing_is_lost(tmp_path):
     checkpoint.save(tmp_path, {"x": torch.ones(100)}, {"step": 1})
     path = tmp_path / checkpoint.STATE
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match="state.safetensors: not a whole training state.*begins anew"):
-        checkpoint.Keeper(tmp_path)
+    with pytest.raises(ValueError, match="state.safetensors: not a whole training state.*from the beginning"):
+        checkpoint.Checkpointer(tmp_path)
     assert path.stat().st_size == 50
 
 
@@ -475,16 +461,30 @@ def hostile(change):
 
 
 @pytest.mark.parametrize("change", [
-    lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}), lambda t, m: t.update({"optimizer.0.step": torch.zeros(3)}),
+    lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}),
+    lambda t, m: t.update({"optimizer.0.step": torch.zeros(3)}),
     lambda t, m: t.update({"optimizer.9.exp_avg": torch.zeros(7)}), lambda t, m: t.pop("optimizer.1.exp_avg"),
-    lambda t, m: t.update({"optimizer.0.a.b": torch.zeros(7)}), lambda t, m: t.update({"optimizer.x.y": torch.zeros(7)}),
-    lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(4, 8, dtype=torch.int32)}), lambda t, m: t.update({"model.weight": torch.zeros(4, 8).to(torch.complex64)}),
-    lambda t, m: t.update({"model.weight": torch.zeros(4, 8, dtype=torch.int8)}), lambda t, m: t.update({"generator": torch.zeros(3)}),
-    lambda t, m: t.update({"generator": torch.zeros(3, dtype=torch.uint8)}), lambda t, m: t.update({"generator.x": t.pop("generator")}),
-    lambda t, m: (t.pop("generator"), m.update(generator=5)), lambda t, m: m.update(optimizer="x"), lambda t, m: m.update(optimizer=None),
-    lambda t, m: m["optimizer"][0].pop("params"), lambda t, m: m["optimizer"][0].pop("weight_decay"), lambda t, m: m["optimizer"][0].update(betas=5),
-    lambda t, m: m["optimizer"][0].update(eps="x"), lambda t, m: m["optimizer"].append({}), lambda t, m: m["optimizer"][0].update(params=[0, 5]),
-    lambda t, m: m.pop("step"), lambda t, m: m.update(step="x"), lambda t, m: m.update(step=-1), lambda t, m: m.update(step=True),
+    lambda t, m: t.update({"optimizer.0.a.b": torch.zeros(7)}),
+    lambda t, m: t.update({"optimizer.x.y": torch.zeros(7)}),
+    lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(4, 8, dtype=torch.int32)}),
+    lambda t, m: t.update({"model.weight": torch.zeros(4, 8).to(torch.complex64)}),
+    lambda t, m: t.update({"model.weight": torch.zeros(4, 8, dtype=torch.int8)}),
+    lambda t, m: t.update({"generator": torch.zeros(3)}),
+    lambda t, m: t.update({"generator": torch.zeros(3, dtype=torch.uint8)}),
+    lambda t, m: t.update({"generator.x": t.pop("generator")}),
+    lambda t, m: (t.pop("generator"), m.update(generator=5)),
+    lambda t, m: m.update(optimizer="x"),
+    lambda t, m: m.update(optimizer=None),
+    lambda t, m: m["optimizer"][0].pop("params"),
+    lambda t, m: m["optimizer"][0].pop("weight_decay"),
+    lambda t, m: m["optimizer"][0].update(betas=5),
+    lambda t, m: m["optimizer"][0].update(eps="x"),
+    lambda t, m: m["optimizer"].append({}),
+    lambda t, m: m["optimizer"][0].update(params=[0, 5]),
+    lambda t, m: m.pop("step"),
+    lambda t, m: m.update(step="x"),
+    lambda t, m: m.update(step=-1),
+    lambda t, m: m.update(step=True),
 ])
 def test_a_state_of_wrong_shapes_or_types_is_refused_in_one_line_that_names_its_file(change, tmp_path):
     """The fused Adam looks at no shapes: a moment of another one would write outside its memory."""
@@ -492,7 +492,7 @@ def test_a_state_of_wrong_shapes_or_types_is_refused_in_one_line_that_names_its_
     checkpoint.save(tmp_path, tensors, meta)
     net, optimizer = make()
     with pytest.raises(ValueError, match=f"{checkpoint.STATE}: not a state of this training") as caught:
-        checkpoint.Keeper(tmp_path).resume(model=net, optimizer=optimizer, generator=torch.Generator())
+        checkpoint.Checkpointer(tmp_path).resume(model=net, optimizer=optimizer, generator=torch.Generator())
     assert "\n" not in str(caught.value)
 
 
@@ -502,11 +502,10 @@ def test_a_gpu_without_memory_is_no_fault_of_the_state(tmp_path):
             raise RuntimeError("CUDA out of memory")
     checkpoint.save(tmp_path, *checkpoint.state_of(model=torch.nn.Linear(2, 2), step=1))
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        checkpoint.Keeper(tmp_path).resume(model=Full(2, 2))
+        checkpoint.Checkpointer(tmp_path).resume(model=Full(2, 2))
 
 
 def test_a_ctrl_c_while_the_model_is_written_comes_too_late_to_stop_anything(tmp_path):
-    from types import SimpleNamespace
     with saving(tmp_path, SimpleNamespace(save_every=30.0)):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
@@ -522,33 +521,26 @@ def test_an_unchanged_state_is_taken(tmp_path):
     tensors, meta, make = hostile(lambda t, m: None)
     checkpoint.save(tmp_path, tensors, meta)
     net, optimizer = make()
-    assert checkpoint.Keeper(tmp_path).resume(model=net, optimizer=optimizer, generator=torch.Generator()) == {"step": 3}
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    assert checkpointer.resume(model=net, optimizer=optimizer, generator=torch.Generator()) == {"step": 3}
 
 
-LIMITED = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (AT, AT))
-"""
+def test_a_run_whose_disk_was_full_says_where_and_resumes_to_the_same_end(copy_of_run, finished_run):
+    """A limit on a file's size stands in for the disk: the write fails in the same place."""
+    shutil.rmtree(copy_of_run / "student_llama")
+    for size in (30_000, 150_000):  # the tokenizer's file, the model's
+        ended = call(copy_of_run.parent, RECIPE, limits={resource.RLIMIT_FSIZE: size})
+        assert ended.status == 2 and ended.stderr.count("\n") == 1 and "pipeline.py: run" in ended.stderr, ended.stderr
+        assert not [*copy_of_run.rglob("*.new"), *copy_of_run.rglob("*.tmp")]
+    assert call(copy_of_run.parent, RECIPE).status == 0
+    assert differing(copy_of_run, finished_run) == []
 
 
-def test_a_run_whose_disk_was_full_says_where_and_goes_on_to_the_same_end(copy_of, finished_run):
-    shutil.rmtree(copy_of / "student_llama")
-    for limit in (30_000, 150_000):  # the tokenizer's file, the model's
-        result = again(copy_of, code=LIMITED.replace("AT", str(limit)) + PLAIN)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "pipeline.py: run" in result.stderr, result.stderr
-        assert not [*copy_of.rglob("*.new"), *copy_of.rglob("*.tmp")]
-    assert again(copy_of).returncode == 0
-    found, undisturbed = content(copy_of), content(finished_run)
-    assert found.keys() == undisturbed.keys() and not [name for name in found if found[name] != undisturbed[name]]
-
-
-def test_a_page_that_the_disk_has_no_room_for_leaves_the_old_one(copy_of):
-    before = (copy_of / "report.html").read_bytes()
-    code = LIMITED.replace("AT", "50_000") + f"import runpy, sys; sys.argv = ['report.py', {str(copy_of)!r}]; runpy.run_path({str(ROOT / 'report.py')!r}, run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith(f"{copy_of}: "), result.stderr
-    assert (copy_of / "report.html").read_bytes() == before and not [*copy_of.glob("report.html.*")]
+def test_a_page_that_the_disk_has_no_room_for_leaves_the_old_one(copy_of_run):
+    before = (copy_of_run / "report.html").read_bytes()
+    ended = run_forked(report.main, argv=["report.py", str(copy_of_run)], limits={resource.RLIMIT_FSIZE: 50_000})
+    assert ended.status == 2 and ended.stderr.startswith(f"{copy_of_run}: "), ended.stderr
+    assert (copy_of_run / "report.html").read_bytes() == before and not [*copy_of_run.glob("report.html.*")]
 
 
 @pytest.mark.parametrize("meta", ["[" * 100_000, "[]", "5", "null", "{"])
@@ -576,143 +568,151 @@ def test_a_log_of_other_rows_is_named(row, tmp_path):
     checkpoint.save(tmp_path, {}, {"step": 1})
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{row}\n')
     with pytest.raises(ValueError, match="metrics.jsonl"):
-        checkpoint.Keeper(tmp_path, ["metrics.jsonl"]).resume()
+        checkpoint.Checkpointer(tmp_path, ["metrics.jsonl"]).resume()
 
 
-def test_no_path_of_a_results_file_is_followed(copy_of, call_here):
-    os.mkfifo(copy_of.parent / "DONE")
-    results = json.loads((copy_of / "results.json").read_text())
-    for name in ("../", str(copy_of.parent), "..", "a" * 5000):
-        (copy_of / "results.json").write_text(json.dumps(results | {"stages": results["stages"] | {name: {}}}))
-        assert call_here(copy_of)[0] == 0
-        assert name not in json.loads((copy_of / "results.json").read_text())["stages"]
+def test_no_path_of_a_results_file_is_followed(copy_of_run, call_here):
+    os.mkfifo(copy_of_run.parent / "DONE")
+    results = json.loads((copy_of_run / "results.json").read_text())
+    for name in ("../", str(copy_of_run.parent), "..", "a" * 5000):
+        (copy_of_run / "results.json").write_text(json.dumps(results | {"stages": results["stages"] | {name: {}}}))
+        assert call_here(copy_of_run)[0] == 0
+        assert name not in json.loads((copy_of_run / "results.json").read_text())["stages"]
 
 
 def test_a_full_disk_is_one_line_and_the_state_before_it_stays(tmp_path):
-    """A limit on a file's size stands in for the disk: the write fails in the same place."""
     checkpoint.save(tmp_path, {"x": torch.ones(10)}, {"step": 1})
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import resource, signal, torch, checkpoint
-from command import Parser, new_directory, saving
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
-parser = Parser(prog="train")
-with parser.explained():
-    checkpoint.save({str(tmp_path)!r}, {{"x": torch.ones(100_000)}}, {{"step": 2}})
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("train: ") and result.stderr.count("\n") == 1, result.stderr
+
+    def program():
+        with Parser(prog="train").one_line_errors():
+            checkpoint.save(tmp_path, {"x": torch.ones(100_000)}, {"step": 2})
+
+    ended = run_forked(program, limits={resource.RLIMIT_FSIZE: 10_000})
+    assert ended.status == 2 and ended.stderr.startswith("train: ") and ended.stderr.count("\n") == 1, ended.stderr
     assert checkpoint.load(tmp_path)[1]["step"] == 1
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    result = subprocess.run([*SMOKE, str(tmp_path / "file" / "run")], capture_output=True, text=True)
-    assert result.returncode == 2 and str(tmp_path / "file") in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    ended = call(tmp_path, [*RECIPE[:-1], str(tmp_path / "file" / "run")])
+    assert ended.status == 2 and str(tmp_path / "file") in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
 
 def test_without_memory_the_line_names_the_knobs(capsys):
-    with pytest.raises(SystemExit) as exit, Parser(prog="grpo.py").explained():
+    with pytest.raises(SystemExit) as exit, Parser(prog="grpo.py").one_line_errors():
         torch.empty(2 ** 60, dtype=torch.uint8)
     said = capsys.readouterr().err
     assert exit.value.code == 2 and "out of memory" in said and "--micro-batch-tokens" in said and said.count("\n") == 1
 
 
 def test_a_mistake_of_our_own_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="shapes"), Parser().explained():
+    with pytest.raises(RuntimeError, match="shapes"), Parser().one_line_errors():
         raise RuntimeError("shapes")
 
 
 # ---- the scripts, one by one
 
-AT_SAVE = """
-import sys; sys.path[:0] = [{root!r}]
-import os, signal, checkpoint
-class Killed(checkpoint.Keeper):
-    saves = 0
-    def save(self, **parts):
-        self.took = self.spent = 0.0
-        Killed.saves += super().save(**parts)
-        if Killed.saves == {number}:
-            os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.Keeper = Killed
-import {script}
-sys.argv = ["{script}.py", *{args!r}]
-{script}.main()
-"""
+def killed_at_save(main, number):
+    """The script's main, killed by SIGKILL when its state has been saved `number` times; 0: never."""
+    def program():
+        save, saves = checkpoint.Checkpointer.save, []
+
+        def save_and_die(self, **parts):
+            self.took = self.spent = 0.0
+            if save(self, **parts):
+                saves.append(parts)
+            if len(saves) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.Checkpointer.save = save_and_die
+        main()
+    return program
 
 
-@pytest.mark.parametrize("script", ["grpo", "ppo", "prime", "sft"])
-def test_a_script_killed_within_its_training_goes_on_to_the_same_weights(script, tmp_path):
-    from test_given import make, write
+def script(main, args, killed_at=0):
+    return run_forked(killed_at_save(main, killed_at), argv=["script.py", *map(str, args)], cwd=ROOT)
+
+
+def pairs(tmp_path):
+    return write(tmp_path / "data.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
+
+
+RL = ("--rollouts 5 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --resample 0 "
+      "--rewards accuracy language_consistency").split()
+SFT = ["--batch-tokens", "128", "--row-length", "64"]
+SCRIPTS = {"grpo": (grpo.main, RL), "ppo": (ppo.main, RL), "prime": (prime.main, RL), "sft": (sft.main, SFT)}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, tmp_path):
+    main, more = SCRIPTS[name]
     make(tmp_path / "model", "llama", "qwen")
-    if script == "sft":
-        data = write(tmp_path / "data.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
-        more = ["--batch-tokens", "128", "--row-length", "64"]
+    if name == "sft":
+        data = pairs(tmp_path)
     else:
         data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
-        more = "--rollouts 5 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --resample 0 --rewards accuracy language_consistency".split()
-    args = ["--model", str(tmp_path / "model"), "--data", data, "--dtype", "float32", "--save-every", "0", *more]
-    whole = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, "--out", str(tmp_path / "whole")], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    out = ["--out", str(tmp_path / "out")]
-    killed = subprocess.run([sys.executable, "-c", AT_SAVE.format(root=str(ROOT), number=2, script=script, args=[*args, *out])])
-    assert killed.returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
-    other = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out, "--lr", "0.5"], capture_output=True, text=True)
-    assert other.returncode == 2 and "lr was" in other.stderr
+    args = ["--model", tmp_path / "model", "--data", data, "--dtype", "float32", "--save-every", "0", *more]
+    whole = script(main, [*args, "--out", tmp_path / "whole"])
+    assert whole.status == 0, whole.stderr
+    out = ["--out", tmp_path / "out"]
+    killed = script(main, [*args, *out], killed_at=2)
+    assert killed.status == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
+    other = script(main, [*args, *out, "--lr", "0.5"])
+    assert other.status == 2 and "lr was" in other.stderr
     rows = Path(data).read_text()
     Path(data).write_text(rows.replace("1", "2"))
-    other = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, *out], capture_output=True, text=True)
-    assert other.returncode == 2 and "content of data was" in other.stderr
+    other = script(main, [*args, *out])
+    assert other.status == 2 and "content of data was" in other.stderr
     Path(data).write_text(rows)
-    again = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *args, "--out", f"{tmp_path / 'out'}/"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() != (tmp_path / "model" / "model.safetensors").read_bytes()
+    again = script(main, [*args, "--out", f"{tmp_path / 'out'}/"])
+    assert again.status == 0, again.stderr
+    weights = {dir: (tmp_path / dir / "model.safetensors").read_bytes() for dir in ("out", "whole", "model")}
+    assert weights["out"] == weights["whole"] != weights["model"]
     assert not (tmp_path / "out" / checkpoint.STATE).exists()
 
 
-def test_a_distillation_killed_while_it_samples_and_while_it_trains_goes_on_to_the_same_student(tmp_path):
-    from test_given import make, write
+def test_a_distillation_killed_while_it_samples_and_while_it_trains_resumes_to_the_same_student(tmp_path):
     make(tmp_path / "model", "llama", "qwen")
     data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(300)])
-    args = ["--teacher", str(tmp_path / "model"), "--student", str(tmp_path / "model"), "--data", data, "--samples", "4", "--max-new-tokens", "4",
-            "--epochs", "1", "--batch-tokens", "2048", "--row-length", "64", "--dtype", "float32", "--save-every", "0", "--out"]
-    kind = "import rewards; rewards.accuracy = rewards.language_consistency = lambda *_: 1.0\n"  # to a teacher that knows nothing
+    args = ["--teacher", tmp_path / "model", "--student", tmp_path / "model", "--data", data, "--samples", "4",
+            "--max-new-tokens", "4", "--epochs", "1", "--batch-tokens", "2048", "--row-length", "64",
+            "--dtype", "float32", "--save-every", "0"]
 
-    def call(out, number):
-        code = kind + AT_SAVE.format(root=str(ROOT), number=number, script="distill", args=[*args, str(tmp_path / out)])
-        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    def kind():  # to a teacher that knows nothing
+        rewards.accuracy = rewards.language_consistency = lambda *_, **__: 1.0
+        rewards.REWARDS["accuracy"] = rewards.accuracy
+        distill.main()
+
+    def call(out, killed_at):
+        return script(kind, [*args, "--out", tmp_path / out], killed_at)
 
     whole = call("whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    assert call("out", 2).returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out" / "sampling")[1]["step"] == 2
-    assert call("out", 3).returncode == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
+    assert whole.status == 0, whole.stderr
+    assert call("out", 2).status == -signal.SIGKILL and checkpoint.load(tmp_path / "out" / "sampling")[1]["step"] == 2
+    assert call("out", 3).status == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
     again = call("out", 0)
-    assert again.returncode == 0 and "sampled" not in again.stdout and "step 3/" in again.stdout and "step 2/" not in again.stdout, again.stderr
+    assert again.status == 0 and "sampled" not in again.stdout, again.stderr
+    assert "step 3/" in again.stdout and "step 2/" not in again.stdout
     for file in ("model.safetensors", "traces.jsonl", "sampling/completions.jsonl"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not [*(tmp_path / "out").glob("**/state.safetensors")]
 
 
 def test_a_script_whose_rate_is_far_too_high_names_the_last_good_state_and_saves_the_batch(tmp_path):
-    from test_given import make, write
     make(tmp_path / "model", "llama", "qwen")
-    data = write(tmp_path / "data.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
-    args = ["--model", str(tmp_path / "model"), "--data", data, "--batch-tokens", "128", "--row-length", "64", "--dtype", "float32"]
-    result = subprocess.run([sys.executable, str(ROOT / "sft.py"), *args, "--lr", "1e38", "--out", str(tmp_path / "out")], capture_output=True, text=True)
-    assert result.returncode == 2 and "5 steps in a row" in result.stderr and "no good state yet" in result.stderr and result.stderr.count("\n") == 1
+    args = ["--model", tmp_path / "model", "--data", pairs(tmp_path), *SFT, "--dtype", "float32"]
+    ended = script(sft.main, [*args, "--lr", "1e38", "--out", tmp_path / "out"])
+    assert ended.status == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "5 steps in a row" in ended.stderr and "no good state yet" in ended.stderr
     assert load_file(tmp_path / "out" / "not_finite.safetensors")["ids"].shape == (2, 64)
 
 
 def test_a_script_whose_model_is_whole_leaves_no_state_though_it_was_killed_before_its_end(tmp_path):
-    from test_given import make
     make(tmp_path / "out", "llama", "qwen")
     checkpoint.save(tmp_path / "out", {"x": torch.ones(3)}, {"step": 1})
     with pytest.raises(ValueError, match="already holds a model"):
         new_directory(tmp_path / "out")
-    assert (tmp_path / "out" / checkpoint.STATE).exists()  # not a script's: a recipe's stage, which is measured just now
+    assert (tmp_path / "out" / checkpoint.STATE).exists()  # not a script's: a stage that is being measured
     (tmp_path / "out" / "settings.json").write_text("{}")
     with pytest.raises(ValueError, match="already holds a model"):
         new_directory(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 GSM8K=DIR python -m pytest tests/test_math_answers.py [--full]     # DIR holds test.jsonl and train.jsonl
 """
+import ast
 import json
 import math
 import os
@@ -14,9 +15,16 @@ from pathlib import Path
 import pytest
 
 import rewards
-from rewards import accuracy, accuracy_any, check_reference, exact_value, final_answer, plain, read_answer
+from data.math_answers import last_box, read_answer, read_end, read_expression
+from lab.check_input import check_example
 
 EXAMPLE = {"prompt": "How many?", "language": "en", "kind": "reasoning"}
+RULES = rewards.rules_with(read_answer, read_end, read_expression)
+accuracy, accuracy_any = RULES["accuracy"], RULES["accuracy_any"]
+
+
+def final_answer(completion):
+    return rewards.final_answer(completion, read_answer, read_end)
 
 
 def tagged(answer, thinking="so it is"):
@@ -36,15 +44,17 @@ EQUAL = [
     (r"\frac 12", r"\frac{1}{2}"), (r"\frac1{2}", r"\frac{1}{2}"), (r"\frac{1}2", r"\frac{1}{2}"),
     (r"-\frac{1}{2}", "-0.5"), (r"\frac{-1}{2}", r"-\frac{1}{2}"), (r"\frac{1}{-2}", r"-\frac{1}{2}"),
     (r"\frac{2}{4}", r"\frac{1}{2}"), (".5", "0.5"), (r"50\%", r"\frac{1}{2}"), ("50%", r"50\%"),
-    (r"33\frac{1}{3}\%", r"\frac{1}{3}"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("1 1/2", "1.5"), (r"-1\frac{1}{2}", "-1.5"),
+    (r"33\frac{1}{3}\%", r"\frac{1}{3}"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("1 1/2", "1.5"),
+    (r"-1\frac{1}{2}", "-1.5"),
     (r"137 \frac{1}{2}", "137.5"), ("1,234", "1234"), ("1{,}234", "1234"), (r"1\,234", "1234"), (r"10,\!080", "10080"),
-    (r"11,\! 111,\! 111,\! 100", "11111111100"), (r"\$32,\!348", "32348"), (r"\$18.90", "18.9"), ("+5", "5"), ("007", "7"),
-    ("−5", "-5"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt 2", r"\sqrt{2}"), (r"\sqrt2", r"\sqrt{2}"),
+    (r"11,\! 111,\! 111,\! 100", "11111111100"), (r"\$32,\!348", "32348"), (r"\$18.90", "18.9"), ("+5", "5"),
+    ("007", "7"), ("−5", "-5"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt 2", r"\sqrt{2}"), (r"\sqrt2", r"\sqrt{2}"),
     ("sqrt(8)", r"2\sqrt{2}"), ("√8", r"2\sqrt{2}"), ("2*sqrt(2)", r"2\sqrt{2}"), (r"\sqrt{16}", "4"),
     (r"\sqrt{\frac{1}{4}}", r"\frac{1}{2}"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt2}{2}"),
     (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"\sqrt{3}\cdot\sqrt{5}", r"\sqrt{15}"),
     (r"\sqrt{3}/2", r"\frac{\sqrt{3}}{2}"), (r"3\sqrt{5}+1", r"1 + 3\sqrt{5}"),
-    (r"\frac{1+\sqrt{5}}{2}", r"\frac{1}{2}+\frac{\sqrt{5}}{2}"), (r"-\sqrt{3}", r"- \sqrt{3}"), (r"2\pi", r"\pi\cdot 2"),
+    (r"\frac{1+\sqrt{5}}{2}", r"\frac{1}{2}+\frac{\sqrt{5}}{2}"), (r"-\sqrt{3}", r"- \sqrt{3}"),
+    (r"2\pi", r"\pi\cdot 2"),
     ("2π", r"2\pi"), ("2pi", r"2 \pi"), (r"\frac{\pi}{2}", r"\frac{1}{2}\pi"), (r"(1/2)\pi", r"\frac{\pi}{2}"),
     (r"\frac{\pi^2}{8}", r"\frac{1}{8}\pi^{2}"), (r"18+2\pi", r"2\pi + 18"), (r"\sqrt{-4}", "2i"), ("2+3i", "3i + 2"),
     (r"2^{10}", "1024"), ("2^3", "8"), (r"(\frac{2}{3})^2", r"\frac{4}{9}"), (r"2^{-1}", "0.5"),
@@ -79,46 +89,48 @@ def test_two_ways_to_write_an_answer_are_equal(answer, reference):
 # ---- MATH: unequal ----
 
 WRONG = {  # reference: answers that are wrong, or in doubt, and look right
-    "5": ["5 or 6", "6 or 5", "5, 6", r"\boxed{5} \boxed{6}", r"\boxed{6} \boxed{5}", "x=5, y=6", "x = 5 or x = 6", "-5",
-          "−5", "5%", r"5\%", "5!", "5^2", "5²", r"5\pi", "5π", "5i", "5x", "5n", "5 n", "5ab", r"5\sqrt{2}", "5k",
-          "5 thousand", "5 million", "5 dozen", "5 hundred", "5 tenths", "5 quarters", "5 pct", "5 lakh", "1/5", "0.5",
-          ".5", "5.0001", "4.999", "4.99...", "5 5", "55", "2+3", "2 + 3", "10/2 + 0", r"2 \cdot 2.5", "10 - 5", "5+0",
-          "5*1", "5 × 1", "5=6", "(5,5)", r"\{5\}", "(5,6)", "[5,5]", "not 5", "isn't 5", "5 is wrong", "minus 5",
-          "minus $5", "negative 5", "- $5", "-\\$5", "less than 5", "at least 5", "at most 5", "about 5",
+    "5": ["5 or 6", "6 or 5", "5, 6", r"\boxed{5} \boxed{6}", r"\boxed{6} \boxed{5}", "x=5, y=6", "x = 5 or x = 6",
+          "-5", "−5", "5%", r"5\%", "5!", "5^2", "5²", r"5\pi", "5π", "5i", "5x", "5n", "5 n", "5ab", r"5\sqrt{2}",
+          "5k", "5 thousand", "5 million", "5 dozen", "5 hundred", "5 tenths", "5 quarters", "5 pct", "5 lakh", "1/5",
+          "0.5", ".5", "5.0001", "4.999", "4.99...", "5 5", "55", "2+3", "2 + 3", "10/2 + 0", r"2 \cdot 2.5", "10 - 5",
+          "5+0", "5*1", "5 × 1", "5=6", "(5,5)", r"\{5\}", "(5,6)", "[5,5]", "not 5", "isn't 5", "5 is wrong",
+          "minus 5", "minus $5", "negative 5", "- $5", "-\\$5", "less than 5", "at least 5", "at most 5", "about 5",
           "approximately 5", r"\approx 5", "~5", r"\neq 5", "!= 5", "x > 5", r"x \geq 5", "-x = 5", "x^2 = 5", "2x = 5",
           r"\sqrt{x} = 5", r"\log 5", "sin 5", "5 mod 7", r"5 \pmod{7}", "5_8", "5 base eight", "5e1", "0x5", "５", "٥",
           "⑤", "5\u200b", "\u200b5", "5\u2060", "5\u0338", "5ⁿ", "5‱", r"-\boxed{5}", r"\boxed{5}0", r"\boxed{5}\%",
-          r"5\boxed{5}", r"\boxed{5} thousand", r"\boxed{5}^2", r"\boxed{5}!", r"not \boxed{5}", r"\boxed{5", r"\boxed{}",
-          r"\boxed{5 or 6}", r"\boxed{5}, \boxed{6}", r"\boxed{6}" + r" and \boxed{5}" * 30, r"6 or \boxed{5}",
-          "five or 6", "5 or six", "5 and 6", "either 5", "5 or so", "5 or more", "5</answer><answer>6",
-          "5</answer> <answer>5.5", "<b>5</b> <b>6</b>", "~~5~~ 6", "**5** **6**", "5$6", "$5$6$", "5 \\quad 6", "5/0",
-          "5/", "/5", "5-", r"5\text{ squared}", "5ⁿⁿⁿⁿ", "5 permille", "5 per mille", "5 tens", "5 lacs", "5 doubled", "double 5",
-          "triple 5", "square root of 5", "reciprocal of 5", "5 factorial", "5 point two", "5 over two", "5 divided by two",
-          "5 less two", "never 5", "5 false", "5萬", "5億", "5仟", "5佰", "5兆", "5成", "5折", "5個半", "5又二分之一", "零点5", "点5",
-          "壹5", "根号5", "5或六", "约5", "大于5", "不等于5", "并非5", "至少5", "5以上", "1" + "0" * 1999 + "5",
-          r"5\text{ plus one}", r"\text{minus }5", r"5\text{ or }6", r"5\,\%", r"\left.5\right.5",
-          r"\frac{5}{0}", r"\frac{5}", r"\frac5", "5^", "√25√", "x", "?",
+          r"5\boxed{5}", r"\boxed{5} thousand", r"\boxed{5}^2", r"\boxed{5}!", r"not \boxed{5}", r"\boxed{5",
+          r"\boxed{}", r"\boxed{5 or 6}", r"\boxed{5}, \boxed{6}", r"\boxed{6}" + r" and \boxed{5}" * 30,
+          r"6 or \boxed{5}", "five or 6", "5 or six", "5 and 6", "either 5", "5 or so", "5 or more",
+          "5</answer><answer>6", "5</answer> <answer>5.5", "<b>5</b> <b>6</b>", "~~5~~ 6", "**5** **6**", "5$6",
+          "$5$6$", "5 \\quad 6", "5/0", "5/", "/5", "5-", r"5\text{ squared}", "5ⁿⁿⁿⁿ", "5 permille", "5 per mille",
+          "5 tens", "5 lacs", "5 doubled", "double 5", "triple 5", "square root of 5", "reciprocal of 5", "5 factorial",
+          "5 point two", "5 over two", "5 divided by two", "5 less two", "never 5", "5 false", "5萬", "5億", "5仟", "5佰",
+          "5兆", "5成", "5折", "5個半", "5又二分之一", "零点5", "点5", "壹5", "根号5", "5或六", "约5", "大于5", "不等于5", "并非5", "至少5", "5以上",
+          "1" + "0" * 1999 + "5", r"5\text{ plus one}", r"\text{minus }5", r"5\text{ or }6", r"5\,\%",
+          r"\left.5\right.5", r"\frac{5}{0}", r"\frac{5}", r"\frac5", "5^", "√25√", "x", "?",
           "none"],
-    "540": [r"12\pi\cdot45/\pi", r"\sqrt{12} \cdot 45 \cdot \sqrt{12}", "12i*45/i", r"(\sqrt{600}+\sqrt{60})(\sqrt{600}-\sqrt{60})"],
+    "540": [r"12\pi\cdot45/\pi", r"\sqrt{12} \cdot 45 \cdot \sqrt{12}", "12i*45/i",
+            r"(\sqrt{600}+\sqrt{60})(\sqrt{600}-\sqrt{60})"],
     "57": ["5 7", r"5\,7", "5,7", "5{,}7", "75", "-57", r"57\pi", "57 or 58", "57 58", r"5\boxed{7}", "5*7", "5.7",
-          "12 + 45"],
+           "12 + 45"],
     "1234": ["1,23,4", "12,34", "1 234", "1, 234", "1.234", r"12\,34", "1{,}23{,}4", "(1,234, 5)", "123,4"],
     r"\frac{1}{3}": ["0.33", "0.333", "0.3333333333333333", "33%", r"33.3\%", "3", "1/-3", r"-\frac13", r"\frac{3}{1}",
           "1 3", "1:3", "1,3", "1/3/1/3", r"\frac{1}{33}", r"\frac133", r"1\frac{1}{3}", r"\frac{1}{3}x",
           r"\frac{1}{3}\pi", r"\sqrt{1/3}"],
     r"\frac{3}{2}": ["1 1/3", r"1\frac{3}{2}", "1/2", "11/2", r"1\frac12\frac12", "3/2 or 2/3", "2/3", r"-1\frac{1}{2}",
           "1 + 1/2"],
-    r"\pi": ["3.14", "3.14159", "3.141592653589793238462643383279", "22/7", r"-\pi", r"\pi^2", r"2\pi", r"\frac{\pi}{2}",
-          "p", "180", r"\pi r", r"\pi + 0", r"\pi\pi", "pie", r"\pi \text{ thousand}"],
+    r"\pi": ["3.14", "3.14159", "3.141592653589793238462643383279", "22/7", r"-\pi", r"\pi^2", r"2\pi",
+          r"\frac{\pi}{2}", "p", "180", r"\pi r", r"\pi + 0", r"\pi\pi", "pie", r"\pi \text{ thousand}"],
     r"2\sqrt{2}": ["2.828", "2.8284271247461903", r"\sqrt{2}", "4", r"-2\sqrt{2}", r"2\sqrt{3}", r"\sqrt{22}", r"22",
           r"2\sqrt{2}i", r"2+\sqrt{2}", r"2^{\sqrt{2}}", r"\sqrt{2}\sqrt{2}", r"\sqrt{8}\pi", r"\pm 2\sqrt{2}",
           r"\sqrt[3]{8}", r"2\sqrt{2}x"],
-    r"\frac{\sqrt{3}}{2}": ["2", "3", r"\sqrt{3}", r"\frac{3}{2}", r"\sqrt{\frac{3}{2}}", r"\frac{2}{\sqrt{3}}", "0.866",
-          "√3/2π"],
+    r"\frac{\sqrt{3}}{2}": ["2", "3", r"\sqrt{3}", r"\frac{3}{2}", r"\sqrt{\frac{3}{2}}", r"\frac{2}{\sqrt{3}}",
+          "0.866", "√3/2π"],
     r"\frac{\pi}{2}": [r"1/2\pi", "1/(2π)", r"\frac{1}{2\pi}", r"\frac{2}{\pi}", "π2", "90", "1.5708"],
     "1+2i": ["1-2i", "2+i", "-1+2i", "3i", "1+2", "1+2j", "3", r"\sqrt{5}"],
-    "(1,2)": ["(2,1)", "[1,2]", "(1,2]", "[1,2)", r"\{1,2\}", "1,2", "(1,2,3)", "(1,-2)", "(1 2)", "12", "(12)", "(1.2)",
-          "(1,2", "1,2)", "(1,2), (2,1)", "(1,2) or (2,1)", "((1,2))x", "(1,2)(1,2)", r"(1,2)\cup(3,4)", "(x,2)"],
+    "(1,2)": ["(2,1)", "[1,2]", "(1,2]", "[1,2)", r"\{1,2\}", "1,2", "(1,2,3)", "(1,-2)", "(1 2)", "12", "(12)",
+          "(1.2)", "(1,2", "1,2)", "(1,2), (2,1)", "(1,2) or (2,1)", "((1,2))x", "(1,2)(1,2)", r"(1,2)\cup(3,4)",
+          "(x,2)"],
     r"[0,\infty)": [r"(0,\infty)", r"[0,\infty]", r"[0,-\infty)", r"(-\infty,0]", r"(\infty, 0]", "[0,8)", r"0,\infty",
           r"[0,\infty", r"x \ge 0"],
     r"\{1,2\}": [r"\{1,2,3\}", r"\{1\}", "1", "(1,2)", "[1,2]", r"\{1,-2\}", r"\{1,2,2\}", "1 or 2", "12", "1,2,",
@@ -138,15 +150,20 @@ PAIRS = [(answer, reference) for reference, answers in WRONG.items() for answer 
 
 
 def test_there_are_hundreds_of_wrong_answers_and_a_hundred_right_ones():
-    assert len(EQUAL) >= 100 and len(set(PAIRS)) == len(PAIRS) >= 300
+    assert len(EQUAL) >= 100 and len(set(PAIRS)) == len(PAIRS) >= 400
 
 
-@pytest.mark.parametrize("answer, reference", PAIRS)
-def test_a_wrong_answer_that_looks_right_scores_nothing(answer, reference):
-    assert read_answer(reference) is not None
-    assert read_answer(answer) != read_answer(reference)
-    assert scores(answer, reference) == scores(f" {answer}\n", reference) == (0.0, 0.0)
-    assert scores(rf"\boxed{{{answer}}}", reference) == (0.0, 0.0)
+@pytest.mark.parametrize("reference", WRONG)
+def test_a_wrong_answer_that_looks_right_scores_nothing(reference):
+    value = read_answer(reference)
+    assert value is not None
+    believed = []
+    for answer in WRONG[reference]:
+        as_written, spaced = scores(answer, reference), scores(f" {answer}\n", reference)
+        boxed = scores(rf"\boxed{{{answer}}}", reference)
+        if read_answer(answer) == value or as_written + spaced + boxed != (0.0,) * 6:
+            believed.append(answer)
+    assert believed == []
 
 
 @pytest.mark.parametrize("completion", [
@@ -161,8 +178,8 @@ def test_the_training_reward_wants_the_tags(completion):
 @pytest.mark.parametrize("completion", [
     "<think>5</think><answer>6</answer>", "<think>5</think>", "<think>5", r"<think>\boxed{5}",
     r"<think>\boxed{5}</think>6", r"<think>\boxed{5}</think>", r"\boxed{5} \boxed{6}", "\\boxed{5}\n\\boxed{6}",
-    r"\boxed{\frac{5}{6}}", r"-\boxed{5}", r"so $5\pi$.", r"The answer is $\frac{\sqrt{3}}{5}$.", r"so \frac{\sqrt{3}}{5}",
-    r"\boxed{6}, not 5", "(1, 5)", r"so $x^5$", r"\boxed{5"])
+    r"\boxed{\frac{5}{6}}", r"-\boxed{5}", r"so $5\pi$.", r"The answer is $\frac{\sqrt{3}}{5}$.",
+    r"so \frac{\sqrt{3}}{5}", r"\boxed{6}, not 5", "(1, 5)", r"so $x^5$", r"\boxed{5"])
 def test_the_lenient_reward_reads_the_final_answer_alone(completion):
     assert accuracy_any(completion, EXAMPLE | {"answer": "5"}) == 0.0
 
@@ -177,32 +194,47 @@ def test_the_lenient_reward_reads_a_base_models_styles(completion, reference):
     assert accuracy_any(completion, EXAMPLE | {"answer": reference}) == 1.0
 
 
-@pytest.mark.parametrize("reference", sorted({text for pair in EQUAL for text in pair} | set(WRONG)))
-def test_a_bare_reference_is_its_own_final_answer(reference):  # evaluate.py votes with final_answer(reference)
-    assert final_answer(reference) == read_answer(reference)
-    check_reference(EXAMPLE | {"answer": reference})
-    assert hash(read_answer(reference)) == hash(final_answer(tagged(reference)))
+BARE = sorted({text for pair in EQUAL for text in pair} | set(WRONG))
+
+
+def test_a_bare_reference_is_its_own_final_answer():  # evaluate.py votes with final_answer(reference)
+    misread = []
+    for reference in BARE:
+        check_example(EXAMPLE | {"answer": reference}, read_answer)
+        value = read_answer(reference)
+        if final_answer(reference) != value or hash(final_answer(tagged(reference))) != hash(value):
+            misread.append(reference)
+    assert misread == [] and len(BARE) > 200
 
 
 @pytest.mark.parametrize("reference", ["", " ", "?", "none", "5 or 6", "12+45", "1,23", "(1,2", r"\boxed{1} \boxed{2}",
     "No answer", "x"])
 def test_a_reference_in_doubt_is_refused(reference):
     with pytest.raises(ValueError, match="reference answer"):
-        check_reference(EXAMPLE | {"answer": reference})
+        check_example(EXAMPLE | {"answer": reference}, read_answer)
+
+
+def test_the_last_box_of_a_solution_is_its_answer():
+    assert last_box(r"so \boxed{1}, or \fbox{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert last_box(r"\boxed 5 apples") == "5" and last_box(r"\boxed{\{1\}}") == r"\{1\}"
+    assert last_box(r"\boxed{}") == "" and last_box(r"\boxed{1") is last_box("5") is None
+    deep = "{" * 4 + "}" * 4
+    assert last_box(rf"\boxed{{{deep}}}") == deep and last_box(rf"\boxed{{{{{deep}}}}}") is None
 
 
 # ---- harmless whatever comes ----
 
 HUGE = ["(" * 10**5, "{" * 10**5, "[" * 300, "(" * 149 + "1" + ")" * 149, "-" * 299 + "1", "√" * 299 + "2", "9^9^9^9",
-        "9^{9^{9}}", r"\sqrt{10^{100}}", r"\sqrt{10^{10^{10}}}", "2^{100}" * 40, r"(1+\sqrt{2}+\pi)^5" * 18, "9" * 10**5,
-        "9" * 300, "1/" * 10**4, "1+" * 150 + "1", r"\frac{1}{" * 10**4, r"\boxed{" * 14000, r"\boxed{1}" * 11000,
-        r"\boxed{1}" * 200, r"\boxed{{{{{" * 180, "\\boxed{" + "{" * 900 + "}" * 900 + "}",
+        "9^{9^{9}}", r"\sqrt{10^{100}}", r"\sqrt{10^{10^{10}}}", "2^{100}" * 40, r"(1+\sqrt{2}+\pi)^5" * 18,
+        "9" * 10**5, "9" * 300, "1/" * 10**4, "1+" * 150 + "1", r"\frac{1}{" * 10**4, r"\boxed{" * 14000,
+        r"\boxed{1}" * 11000, r"\boxed{1}" * 200, r"\boxed{{{{{" * 180, "\\boxed{" + "{" * 900 + "}" * 900 + "}",
         ",".join(map(str, range(25000))), ", ".join(map(str, range(300))), "{" * 9 + "1,2" + "}" * 9, "(1,2)," * 300,
         r"\text{" * 300, r"\sqrt" * 400, r"\left" * 390, r"\{" * 900, "$" * 2000, "a " * 1000, "x^" * 900, "±" * 1000,
-        "1,234" * 380, "1{,}" * 480, "**" * 990, "\\" * 2000, "{,}" * 600, "1." * 900, " 1" * 900, r"\pi" * 600, "i" * 300,
-        "2π" * 150, r"\sqrt{999983}" * 25, "√999983+" * 37, "(" * 150 + ")" * 150, "\ud800" * 1000, "\x00" * 2000,
-        "±1," * 600, "√2+√3+√5+√7+√11+√13+√17", "6 " + "or " * 600, "x=" * 900, "1_" * 900, r"\begin{pmatrix}" * 120,
-        "answer is " * 190, "#" * 2000, "the final answer: " * 100, r"\( " * 400 + r"\) " * 400 + "a", "$!" * 900]
+        "1,234" * 380, "1{,}" * 480, "**" * 990, "\\" * 2000, "{,}" * 600, "1." * 900, " 1" * 900, r"\pi" * 600,
+        "i" * 300, "2π" * 150, r"\sqrt{999983}" * 25, "√999983+" * 37, "(" * 150 + ")" * 150, "\ud800" * 1000,
+        "\x00" * 2000, "±1," * 600, "√2+√3+√5+√7+√11+√13+√17", "6 " + "or " * 600, "x=" * 900, "1_" * 900,
+        r"\begin{pmatrix}" * 120, "answer is " * 190, "#" * 2000, "the final answer: " * 100,
+        r"\( " * 400 + r"\) " * 400 + "a", "$!" * 900]
 
 
 def slowest(texts):
@@ -224,13 +256,13 @@ def test_an_absurd_answer_is_harmless_and_fast(text):
     start = time.process_time()
     assert accuracy_any(text, EXAMPLE | {"answer": "5"}) == accuracy(tagged(text), EXAMPLE | {"answer": "5"}) == 0.0
     assert time.process_time() - start < 0.2
-    assert rewards.solves(text, [1, 2], 3) is False
+    assert rewards.solves(text, [1, 2], 3, read_expression) is False
 
 
-FRAGMENTS = ["0", "1", "2", "3", "12", "0.5", "1,234", r"\frac", "{", "}", "(", ")", "[", "]", r"\{", r"\}", "+", "-", "*",
-             "/", "^", "_", r"\sqrt", r"\pi", "i", "x", ",", ", ", " ", "=", r"\boxed{", r"\text{ cm}", "%", r"\%", "$",
-             r"\infty", r"\cup", r"\pm", "°", r"^\circ", r"\left(", r"\right)", r"\,", r"\!", "or", "A", "(A)", "even",
-             ".", "±", "√", "π", r"\frac{1}{2}", r"\sqrt{2}", "\\"]
+FRAGMENTS = ["0", "1", "2", "3", "12", "0.5", "1,234", r"\frac", "{", "}", "(", ")", "[", "]", r"\{", r"\}", "+", "-",
+             "*", "/", "^", "_", r"\sqrt", r"\pi", "i", "x", ",", ", ", " ", "=", r"\boxed{", r"\text{ cm}", "%", r"\%",
+             "$", r"\infty", r"\cup", r"\pm", "°", r"^\circ", r"\left(", r"\right)", r"\,", r"\!", "or", "A", "(A)",
+             "even", ".", "±", "√", "π", r"\frac{1}{2}", r"\sqrt{2}", "\\"]
 
 
 def fuzz(count, seed=0):
@@ -315,9 +347,9 @@ def test_a_hundred_thousand_mixtures_and_expressions():
 
 HARMLESS = [  # ways to write the number n, which has no thousands separator, and its form with them
     "{n}", "{c}", "${n}", "${c}", r"\${n}", "{n} dollars", "{n} apples", "**{n}**", "**{n} apples**", r"\boxed{{{n}}}",
-    r"$\boxed{{{n}}}$", r"\boxed{{{n}\text{{ cm}}}}", "The answer is {n}.", "The final answer is ${n}$", "{n}.", "{n}.0",
-    "{n}.00", "  {n}  ", "\n\n{n}\n", "= {n}", "x = {n}", "#### {n}", "She has {n} apples in all.", "Answer: {c}",
-    r"\text{{{n}}}", "So the total is {c} miles per day.", r"\({n}\)"]
+    r"$\boxed{{{n}}}$", r"\boxed{{{n}\text{{ cm}}}}", "The answer is {n}.", "The final answer is ${n}$", "{n}.",
+    "{n}.0", "{n}.00", "  {n}  ", "\n\n{n}\n", "= {n}", "x = {n}", "#### {n}", "She has {n} apples in all.",
+    "Answer: {c}", r"\text{{{n}}}", "So the total is {c} miles per day.", r"\({n}\)"]
 
 
 def gsm8k(full):
@@ -338,15 +370,15 @@ def check_gsm8k(full):
         solution = re.sub("<<[^<>]*>>", "", answer)
         reference = answer.rpartition("####")[2].strip()
         example = EXAMPLE | {"answer": reference}
-        check_reference(example)
+        check_example(example, read_answer)
         assert accuracy_any(solution, example) == 1.0 and accuracy(solution, example) == 0.0, answer
-        assert accuracy(tagged(reference, solution), example) == accuracy_any(tagged(reference, solution),
-            example) == 1.0, answer
+        completion = tagged(reference, solution)
+        assert accuracy(completion, example) == accuracy_any(completion, example) == 1.0, answer
         n = reference.replace(",", "")
         for form in HARMLESS:
             text = form.format(n=n, c=f"{int(n):,}")
-            assert accuracy(tagged(text, solution), example) == accuracy_any(tagged(text, solution), example) == 1.0, (text,
-            answer)
+            completion = tagged(text, solution)
+            assert accuracy(completion, example) == accuracy_any(completion, example) == 1.0, (text, answer)
             rewritings += 1
         if before.replace(",", "") != n:
             assert scores(before, reference) == (0.0, 0.0), (before, reference)
@@ -371,9 +403,10 @@ COUNTDOWN = EXAMPLE | {"nums": [2, 49, 1, 50], "target": 99, "answer": "99"}
 
 def countdown(expression, nums, target):
     example = EXAMPLE | {"nums": nums, "target": target, "answer": str(target)}
-    assert accuracy(tagged(expression), example) == accuracy_any(tagged(expression), example) == accuracy_any(expression,
-        example)
-    return accuracy(tagged(expression), example)
+    score = accuracy(tagged(expression), example)
+    assert accuracy_any(tagged(expression), example) == accuracy_any(expression, example) == score
+    assert rewards.accuracy(tagged(expression), example) <= score  # without a reader of LaTeX
+    return score
 
 
 @pytest.mark.parametrize("expression, nums, target", [
@@ -395,9 +428,9 @@ def test_an_expression_of_each_number_once_makes_the_target(expression, nums, ta
     ("50 + 48 + 0", [50, 48], 98), ("49 + 49", [50, 48], 98), ("50 + 50 - 2", [50, 2], 98), ("50 + 48", [50, 48], 99),
     ("50 + 48 = 98 = 98", [50, 48], 98), ("98 = 50 + 48", [50, 48], 98), ("1 2", [1, 2], 12), ("12", [1, 2], 12),
     ("1{}2", [1, 2], 12), ("(1)(2)", [1, 2], 2), ("2(3)", [2, 3], 6), ("(2)3", [2, 3], 6), ("2^3", [2, 3], 8),
-    ("2**3", [2, 3], 8), ("2//3", [2, 3], 0), ("7 % 4", [7, 4], 3), ("5%4", [5, 4], 1), ("5!", [5], 120), ("√9", [9], 3),
-    (r"\sqrt{9}", [9], 3), (r"\sqrt 9 + 1", [9, 1], 4), ("1.5 * 2", [1, 5, 2], 3), ("0.5", [5], 0), ("5e1", [5, 1], 50),
-    ("1/0", [1, 0], 1), ("5 + (3", [5, 3], 8), ("5 + 3)", [5, 3], 8), ("5 +", [5], 5), ("+ 5", [5], 5),
+    ("2**3", [2, 3], 8), ("2//3", [2, 3], 0), ("7 % 4", [7, 4], 3), ("5%4", [5, 4], 1), ("5!", [5], 120), ("√9", [9],
+    3), (r"\sqrt{9}", [9], 3), (r"\sqrt 9 + 1", [9, 1], 4), ("1.5 * 2", [1, 5, 2], 3), ("0.5", [5], 0), ("5e1", [5, 1],
+    50), ("1/0", [1, 0], 1), ("5 + (3", [5, 3], 8), ("5 + 3)", [5, 3], 8), ("5 +", [5], 5), ("+ 5", [5], 5),
     ("5 3 +", [5, 3], 8), ("5 + 3 or 5 * 3", [5, 3], 8), ("5 + 3, 5 - 3", [5, 3], 8), ("50 + 48 is 98", [50, 48], 98),
     ("x = 50 + 48", [50, 48], 98), ("５ + 3", [5, 3], 8), ("5\u200b + 3", [5, 3], 8), ("05 + 3", [5, 3], 8),
     ("1_0 + 3", [10, 3], 13), ("1,000 + 3", [1000, 3], 1003), ("5 + 3 # 9", [5, 3], 8), ("5 + 3; 8", [5, 3], 8),
@@ -431,8 +464,11 @@ def test_countdown_agrees_with_pythons_own_arithmetic():
             expected = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text))
         except ZeroDivisionError:
             expected = None
-        value = exact_value(text, calculation=True)
-        assert (value if value is None else plain(value)) == expected
+        try:
+            value = rewards.calculate(ast.parse(text, mode="eval").body)
+        except ZeroDivisionError:
+            value = None
+        assert value == expected
         if expected is not None and expected.denominator == 1:
             right += countdown(text, nums, int(expected)) == 1.0
             assert countdown(text, nums, int(expected) + 1) == 0.0
@@ -444,16 +480,15 @@ def test_countdown_agrees_with_pythons_own_arithmetic():
     ({"nums": [1.5]}, "nums"), ({"nums": [True]}, "nums"), ({"nums": None}, "nums"), ({"target": "99"}, "target"),
     ({"target": 1.5}, "target"), ({"target": None}, "target")])
 def test_a_countdown_example_out_of_range_is_refused_by_its_field(change, field):
-    check_reference(COUNTDOWN)
+    check_example(COUNTDOWN, read_answer)
     with pytest.raises(ValueError, match=f"^{field}"):
-        check_reference(COUNTDOWN | change)
+        check_example(COUNTDOWN | change, read_answer)
 
 
-def test_a_countdown_example_has_both_fields():
+@pytest.mark.parametrize("missing", ["nums", "target"])
+def test_a_countdown_example_has_both_fields(missing):
     with pytest.raises(ValueError, match="target"):
-        check_reference({key: value for key, value in COUNTDOWN.items() if key != "target"})
-    with pytest.raises(ValueError, match="target"):
-        check_reference({key: value for key, value in COUNTDOWN.items() if key != "nums"})
+        check_example({key: value for key, value in COUNTDOWN.items() if key != missing}, read_answer)
 
 
 # ---- together ----
@@ -461,8 +496,9 @@ def test_a_countdown_example_has_both_fields():
 def test_the_lenient_accuracy_is_a_reward_to_train_on():
     example = EXAMPLE | {"answer": r"\frac{1}{2}"}
     for text in (r"so \boxed{\frac12}", tagged("0.5"), "0.5 or so"):
-        assert rewards.REWARDS["accuracy_any"](text, example) == accuracy(text, example, strict=False)
-    assert rewards.weighted_sum(r"\boxed{\frac12}", example, {"accuracy_any": 2.0, "accuracy": 1.0}) == 2.0
+        assert RULES["accuracy_any"](text, example) == 1.0
+    weights = {"accuracy_any": 2.0, "accuracy": 1.0}
+    assert rewards.weighted_sum(r"\boxed{\frac12}", example, weights, RULES) == 2.0
 
 
 def test_equal_answers_are_one_vote_in_a_majority():

@@ -1,104 +1,184 @@
-"""The whole recipe at the smoke preset, and what its users may do wrong."""
+"""The whole recipe at the smoke preset, its scripts, and what their users may do wrong."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import command
+import evaluate
+import grpo
+import model as model_module
+import pipeline
+import sft
+from forked import run_forked
+from lab import command
+from runs import RECIPE, STAGES, call, content
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ["base", "zero", "dev1", "dev2", "dev3", "r1", "base_qwen", "student_qwen", "control_qwen", "base_llama", "student_llama"]
+PROGRAMS = {"pipeline.py": pipeline.main, "sft.py": sft.main, "grpo.py": grpo.main, "evaluate.py": evaluate.main,
+            "model.py": model_module.main}
+MODELS = [name for name in STAGES if name != "traces"]
 
 
-def run(*args, cwd=ROOT):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=280)
+def run(program, *args, **settings):
+    """A script as its user calls it."""
+    return run_forked(PROGRAMS[program], argv=[program, *map(str, args)], cwd=ROOT, **settings)
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A finished smoke run that was killed once on its way."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    command = [sys.executable, str(ROOT / "pipeline.py"), "--preset", "smoke", "--out", str(out), "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "zero" / "DONE").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = (out / "base" / "DONE").stat().st_mtime_ns
-    result = run(*command[1:])
-    assert result.returncode == 0, result.stderr
-    return out, result, before
+def test_the_recipe_runs_from_the_command_line(tmp_path):
+    """In an interpreter of its own, as a user starts it: two stages show that all is imported and found."""
+    result = subprocess.run([sys.executable, str(ROOT / "pipeline.py"), *RECIPE, "--stages", "base,zero"], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert (tmp_path / "run" / "zero" / "model.safetensors").exists()
 
 
-def test_a_killed_run_goes_on_where_it_stopped_and_ends_with_every_stage(smoke):
-    out, result, before = smoke
-    assert (out / "base" / "DONE").stat().st_mtime_ns == before  # the finished stage was not made again
-    results = json.loads((out / "results.json").read_text())
-    assert set(RECIPE) | {"traces"} == set(results["stages"])
-    for stage in RECIPE:
+def test_a_run_ends_with_every_stage_and_its_figures(finished_run):
+    results = json.loads((finished_run / "results.json").read_text())
+    assert STAGES == [*results["stages"]]
+    for stage in MODELS:
         evaluation = results["stages"][stage]["evaluation"]
-        mean, low, high = evaluation["accuracy"]
-        assert 0 <= low <= mean <= high <= 1
-        assert (out / stage / "model.safetensors").exists() and (out / stage / "config.json").exists()
+        for metric in ("accuracy", "accuracy_any"):
+            mean, low, high = evaluation[metric]
+            assert 0 <= low <= mean <= high <= 1
+        assert evaluation["accuracy"][0] <= evaluation["accuracy_any"][0]  # the asked form is one of the styles
+        assert (finished_run / stage / "model.safetensors").exists() and (finished_run / stage / "config.json").exists()
 
 
-def test_the_output_shows_a_line_a_stage_then_claims_and_samples(smoke):
-    lines = smoke[1].stdout.splitlines()
-    first, stages, claims = lines.index("stages"), lines.index("claims"), lines.index("samples")
-    assert [line.split()[0] for line in lines[:first] if "  accuracy " in line] == RECIPE
-    assert all("tokens" in line and "FLOPs" in line for line in lines[first + 1:stages] if line)
-    assert stages < claims
+def test_the_output_shows_a_line_per_stage_then_samples_and_at_smoke_no_claims(finished_run):
+    lines = (finished_run.parent / "said").read_text().splitlines()
+    first, samples = lines.index("stages  (accuracy: any style)"), lines.index("samples")
+    assert [line.split()[0] for line in lines[:first] if "  accuracy " in line] == MODELS
+    assert all("tokens" in line and "FLOPs" in line for line in lines[first + 1:samples] if line)
+    assert "claims" not in lines  # its models are too small for them to say anything
 
 
-def test_the_claims_are_numbered_and_carry_interval_and_verdict(smoke):
-    claims = json.loads((smoke[0] / "results.json").read_text())["claims"]
-    assert {c["number"].split()[0] for c in claims} >= {"1", "2", "3", "4", "5", "6", "8", "9", "10", "12"}
-    assert all(c["verdict"] in ("holds", "contradicted", "unsettled") for c in claims)
+def test_the_claims_are_numbered_and_carry_interval_and_verdict(finished_run):
+    claims = json.loads((finished_run / "results.json").read_text())["claims"]
+    numbers = [claim["number"] for claim in claims]
+    assert {number.split()[0] for number in numbers} >= {"1", "2", "3", "4", "5", "6", "8", "9", "10", "12"}
+    assert [int(number.split()[0]) for number in numbers] == sorted(int(number.split()[0]) for number in numbers)
+    for claim in claims:
+        assert claim["verdict"] in ("holds", "contradicted", "unsettled")
+        assert not claim["low"] > claim["high"]
 
 
-def test_the_report_is_written(smoke):
-    page = (smoke[0] / "report.html").read_text(encoding="utf-8")
+def test_other_presets_print_the_claims(finished_run, capsys):
+    from types import SimpleNamespace
+    from lab.terminal import print_results
+    results = json.loads((finished_run / "results.json").read_text())
+    print_results(SimpleNamespace(results=results, line_of=str, out=finished_run), with_claims=True)
+    said = capsys.readouterr().out
+    assert "\nclaims\n" in said and all(claim["claim"] in said for claim in results["claims"])
+
+
+def test_the_report_is_written(finished_run):
+    page = (finished_run / "report.html").read_text(encoding="utf-8")
     assert "R1-Zero" in page and "<svg" in page
 
 
-def test_metrics_hold_no_times_so_that_they_are_the_same_at_each_run(smoke):
-    for path in smoke[0].glob("*/metrics.jsonl"):
+def test_metrics_hold_no_times_so_that_they_are_the_same_at_each_run(finished_run):
+    for path in finished_run.glob("*/metrics.jsonl"):
         assert not any("seconds" in key for line in path.read_text().splitlines() for key in json.loads(line))
 
 
-def test_a_finished_run_called_again_makes_nothing_anew(smoke):
-    stamps = {p: p.stat().st_mtime_ns for p in smoke[0].glob("*/model.safetensors")}
-    assert run("pipeline.py", "--preset", "smoke", "--out", smoke[0], "--device", "cpu").returncode == 0
-    assert stamps == {p: p.stat().st_mtime_ns for p in smoke[0].glob("*/model.safetensors")}
+def test_metrics_name_the_asked_form_accuracy_and_any_style_accuracy_any(finished_run):
+    rows = [json.loads(line) for line in (finished_run / "zero" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"accuracy", "accuracy_any"} <= row.keys() for row in rows)
+    assert {"validation_accuracy", "validation_accuracy_any"} <= rows[-1].keys()
+    assert not any("strict" in key for row in rows for key in row)
 
 
-def test_a_stage_made_by_other_code_is_named_with_how_to_make_it_anew(smoke):
-    done = smoke[0] / "r1" / "DONE"
-    text = done.read_text()
-    meta = json.loads(text)
-    meta["code"]["grpo.py"] = "another"
-    done.write_text(json.dumps(meta))
-    result = run("pipeline.py", "--preset", "smoke", "--out", smoke[0], "--device", "cpu")
-    done.write_text(text)
-    assert "r1 was made before grpo.py changed" in result.stdout and "--from r1" in result.stdout
+def test_a_finished_run_called_again_makes_nothing_a_second_time(copy_of_run):
+    before = {path: path.stat().st_mtime_ns for path in copy_of_run.glob("*/model.safetensors")}
+    assert call(copy_of_run.parent, RECIPE).status == 0
+    assert before == {path: path.stat().st_mtime_ns for path in copy_of_run.glob("*/model.safetensors")}
 
 
-def test_each_stage_opens_in_transformers_with_the_same_logits_and_ids(smoke):
+# ------------------------------------------------------------------------------------------- some of the stages
+
+def test_base_and_zero_are_a_taste_that_ends_with_the_curve_and_a_problem_before_and_after(tmp_path):
+    ended = call(tmp_path, [*RECIPE, "--stages", "base,zero"])
+    assert ended.status == 0, ended.stderr
+    assert [*json.loads((tmp_path / "run" / "results.json").read_text())["stages"]] == ["base", "zero"]
+    assert "R1-Zero, over its rollouts" in ended.stdout and "one problem, before and after" in ended.stdout
+    assert "the whole recipe, from here: python pipeline.py --preset smoke --out run\n" in ended.stdout
+    assert (tmp_path / "run" / "curve.svg").read_text().startswith("<svg")
+
+
+def test_the_other_stages_go_on_from_the_taste_to_the_same_end(tmp_path, finished_run):
+    for stages in ("base,zero", "dev1,dev2,traces", "students,controls", "dev3,r1"):
+        ended = call(tmp_path, [*RECIPE, "--stages", stages])
+        assert ended.status == 0, ended.stderr
+    found, undisturbed = content(tmp_path / "run"), content(finished_run)
+    weights = [name for name in undisturbed if name.endswith((".safetensors", "samples.jsonl", "metrics.jsonl"))]
+    assert [name for name in weights if found[name] != undisturbed[name]] == []
+
+
+@pytest.mark.parametrize("args, culprit", [
+    (["--stages", "dev2"], "stage dev2 needs dev1, which is not finished: --stages dev1,dev2"),
+    (["--stages", "zero"], "stage zero needs base"), (["--stages", "base,zero,dev3"], "stage dev3 needs traces"),
+    (["--stages", "student_qwen"], "stage student_qwen needs base_qwen"),
+    (["--stages", "base,r3"], "stage 'r3' is none of base"),
+    (["--from", "r2"], "stage 'r2' is none of"), (["--preset", "huge"], "huge"), (["--nonsense"], "--nonsense"),
+    (["--train", "x.jsonl"], "--train goes with --base"), (["--group-size", "1"], "group_size 1"),
+    (["--samples", "0"], "samples 0 must be positive"), (["--device", "abacus"], "device abacus"),
+    (["--rollouts", "many"], "many"),
+])
+def test_what_cannot_be_done_with_the_recipe_is_said_in_one_line(args, culprit, tmp_path):
+    ended = call(tmp_path, [*RECIPE, *args])
+    assert ended.status == 2 and culprit in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+    assert not (tmp_path / "run" / "config.json").exists()  # nothing that a corrected call would stumble over
+
+
+# ------------------------------------------------------------------------------------------- code that has changed
+
+def change_code(run, file, stages):
+    """As if the file had changed since these stages were made."""
+    for stage in stages:
+        done = json.loads((run / stage / "DONE").read_text())
+        done["code"][file] = "another"
+        (run / stage / "DONE").write_text(json.dumps(done))
+
+
+def test_a_changed_reward_is_named_once_with_the_first_stage_that_it_can_affect(copy_of_run):
+    made_with_rewards = [stage for stage in STAGES
+                         if "rewards.py" in json.loads((copy_of_run / stage / "DONE").read_text())["code"]]
+    assert made_with_rewards == [stage for stage in STAGES if not stage.startswith("base")]  # pretraining has no reward
+    change_code(copy_of_run, "rewards.py", made_with_rewards)
+    ended = call(copy_of_run.parent, RECIPE)
+    named = [line for line in ended.stdout.splitlines() if "rewards.py" in line]
+    assert named == ["rewards.py changed since zero was made; to re-run it and what depends on it: --from zero"]
+
+
+def test_of_several_changes_the_first_stage_is_named_with_its_own(copy_of_run):
+    change_code(copy_of_run, "grpo.py", ["r1", "control_qwen"])
+    change_code(copy_of_run, "sft.py", ["dev3"])
+    ended = call(copy_of_run.parent, RECIPE)
+    named = [line for line in ended.stdout.splitlines() if "changed since" in line]
+    assert named == ["sft.py changed since dev3 was made; to re-run it and what depends on it: --from dev3"]
+
+
+def test_the_code_that_a_stage_depends_on_is_there(finished_run):
+    for stage in STAGES:
+        files = json.loads((finished_run / stage / "DONE").read_text())["code"]
+        assert files and all((ROOT / file).exists() for file in files)
+
+
+# ------------------------------------------------------------------------------------------- transformers
+
+def test_each_stage_opens_in_transformers_with_the_same_logits_and_ids(finished_run):
     transformers = pytest.importorskip("transformers")
-    import torch
-    from model import load
     from tokenizer import Tokenizer
     for stage in ("r1", "student_qwen", "student_llama"):
-        ours, theirs = load(smoke[0] / stage, "cpu"), transformers.AutoModelForCausalLM.from_pretrained(smoke[0] / stage)
+        ours = model_module.load(finished_run / stage, "cpu")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(finished_run / stage)
         text = "Tom has 47 apples.\n<think>先47+38</think><answer>85</answer>"
-        ids = Tokenizer(smoke[0] / stage).encode(text)
-        assert transformers.AutoTokenizer.from_pretrained(smoke[0] / stage)(text).input_ids == ids
+        ids = Tokenizer(finished_run / stage).encode(text)
+        assert transformers.AutoTokenizer.from_pretrained(finished_run / stage)(text).input_ids == ids
         with torch.no_grad():
             assert (ours(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() < 1e-4
 
@@ -106,7 +186,7 @@ def test_each_stage_opens_in_transformers_with_the_same_logits_and_ids(smoke):
 # ------------------------------------------------------------------------------------------- the scripts, and bad input
 
 @pytest.fixture(scope="module")
-def files(smoke, tmp_path_factory):
+def files(finished_run, tmp_path_factory):
     dir = tmp_path_factory.mktemp("data")
     problem = {"prompt": "Tom has 47 apples. Tom buys 38 more. How many apples does Tom have now?", "answer": "85",
                "language": "en", "kind": "reasoning"}
@@ -119,7 +199,7 @@ def files(smoke, tmp_path_factory):
     (dir / "long.jsonl").write_text(json.dumps({**problem, "prompt": "7 " * 3000}) + "\n")
     (dir / "nothing").mkdir()
     (dir / "misfit").mkdir()
-    for file in (smoke[0] / "r1").iterdir():
+    for file in (finished_run / "r1").iterdir():
         (dir / "misfit" / file.name).write_bytes(file.read_bytes())
     spec = json.loads((dir / "misfit" / "tokenizer.json").read_text())
     spec["added_tokens"][-1]["id"] += 5
@@ -127,30 +207,42 @@ def files(smoke, tmp_path_factory):
     return dir
 
 
-def test_the_scripts_run_on_a_model_directory(smoke, files, tmp_path):
-    model = smoke[0] / "r1"
-    for args in (["sft.py", "--model", model, "--data", files / "pairs.jsonl", "--out", tmp_path / "sft", "--epochs", "1"],
-                 ["grpo.py", "--model", model, "--data", files / "problems.jsonl", "--out", tmp_path / "grpo", "--rollouts", "1",
-                  "--prompts-per-rollout", "2", "--group-size", "2", "--max-new-tokens", "16"],
-                 ["evaluate.py", "--model", model, "--data", files / "problems.jsonl", "--samples", "2", "--max-new-tokens", "16"],
+def test_the_scripts_run_on_a_model_directory(finished_run, files, tmp_path):
+    model, problems = finished_run / "r1", files / "problems.jsonl"
+    small = ["--rollouts", "1", "--prompts-per-rollout", "2", "--group-size", "2", "--max-new-tokens", "16"]
+    pairs = files / "pairs.jsonl"
+    for args in (["sft.py", "--model", model, "--data", pairs, "--out", tmp_path / "sft", "--epochs", "1"],
+                 ["grpo.py", "--model", model, "--data", problems, "--out", tmp_path / "grpo", *small],
+                 ["evaluate.py", "--model", model, "--data", problems, "--samples", "2", "--max-new-tokens", "16"],
                  ["model.py", model, "--prompt", "Hello!", "--max-new-tokens", "8"]):
-        result = run(*args)
-        assert result.returncode == 0, result.stderr
+        ended = run(*args)
+        assert ended.status == 0, ended.stderr
     assert (tmp_path / "sft" / "model.safetensors").exists() and (tmp_path / "grpo" / "tokenizer.json").exists()
 
 
+def test_each_script_starts_in_an_interpreter_of_its_own():
+    """What a fork of this process cannot show: that a script alone finds all that it imports."""
+    for script in (["grpo.py"], ["-m", "variants.ppo"]):
+        result = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0 and "--model" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize("script, data", [("sft.py", "pairs"), ("grpo.py", "problems")])
-def test_the_precision_is_printed_and_a_switch_forces_another(script, data, smoke, files, tmp_path):
-    small = ["--rollouts", "1", "--prompts-per-rollout", "2", "--group-size", "2", "--max-new-tokens", "8"] * (script == "grpo.py")
+def test_the_precision_is_printed_and_a_switch_forces_another(script, data, finished_run, files, tmp_path):
+    small = []
+    if script == "grpo.py":
+        small = ["--rollouts", "1", "--prompts-per-rollout", "2", "--group-size", "2", "--max-new-tokens", "8"]
     lines = []
     for i, more in enumerate([[], ["--dtype", "float32", "--recompute"]]):
-        result = run(script, "--model", smoke[0] / "r1", "--data", files / f"{data}.jsonl", "--out", tmp_path / str(i), *small, *more)
-        assert result.returncode == 0, result.stderr
-        lines.append(result.stdout.splitlines()[0])
+        ended = run(script, "--model", finished_run / "r1", "--data", files / f"{data}.jsonl",
+                    "--out", tmp_path / str(i), *small, *more)
+        assert ended.status == 0, ended.stderr
+        lines.append(ended.stdout.splitlines()[0])
     assert lines == [f"{command.fast_dtype('cpu')} on cpu", "float32 on cpu"] or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("avx512_bf16, amx, chosen", [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
+@pytest.mark.parametrize("avx512_bf16, amx, chosen", [
+    (True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
 def test_bfloat16_is_chosen_where_the_processor_multiplies_it(avx512_bf16, amx, chosen, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
@@ -158,36 +250,45 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(avx512_bf16, amx, 
 
 
 BAD = {  # what is wrong -> the command, and what its one line must name
-    "an unknown option": (["pipeline.py", "--nonsense"], "--nonsense"),
-    "an unknown preset": (["pipeline.py", "--preset", "huge"], "huge"),
-    "an unknown stage": (["pipeline.py", "--from", "r2"], "r2"),
-    "another configuration": (["pipeline.py", "--preset", "smoke", "--seed", "7", "--out", "RUN", "--device", "cpu"], "another configuration (seed was 0, is 7)"),
+    "another configuration": (["pipeline.py", "--preset", "smoke", "--seed", "7", "--out", "RUN", "--device", "cpu"],
+                              "another configuration (seed was 0, is 7)"),
     "a missing file": (["sft.py", "--model", "MODEL", "--data", "DATA/none.jsonl", "--out", "OUT"], "none.jsonl"),
     "an empty file": (["sft.py", "--model", "MODEL", "--data", "DATA/empty.jsonl", "--out", "OUT"], "empty.jsonl"),
-    "a row without its field": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_field.jsonl", "--out", "OUT"], "no_field.jsonl:2"),
-    "a row that is not JSON": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_json.jsonl", "--out", "OUT"], "no_json.jsonl:1"),
-    "an unparseable reference": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_number.jsonl", "--out", "OUT"], "'5 or 6'"),
-    "a directory that is no model": (["evaluate.py", "--model", "DATA/nothing", "--data", "DATA/problems.jsonl"], "nothing/tokenizer.json"),
-    "a tokenizer that does not fit": (["evaluate.py", "--model", "DATA/misfit", "--data", "DATA/problems.jsonl"], "tokenizer"),
+    "a row without its field": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_field.jsonl", "--out", "OUT"],
+                                "no_field.jsonl:2"),
+    "a row that is not JSON": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_json.jsonl", "--out", "OUT"],
+                               "no_json.jsonl:1"),
+    "an unparseable reference": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_number.jsonl", "--out", "OUT"],
+                                 "'5 or 6'"),
+    "a directory that is no model": (["evaluate.py", "--model", "DATA/nothing", "--data", "DATA/problems.jsonl"],
+                                     "nothing/tokenizer.json"),
+    "a tokenizer that does not fit": (["evaluate.py", "--model", "DATA/misfit", "--data", "DATA/problems.jsonl"],
+                                      "tokenizer"),
     "a prompt longer than the context": (["evaluate.py", "--model", "MODEL", "--data", "DATA/long.jsonl"], "context"),
-    "group size 1": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT", "--group-size", "1"], "group_size 1"),
-    "temperature 0": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT", "--temperature", "0"], "temperature 0"),
-    "a value that is no number": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT", "--lr", "fast"], "fast"),
-    "an unknown precision": (["sft.py", "--model", "MODEL", "--data", "DATA/pairs.jsonl", "--out", "OUT", "--dtype", "fp8"], "dtype 'fp8'"),
-    "an output that holds a model": (["sft.py", "--model", "MODEL", "--data", "DATA/pairs.jsonl", "--out", "MODEL"], "already holds a model"),
+    "group size 1": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT",
+                      "--group-size", "1"], "group_size 1"),
+    "temperature 0": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT",
+                       "--temperature", "0"], "temperature 0"),
+    "a value that is no number": (["grpo.py", "--model", "MODEL", "--data", "DATA/problems.jsonl", "--out", "OUT",
+                                   "--lr", "fast"], "fast"),
+    "an unknown precision": (["sft.py", "--model", "MODEL", "--data", "DATA/pairs.jsonl", "--out", "OUT",
+                              "--dtype", "fp8"], "dtype 'fp8'"),
+    "an output that holds a model": (["sft.py", "--model", "MODEL", "--data", "DATA/pairs.jsonl", "--out", "MODEL"],
+                                     "already holds a model"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_gives_one_line_that_names_the_culprit_and_exit_code_2(what, smoke, files, tmp_path):
+def test_bad_input_gives_one_line_that_names_the_culprit_and_exit_code_2(what, finished_run, files, tmp_path):
     args, named = BAD[what]
-    places = {"RUN": str(smoke[0]), "MODEL": str(smoke[0] / "r1"), "DATA": str(files), "OUT": str(tmp_path / "out")}
+    places = {"RUN": str(finished_run), "MODEL": str(finished_run / "r1"), "DATA": str(files),
+              "OUT": str(tmp_path / "out")}
     filled = []
     for arg in args:
         head, slash, tail = arg.partition("/")
         filled.append(places.get(head, head) + slash + tail)
-    before = (smoke[0] / "r1" / "model.safetensors").stat().st_mtime_ns
-    result = run(*filled)
-    assert result.returncode == 2, result.stderr
-    assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert (smoke[0] / "r1" / "model.safetensors").stat().st_mtime_ns == before
+    before = (finished_run / "r1" / "model.safetensors").stat().st_mtime_ns
+    ended = run(*filled)
+    assert ended.status == 2, ended.stderr
+    assert named in ended.stderr and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+    assert (finished_run / "r1" / "model.safetensors").stat().st_mtime_ns == before

@@ -1,25 +1,20 @@
 """PPO's estimators against plain loops over their definitions, and the critic's learning inside grpo.train."""
 
 import copy
-import importlib.util
 import inspect
 import json
-import os
-import shutil
-import subprocess
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoint
+from lab import checkpoint
 import grpo
 import model as model_module
-import ppo as ppo_module
-from ppo import PPO, Critic, PPOConfig, explained_variance, gae, micro_batches, value_loss, whiten
+from variants import ppo as ppo_module
+from variants.ppo import PPO, Critic, PPOConfig, explained_variance, gae, micro_batches, value_loss, whiten
 
 ROOT = Path(__file__).resolve().parent.parent
 END = 3
@@ -181,14 +176,16 @@ def share_of_sevens(text, example):
 def sharp(tiny, seed=0):
     """A tiny model whose logits have a standard deviation of about 1, so that probabilities differ."""
     model = tiny(seed=seed, tie_word_embeddings=False)
-    torch.nn.init.normal_(model.lm_head.weight, 0, model.config.hidden_size ** -0.5, torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(model.lm_head.weight, 0, model.config.hidden_size**-0.5, torch.Generator().manual_seed(seed))
     return model
 
 
 def rolled(model, config, prompts=([1, 2], [4, 5, 6, 7, 8])):
     """A Rollout of two groups, of ragged lengths and with rewards that differ."""
-    groups = grpo.sample_groups(model, prompts, list, lambda ids: " ".join(map(str, ids)), model_module.generate, MANY_ENDS,
-                                {"sevens": share_of_sevens}, {}, config, torch.Generator().manual_seed(0))
+    groups = grpo.sample_groups(model, prompts, encode=list, decode=lambda ids: " ".join(map(str, ids)),
+                                generate=model_module.generate, end_ids=MANY_ENDS,
+                                rewards={"sevens": share_of_sevens}, weights={}, config=config,
+                                generator=torch.Generator().manual_seed(0))
     r = grpo.collate(groups, MANY_ENDS)
     r.rewards = torch.randn(r.rewards.shape, generator=torch.Generator().manual_seed(1))
     r.old_logprobs = grpo.all_logprobs(model, r, config)
@@ -200,13 +197,13 @@ def weights_of(*models):
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
-def perturbed(credit, seed=0):
-    """The credit with a critic that expects something."""
+def perturbed(estimator, seed=0):
+    """The estimator with a critic that expects something."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in credit.critic.parameters():
+        for p in estimator.critic.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=noise))
-    return credit
+    return estimator
 
 
 def spans_of(r):
@@ -230,44 +227,44 @@ def test_making_a_critic_takes_nothing_from_the_global_random_state(tiny):
 
 def test_under_bf16_the_critics_head_still_computes_in_fp32(tiny):
     model, config = sharp(tiny), small(dtype="bfloat16")
-    credit, r = perturbed(PPO(model, config)), rolled(model, small())
+    estimator, r = perturbed(PPO(model, config)), rolled(model, small())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = credit.critic.hidden(credit.critic.trunk, r.ids[:1, :r.ends[0] - 1])
-    values = states.float() @ credit.critic.head.weight[0] + credit.critic.head.bias
-    torch.testing.assert_close(credit.values(r, [0]), values, atol=1e-5, rtol=1e-5)
+        states = estimator.critic.hidden(estimator.critic.trunk, r.ids[:1, :r.ends[0] - 1])
+    values = states.float() @ estimator.critic.head.weight[0] + estimator.critic.head.bias
+    torch.testing.assert_close(estimator.values(r, [0]), values, atol=1e-5, rtol=1e-5)
 
 
 def test_the_critics_own_weights_learn_and_the_policys_do_not(tiny):
     model, config = sharp(tiny), small()
-    before, credit = weights_of(model), PPO(model, config)
-    critic = {name: p.detach().clone() for name, p in credit.critic.named_parameters()}
+    before, estimator = weights_of(model), PPO(model, config)
+    critic = {name: p.detach().clone() for name, p in estimator.critic.named_parameters()}
     r = rolled(model, config)
     for _ in range(2):  # at first the head's weights are 0, so that the trunk gets no gradient
-        credit.advantages(r), credit.learn(r, list(range(12)))
-    unchanged = [name for name, p in credit.critic.named_parameters() if torch.equal(p, critic[name])]
+        estimator.advantages(r), estimator.learn(r, list(range(12)))
+    unchanged = [name for name, p in estimator.critic.named_parameters() if torch.equal(p, critic[name])]
     assert unchanged == ["trunk.lm_head.weight"]  # which the values do not go through
     assert torch.equal(weights_of(model), before) and all(p.grad is None for p in model.parameters())
 
 
 def test_a_value_depends_on_the_tokens_up_to_its_position_and_not_on_the_one_to_be_sampled(tiny):
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), perturbed(PPO(model, config))
-    before = credit.values(r, [0]).detach()[0]
+    r, estimator = rolled(model, config), perturbed(PPO(model, config))
+    before = estimator.values(r, [0]).detach()[0]
     position = r.ends[0] - 3
     r.ids[0, position + 1] += 1
-    after = credit.values(r, [0]).detach()[0]
+    after = estimator.values(r, [0]).detach()[0]
     assert torch.equal(after[:position + 1], before[:position + 1]) and after[position + 1] != before[position + 1]
 
 
 def test_the_values_are_the_critics_whatever_the_micro_batch_and_reach_as_far_as_its_longest_row(tiny):
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), perturbed(PPO(model, config))
+    r, estimator = rolled(model, config), perturbed(PPO(model, config))
     rows = [3, 0, 8]
-    values = credit.values(r, rows).detach()
+    values = estimator.values(r, rows).detach()
     assert values.shape == (3, max(r.ends[row] for row in rows) - 1)
     for row, of_row in zip(rows, values):
         n = r.ends[row] - 1
-        torch.testing.assert_close(of_row[:n], credit.critic(r.ids[row:row + 1, :n]).detach()[0])
+        torch.testing.assert_close(of_row[:n], estimator.critic(r.ids[row:row + 1, :n]).detach()[0])
 
 
 def test_another_models_states_come_from_a_callable(tiny):
@@ -280,19 +277,19 @@ def test_another_models_states_come_from_a_callable(tiny):
             return self.table(ids) @ self.table.weight.T
 
     model, config = Other(), small()
-    credit = PPO(model, config, hidden=lambda trunk, ids: trunk.table(ids))
+    estimator = PPO(model, config, hidden=lambda trunk, ids: trunk.table(ids))
     r = rolled(sharp(tiny), config)
-    credit.advantages(r), credit.learn(r, [0, 1, 5])
-    assert credit.critic.head.weight.shape == (1, 5) and credit.critic.head.weight.any()
+    estimator.advantages(r), estimator.learn(r, [0, 1, 5])
+    assert estimator.critic.head.weight.shape == (1, 5) and estimator.critic.head.weight.any()
 
 
 def test_dropout_makes_no_noise_in_the_values(tiny):
     model, config = sharp(tiny).train(), small()
     dropout = torch.nn.Dropout(0.5)
     model.dropout = dropout
-    credit = perturbed(PPO(model, config, hidden=lambda trunk, ids: trunk.dropout(trunk.hidden(ids))))
+    estimator = perturbed(PPO(model, config, hidden=lambda trunk, ids: trunk.dropout(trunk.hidden(ids))))
     r = rolled(model, config)
-    assert torch.equal(credit.values(r, [0, 1]), credit.values(r, [0, 1]))
+    assert torch.equal(estimator.values(r, [0, 1]), estimator.values(r, [0, 1]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -303,20 +300,22 @@ def test_the_critics_forward_pass_is_in_the_runs_dtype_and_its_weights_and_value
     def hidden(trunk, ids):
         seen.append(trunk.hidden(ids))
         return seen[-1]
-    credit = PPO(model, config, hidden=hidden)
+    estimator = PPO(model, config, hidden=hidden)
     del seen[:]
-    advantages, _ = credit.advantages(r), credit.learn(r, list(range(12)))
+    advantages, _ = estimator.advantages(r), estimator.learn(r, list(range(12)))
     assert seen and {x.dtype for x in seen} == {getattr(torch, dtype)} and advantages.dtype == torch.float32
-    assert credit.old_values.dtype == torch.float32 and {p.dtype for p in credit.critic.parameters()} == {torch.float32}
+    assert estimator.old_values.dtype == torch.float32 and {p.dtype for p in estimator.critic.parameters()} == {
+        torch.float32
+    }
 
 
-# ------------------------------------------------------------------------------------------- the credit
+# ------------------------------------------------------------------------------------------- the estimator
 
 def test_the_rules_reward_falls_on_the_last_sampled_token_and_the_value_after_it_is_zero(tiny):
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), PPO(model, config, PPOConfig(lam=0.0, gamma=0.5, whiten=False))
-    torch.nn.init.constant_(credit.critic.head.bias, 4.0)  # a critic that expects 4 everywhere
-    advantages = credit.advantages(r)
+    r, estimator = rolled(model, config), PPO(model, config, PPOConfig(lam=0.0, gamma=0.5, whiten=False))
+    torch.nn.init.constant_(estimator.critic.head.bias, 4.0)  # a critic that expects 4 everywhere
+    advantages = estimator.advantages(r)
     for row, (start, end) in enumerate(spans_of(r)):
         reward = r.rewards[row // 6, row % 6].item()  # row i*G + j is completion j of prompt i
         expected = [0] * start + [0.5 * 4 - 4] * (end - start - 1) + [reward - 4] + [0] * (r.mask.shape[1] - end)
@@ -326,12 +325,12 @@ def test_the_rules_reward_falls_on_the_last_sampled_token_and_the_value_after_it
 @pytest.mark.parametrize("white", [True, False])
 def test_returns_are_taken_before_the_advantages_are_whitened(tiny, white):
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), perturbed(PPO(model, config, PPOConfig(whiten=white)))
-    advantages = credit.advantages(r)
+    r, estimator = rolled(model, config), perturbed(PPO(model, config, PPOConfig(whiten=white)))
+    advantages = estimator.advantages(r)
     for row, (start, end) in enumerate(spans_of(r)):
         expected = [0] * start + [r.rewards.flatten()[row].item()] * (end - start) + [0] * (r.mask.shape[1] - end)
-        assert credit.returns[row].tolist() == pytest.approx(expected, abs=1e-6)
-    raw = (credit.returns - credit.old_values) * r.mask
+        assert estimator.returns[row].tolist() == pytest.approx(expected, abs=1e-6)
+    raw = (estimator.returns - estimator.old_values) * r.mask
     torch.testing.assert_close(advantages, whiten(raw, r.mask) if white else raw, atol=1e-5, rtol=1e-5)
     assert (advantages[r.mask].std().item() == pytest.approx(1, rel=0.02)) == white
 
@@ -340,9 +339,9 @@ def test_a_kl_in_the_reward_is_paid_at_each_token(tiny):
     model, config = sharp(tiny), small()
     r = rolled(model, config)
     r.ref_logprobs = grpo.all_logprobs(sharp(tiny, 2), r, config)
-    credit = perturbed(PPO(model, config, PPOConfig(kl_in_reward=0.3, lam=1.0, gamma=0.9, whiten=False)))
-    advantages = credit.advantages(r)
-    values = credit.old_values
+    estimator = perturbed(PPO(model, config, PPOConfig(kl_in_reward=0.3, lam=1.0, gamma=0.9, whiten=False)))
+    advantages = estimator.advantages(r)
+    values = estimator.old_values
     for row, (start, end) in enumerate(spans_of(r)):
         rewards = [-0.3 * (r.old_logprobs[row, t] - r.ref_logprobs[row, t]).item() for t in range(start, end)]
         rewards[-1] += r.rewards.flatten()[row].item()
@@ -352,7 +351,9 @@ def test_a_kl_in_the_reward_is_paid_at_each_token(tiny):
 
 
 def test_only_a_kl_in_the_reward_needs_a_reference_which_the_loop_then_provides(tiny):
-    assert not PPO(tiny(), small()).needs_reference and PPO(tiny(), small(), PPOConfig(kl_in_reward=0.1)).needs_reference
+    assert (
+        not PPO(tiny(), small()).needs_reference and PPO(tiny(), small(), PPOConfig(kl_in_reward=0.1)).needs_reference
+    )
     plain, held = (run(tiny(), small(), PPOConfig(kl_in_reward=weight)) for weight in (0.0, 0.3))
     assert plain[0]["value_loss"] == held[0]["value_loss"] and plain[-1]["value_loss"] != held[-1]["value_loss"]
 
@@ -364,23 +365,23 @@ def test_learning_descends_the_value_loss_of_exactly_the_given_rows(tiny):
     settings = PPOConfig(value_clip=0.05, critic_lr=0.02)
 
     def learnt(disturb=()):
-        rollout, credit = copy.deepcopy(r), perturbed(PPO(model, config, settings))
-        credit.optimizer = torch.optim.SGD(credit.critic.parameters(), lr=0.02)
-        credit.advantages(rollout)
-        perturbed(credit, seed=1)  # so that the values have left the old ones, some by more than the clip
+        rollout, estimator = copy.deepcopy(r), perturbed(PPO(model, config, settings))
+        estimator.optimizer = torch.optim.SGD(estimator.critic.parameters(), lr=0.02)
+        estimator.advantages(rollout)
+        perturbed(estimator, seed=1)  # so that the values have left the old ones, some by more than the clip
         for row in disturb:
             rollout.ids[row] = 1
-            credit.returns[row] += 2
-            credit.old_values[row] -= 1
-        values, total, count = credit.critic(rollout.ids[:, :-1]).detach(), 0.0, 0
+            estimator.returns[row] += 2
+            estimator.old_values[row] -= 1
+        values, total, count = estimator.critic(rollout.ids[:, :-1]).detach(), 0.0, 0
         for row in rows:
             for t in range(*spans_of(rollout)[row]):
-                v, old, target = (x[row, t].item() for x in (values, credit.old_values, credit.returns))
+                v, old, target = (x[row, t].item() for x in (values, estimator.old_values, estimator.returns))
                 clipped = min(max(v, old - 0.05), old + 0.05)
                 total, count = total + max((v - target) ** 2, (clipped - target) ** 2) / 2, count + 1
-        metrics = credit.learn(rollout, rows)
+        metrics = estimator.learn(rollout, rows)
         assert metrics["value_loss"] == pytest.approx(total / count, rel=1e-4)
-        return weights_of(credit.critic)
+        return weights_of(estimator.critic)
 
     alone = learnt()
     assert torch.equal(learnt(disturb=[0, 2, 3, 5, 6, 8, 9, 11]), alone)
@@ -389,26 +390,26 @@ def test_learning_descends_the_value_loss_of_exactly_the_given_rows(tiny):
 
 def test_old_values_and_returns_stay_fixed_while_the_critic_learns(tiny):
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), perturbed(PPO(model, config))
-    credit.advantages(r)
-    before = credit.old_values.clone(), credit.returns.clone()
+    r, estimator = rolled(model, config), perturbed(PPO(model, config))
+    estimator.advantages(r)
+    before = estimator.old_values.clone(), estimator.returns.clone()
     with torch.no_grad():
-        torch.testing.assert_close(credit.old_values[r.mask], credit.critic(r.ids[:, :-1])[r.mask])
+        torch.testing.assert_close(estimator.old_values[r.mask], estimator.critic(r.ids[:, :-1])[r.mask])
     for rows in ([0, 1, 2], [3, 4, 5]):
-        credit.learn(r, rows)
-    assert torch.equal(credit.old_values, before[0]) and torch.equal(credit.returns, before[1])
-    assert not credit.old_values.requires_grad and not credit.returns.requires_grad
+        estimator.learn(r, rows)
+    assert torch.equal(estimator.old_values, before[0]) and torch.equal(estimator.returns, before[1])
+    assert not estimator.old_values.requires_grad and not estimator.returns.requires_grad
 
 
 def test_what_is_learnt_does_not_depend_on_the_micro_batches(tiny):
     model, results = sharp(tiny), []
     r = rolled(model, small())
     for tokens in (1, 25, 10 ** 6):
-        credit = perturbed(PPO(model, small(micro_batch_tokens=tokens)))
-        credit.optimizer = torch.optim.SGD(credit.critic.parameters(), lr=0.1)
-        advantages = credit.advantages(r)
-        metrics = credit.learn(r, [0, 2, 3, 5, 6, 7, 9, 11])
-        results.append((advantages, credit.returns, weights_of(credit.critic), torch.tensor([*metrics.values()])))
+        estimator = perturbed(PPO(model, small(micro_batch_tokens=tokens)))
+        estimator.optimizer = torch.optim.SGD(estimator.critic.parameters(), lr=0.1)
+        advantages = estimator.advantages(r)
+        metrics = estimator.learn(r, [0, 2, 3, 5, 6, 7, 9, 11])
+        results.append((advantages, estimator.returns, weights_of(estimator.critic), torch.tensor([*metrics.values()])))
     for other in results[1:]:
         for a, b in zip(other, results[0]):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
@@ -416,33 +417,33 @@ def test_what_is_learnt_does_not_depend_on_the_micro_batches(tiny):
 
 def test_one_step_is_one_step_and_leaves_no_gradient_behind(tiny):
     model, config = sharp(tiny), small(micro_batch_tokens=1)
-    r, credit = rolled(model, config), PPO(model, config, PPOConfig(critic_lr=0.01))
-    credit.advantages(r), credit.learn(r, [0, 1, 2])
-    sign = 1 if credit.returns[:3][r.mask[:3]].mean() > 0 else -1
-    assert credit.critic.head.bias.item() == pytest.approx(0.01 * sign, rel=1e-3)
-    assert {int(state["step"]) for state in credit.optimizer.state.values()} == {1}
-    assert all(p.grad is None for p in credit.critic.parameters())
+    r, estimator = rolled(model, config), PPO(model, config, PPOConfig(critic_lr=0.01))
+    estimator.advantages(r), estimator.learn(r, [0, 1, 2])
+    sign = 1 if estimator.returns[:3][r.mask[:3]].mean() > 0 else -1
+    assert estimator.critic.head.bias.item() == pytest.approx(0.01 * sign, rel=1e-3)
+    assert {int(state["step"]) for state in estimator.optimizer.state.values()} == {1}
+    assert all(p.grad is None for p in estimator.critic.parameters())
 
 
 def test_the_critics_gradient_is_cut_to_the_norm_of_grad_clip(tiny):
     model, config = sharp(tiny), small(grad_clip=0.01)
-    r, credit = rolled(model, config), PPO(model, config)
-    credit.optimizer = torch.optim.SGD(credit.critic.parameters(), lr=1.0)
-    before = weights_of(credit.critic)
-    credit.advantages(r), credit.learn(r, list(range(12)))
-    assert (weights_of(credit.critic) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+    r, estimator = rolled(model, config), PPO(model, config)
+    estimator.optimizer = torch.optim.SGD(estimator.critic.parameters(), lr=1.0)
+    before = weights_of(estimator.critic)
+    estimator.advantages(r), estimator.learn(r, list(range(12)))
+    assert (weights_of(estimator.critic) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_explained_variance_is_that_of_the_values_the_advantages_were_made_of(tiny):
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), PPO(model, config)
-    credit.advantages(r)
-    assert credit.learn(r, [0])["explained_variance"] == pytest.approx(0, abs=1e-6)  # it expected nothing
+    r, estimator = rolled(model, config), PPO(model, config)
+    estimator.advantages(r)
+    assert estimator.learn(r, [0])["explained_variance"] == pytest.approx(0, abs=1e-6)  # it expected nothing
     mask, noise = r.mask, torch.randn(r.mask.shape, generator=torch.Generator().manual_seed(0))
-    credit.old_values = torch.where(mask, credit.returns + 0.5 * noise + 3, 1e6)
-    errors, returns = noise[mask] * 0.5, credit.returns[mask]
+    estimator.old_values = torch.where(mask, estimator.returns + 0.5 * noise + 3, 1e6)
+    errors, returns = noise[mask] * 0.5, estimator.returns[mask]
     expected = 1 - errors.var(unbiased=False) / returns.var(unbiased=False)
-    assert credit.learn(r, [0])["explained_variance"] == pytest.approx(expected.item(), rel=1e-3)
+    assert estimator.learn(r, [0])["explained_variance"] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_equal_returns_leave_no_variance_to_explain():
@@ -454,11 +455,11 @@ def test_equal_returns_leave_no_variance_to_explain():
 
 def test_the_critic_comes_to_predict_the_returns_of_a_rollout_it_sees_again_and_again(tiny):
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), PPO(model, config, PPOConfig(critic_lr=0.01))
+    r, estimator = rolled(model, config), PPO(model, config, PPOConfig(critic_lr=0.01))
     metrics = []
     for _ in range(60):
-        credit.advantages(r)
-        metrics.append(credit.learn(r, list(range(12))))
+        estimator.advantages(r)
+        metrics.append(estimator.learn(r, list(range(12))))
     assert metrics[-1]["value_loss"] < 0.2 * metrics[0]["value_loss"] and metrics[-1]["explained_variance"] > 0.7
 
 
@@ -471,11 +472,11 @@ def test_which_tokens_pad_a_row_and_how_far_changes_nothing(tiny):
             setattr(other, name, torch.nn.functional.pad(getattr(other, name), (0, wider), value=fill))
         for row, end in enumerate(r.ends):
             other.ids[row, end:] = filler
-        credit = perturbed(PPO(model, config))
-        advantages, metrics = credit.advantages(other), credit.learn(other, list(range(12)))
+        estimator = perturbed(PPO(model, config))
+        advantages, metrics = estimator.advantages(other), estimator.learn(other, list(range(12)))
         width = r.mask.shape[1]
         assert not advantages[:, width:].any()
-        of_critic = credit.returns[:, :width], weights_of(credit.critic), torch.tensor([*metrics.values()])
+        of_critic = estimator.returns[:, :width], weights_of(estimator.critic), torch.tensor([*metrics.values()])
         results.append((advantages[:, :width], *of_critic))
     for other in results[1:]:
         for a, b in zip(other, results[0]):
@@ -500,12 +501,20 @@ def test_a_critic_with_dropout_takes_nothing_from_the_global_random_state_either
 def run(model, config, settings=PPOConfig(critic_lr=0.01), **arguments):
     """Trains to sample token 7 with a critic; the metrics of each rollout without the times."""
     history = []
-    credit = arguments.pop("credit", None) or PPO(model, config, settings)
+    estimator = arguments.pop("estimator", None) or PPO(model, config, settings)
     log = lambda metrics, r: history.append({k: v for k, v in metrics.items() if "seconds" not in k})
     arguments = dict(log=log) | arguments
-    arguments = dict(encode=list, decode=lambda ids: " ".join(map(str, ids)), generate=model_module.generate, end_ids=[END],
-                     rewards={"sevens": share_of_sevens}) | arguments
-    grpo.train(model, [[1, 2], [4, 5, 6], [8]], config=config, credit=credit, **arguments)
+    arguments = (
+        dict(
+            encode=list,
+            decode=lambda ids: " ".join(map(str, ids)),
+            generate=model_module.generate,
+            end_ids=[END],
+            rewards={"sevens": share_of_sevens},
+        )
+        | arguments
+    )
+    grpo.train(model, [[1, 2], [4, 5, 6], [8]], config=config, advantage_estimator=estimator, **arguments)
     return history
 
 
@@ -520,11 +529,11 @@ def test_the_reward_rises_within_a_few_rollouts(tiny, settings):
 
 @pytest.mark.parametrize("stop", [1, 2])
 @pytest.mark.parametrize("kl_in_reward", [0.0, 0.1])
-def test_a_run_that_stopped_goes_on_identically(tiny, tmp_path, stop, kl_in_reward):
+def test_a_run_that_stopped_resumes_identically(tiny, tmp_path, stop, kl_in_reward):
     config, settings = small(rollouts=4, reference_every=3), PPOConfig(critic_lr=0.01, kl_in_reward=kl_in_reward)
     through = tiny()
-    credit = PPO(through, config, settings)
-    history = run(through, config, credit=credit)
+    estimator = PPO(through, config, settings)
+    history = run(through, config, estimator=estimator)
 
     def save(**state):
         if state["step"] == stop:
@@ -534,9 +543,9 @@ def test_a_run_that_stopped_goes_on_identically(tiny, tmp_path, stop, kl_in_rewa
         run(tiny(), config, settings, save=save)
     resumed = tiny(seed=5)
     other = PPO(resumed, config, settings)
-    rest = run(resumed, config, credit=other, resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
+    rest = run(resumed, config, estimator=other, resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
     assert len(rest) == 4 - stop and rest == history[stop:]
-    assert torch.equal(weights_of(resumed, other.critic), weights_of(through, credit.critic))
+    assert torch.equal(weights_of(resumed, other.critic), weights_of(through, estimator.critic))
 
 
 @pytest.mark.parametrize("fields, culprit", [
@@ -553,11 +562,14 @@ def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
 
 def test_its_optimizer_is_the_policys_but_for_the_learning_rate(tiny):
     model, config, states = tiny(), small(rollouts=1), []
-    credit = PPO(model, config, PPOConfig(critic_lr=0.123))
-    run(model, config, credit=credit, save=lambda **state: states.append(state))
-    ours, policys = credit.optimizer, states[0]["optimizer"]
+    estimator = PPO(model, config, PPOConfig(critic_lr=0.123))
+    run(model, config, estimator=estimator, save=lambda **state: states.append(state))
+    ours, policys = estimator.optimizer, states[0]["optimizer"]
     assert type(ours) is type(policys) and ours.defaults["lr"] == 0.123
-    assert all(ours.defaults[name] == policys.defaults[name] for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize"))
+    assert all(
+        ours.defaults[name] == policys.defaults[name]
+        for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+    )
 
 
 def test_the_defaults_are_r1s_undiscounted_return_and_whitened_advantages():
@@ -574,12 +586,12 @@ def test_a_kl_in_the_reward_and_one_in_the_loss_are_not_had_at_once(tiny):
 def test_rewards_are_counted_in_fp32_whatever_the_log_probabilities_are_in(tiny):
     """bf16 would round a reward of 0.7 to 0.699."""
     model, config = sharp(tiny), small()
-    r, credit = rolled(model, config), PPO(model, config, PPOConfig(whiten=False))
-    expected = credit.advantages(r)
+    r, estimator = rolled(model, config), PPO(model, config, PPOConfig(whiten=False))
+    expected = estimator.advantages(r)
     for dtype in (torch.bfloat16, torch.float64):
         other = copy.copy(r)
         other.old_logprobs, other.rewards = r.old_logprobs.to(dtype), r.rewards.double()
-        assert torch.equal(credit.advantages(other), expected)
+        assert torch.equal(estimator.advantages(other), expected)
 
 
 def test_none_of_its_settings_has_the_name_of_one_of_the_loops():
@@ -593,110 +605,26 @@ def test_the_copies_of_micro_batches_agree():
     assert inspect.getsource(micro_batches) == inspect.getsource(grpo.micro_batches)
 
 
-def alone(script, folder, *names):
-    """Runs a script in a fresh interpreter, in a folder that holds these files of ours and nothing else."""
-    for name in names:
-        shutil.copy(ROOT / f"{name}.py", folder)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    script = "import sys\nsys.path.insert(0, '.')\nimport torch\ntorch.set_num_threads(1)\ntorch.manual_seed(0)\n" + textwrap.dedent(script)
-    command = [sys.executable, "-I", "-c", script]
-    result = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_copied_alone_into_an_empty_folder_it_imports_silently_and_works(tmp_path):
-    assert alone("""
-        from types import SimpleNamespace
-        import ppo
-        assert not {"grpo", "model", "command"} & sys.modules.keys()
-        class Toy(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.table = torch.nn.Embedding(8, 8)
-            def hidden(self, ids):
-                return self.table(ids)
-        config = SimpleNamespace(dtype="float32", micro_batch_tokens=8, grad_clip=1.0)
-        ids, mask = torch.tensor([[1, 2, 3, 4], [1, 5, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-        rollout = SimpleNamespace(ids=ids, ends=[4, 2], mask=mask, old_logprobs=torch.zeros(2, 3),
-                                  rewards=torch.tensor([[1.0, 0.0]]))
-        credit = ppo.PPO(Toy(), config, ppo.PPOConfig(critic_lr=0.1, whiten=False))
-        first = credit.advantages(rollout)
-        assert first.tolist() == [[1, 1, 1], [0, 0, 0]], first
-        for _ in range(100):
-            credit.advantages(rollout), credit.learn(rollout, [0, 1])
-        last = credit.advantages(rollout)
-        assert last[0, 1:].abs().max() < 0.1 and abs(last[0, 0] - 0.5) < 0.2, last  # token 1 is followed by a 1 or by a 0
-    """, tmp_path, "ppo") == ""
-
-
-SCRATCH = """
-from transformers import LlamaConfig, LlamaForCausalLM
-import grpo, ppo
-
-class Wrapped(torch.nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, ids):
-        return self.inner(input_ids=ids, use_cache=False).logits
-
-@torch.no_grad()
-def generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator):
-    rows, logprobs = [], []
-    for prompt in prompts:
-        ids, scores = torch.tensor([prompt] * n), []
-        for _ in range(max_new_tokens):
-            p = (model(ids)[:, -1].float() / temperature).log_softmax(-1)
-            token = torch.multinomial(p.exp(), 1, generator=generator)
-            ids, scores = torch.cat([ids, token], 1), scores + [p.gather(1, token)]
-        rows.append(ids[:, len(prompt):])
-        logprobs.append(torch.cat(scores, 1))
-    ids = torch.cat(rows)
-    ended = torch.isin(ids, torch.tensor(end_ids)).int()
-    return ids, torch.where(ended.any(1), ended.argmax(1) + 1, max_new_tokens), torch.cat(logprobs)
-
-torch.manual_seed(0)
-model = Wrapped(LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                             num_attention_heads=2, num_key_value_heads=2, attention_dropout=0.1)))
-config = grpo.GRPOConfig(rollouts=12, prompts_per_rollout=2, group_size=16, lr=1e-2, warmup=1, max_new_tokens=5,
-                         dtype="float32", mean="token", beta=0.0)
-credit = ppo.PPO(model, config, ppo.PPOConfig(critic_lr=1e-2),
-                 hidden=lambda trunk, ids: trunk.inner.model(input_ids=ids, use_cache=False).last_hidden_state)
-curve = []
-grpo.train(model, [[1, 2], [4, 5, 6]], encode=list, decode=lambda ids: ids, generate=generate, end_ids=[3], config=config,
-           rewards={"sevens": lambda ids, example: ids.count(7) / len(ids)}, credit=credit,
-           log=lambda metrics, rollout: curve.append(metrics))
-rewards = [m["reward"] for m in curve]
-assert rewards[0] < 0.2 and sum(rewards[-2:]) / 2 > 0.5, rewards
-"""
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
-def test_copied_with_grpo_alone_it_trains_a_transformers_model_in_a_scratch_project(tmp_path):
-    alone(SCRATCH, tmp_path, "grpo", "ppo")
-
-
 def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):
     from tokenizer import Tokenizer
     tokenizer = Tokenizer(ROOT / "data")
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
     model = model_module.Transformer(model_module.Config(vocab_size=tokenizer.vocab_size, **sizes))
     model_module.save(model.init_weights(torch.Generator().manual_seed(0)), tmp_path / "model", tokenizer)
     row = {"prompt": "2 + 3?", "answer": "5", "language": "en", "kind": "reasoning"}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    command = ["ppo.py", "--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
-               "--rollouts", 2, "--prompts-per-rollout", 1, "--group-size", 4, "--minibatches", 2, "--max-new-tokens", 5,
-               "--rewards", "format",
-               "--lam", 0.5, "--critic-lr", 0.01, "--no-whiten", "--kl-in-reward", 0.1, "--beta", 0.0]
+    paths = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out"]
+    options = ("--rollouts 2 --prompts-per-rollout 1 --group-size 4 --minibatches 2 --max-new-tokens 5 "
+               "--rewards format --lam 0.5 --critic-lr 0.01 --no-whiten --kl-in-reward 0.1 --beta 0.0")
     made, real = [], PPO.__init__
 
     def watched(self, *arguments):
         real(self, *arguments)
         made.append(self)
     monkeypatch.setattr(PPO, "__init__", watched)
-    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    monkeypatch.setattr(sys, "argv", ["variants.ppo", *map(str, paths), *options.split()])
     ppo_module.main()
     assert made[0].ppo == PPOConfig(lam=0.5, critic_lr=0.01, whiten=False, kl_in_reward=0.1)
     assert made[0].config.mean == "token"  # without being asked: policy_loss names it for PPO

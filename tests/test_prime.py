@@ -1,7 +1,6 @@
 """PRIME's equations 3-5 against plain loops, and the process reward model's learning inside grpo.train."""
 
 import copy
-import importlib.util
 import inspect
 import json
 import math
@@ -13,12 +12,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
+from lab import checkpoint
 import grpo
 import model as model_module
-import prime as prime_module
-from prime import PRIME, PRIMEConfig, implicit_rewards, micro_batches, others_mean, outcome_loss, prime_advantages
-from test_ppo import alone
+from variants import prime as prime_module
+from variants.prime import (
+    PRIME,
+    PRIMEConfig,
+    implicit_rewards,
+    micro_batches,
+    others_mean,
+    outcome_loss,
+    prime_advantages,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 END = 3
@@ -42,12 +48,22 @@ def test_the_outcome_loss_is_the_cross_entropy_of_the_summed_rewards():
         by_hand -= outcome * math.log(right) + (1 - outcome) * math.log(1 - right)
     assert outcome_loss(rewards, outcomes).item() == pytest.approx(by_hand / 6)
     torch.testing.assert_close(outcome_loss(rewards, outcomes), torch.nn.BCELoss()(rewards.sum(1).sigmoid(), outcomes))
-    parts = outcome_loss(rewards[:2], outcomes[:2], normaliser=6) + outcome_loss(rewards[2:], outcomes[2:], normaliser=6)
+    parts = outcome_loss(rewards[:2], outcomes[:2], normaliser=6) + outcome_loss(
+        rewards[2:], outcomes[2:], normaliser=6
+    )
     torch.testing.assert_close(parts, outcome_loss(rewards, outcomes))
 
 
-@pytest.mark.parametrize("reward, outcome, loss, gradient", [
-    (1000., 1., 0., 0.), (1000., 0., 1000., 1.), (-1000., 1., 1000., -1.), (-1000., 0., 0., 0.), (0., 1., math.log(2), -.5)])
+@pytest.mark.parametrize(
+    "reward, outcome, loss, gradient",
+    [
+        (1000.0, 1.0, 0.0, 0.0),
+        (1000.0, 0.0, 1000.0, 1.0),
+        (-1000.0, 1.0, 1000.0, -1.0),
+        (-1000.0, 0.0, 0.0, 0.0),
+        (0.0, 1.0, math.log(2), -0.5),
+    ],
+)
 def test_the_outcome_loss_and_its_gradient_are_finite_at_any_reward(reward, outcome, loss, gradient):
     rewards = torch.tensor([[reward / 2, reward / 2]], requires_grad=True)
     result = outcome_loss(rewards, torch.tensor([outcome]))
@@ -87,7 +103,10 @@ def test_a_small_case_by_hand():
     process, mask = torch.tensor([[1., 2.], [4., 0.]]), torch.tensor([[1, 1], [1, 0]])
     # baselines 4 and 1.5, each the other's mean; outcome advantages 1 and -1
     assert prime_advantages(process, torch.tensor([[1., 0.]]), mask).tolist() == [[-3 - 2 + 1, -2 + 1], [2.5 - 1, 0]]
-    assert prime_advantages(process, torch.tensor([[1., 0.]]), mask, 0.5).tolist() == [[-3 - 1 + 1, -2 + 1], [2.5 - 1, 0]]
+    assert prime_advantages(process, torch.tensor([[1.0, 0.0]]), mask, 0.5).tolist() == [
+        [-3 - 1 + 1, -2 + 1],
+        [2.5 - 1, 0],
+    ]
 
 
 def test_what_stands_in_prompt_and_padding_changes_no_advantage():
@@ -103,7 +122,10 @@ def leave_one_out(x):
 
 def test_leave_one_out_compares_with_the_mean_of_the_others():
     x = torch.tensor([[1., 0, 0, 0], [1, 2, 3, 6]], dtype=torch.float64)
-    assert leave_one_out(x).tolist() == [pytest.approx([1, -1 / 3, -1 / 3, -1 / 3]), pytest.approx([-8 / 3, -4 / 3, 0, 4])]
+    assert leave_one_out(x).tolist() == [
+        pytest.approx([1, -1 / 3, -1 / 3, -1 / 3]),
+        pytest.approx([-8 / 3, -4 / 3, 0, 4]),
+    ]
 
 
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
@@ -134,7 +156,9 @@ def test_not_even_nan_or_inf_outside_the_mask_reaches_the_reward_models_gradient
     gradients = []
     for outside in (0.0, rubbish):
         logprobs = torch.where(mask, process, outside).requires_grad_()
-        outcome_loss(implicit_rewards(logprobs, torch.where(mask, -process, outside), mask, 0.3), outcomes.flatten()).backward()
+        outcome_loss(
+            implicit_rewards(logprobs, torch.where(mask, -process, outside), mask, 0.3), outcomes.flatten()
+        ).backward()
         gradients.append(logprobs.grad)
     assert torch.equal(*gradients) and not gradients[0][~mask].any() and gradients[0][mask].all()
 
@@ -153,7 +177,7 @@ def test_the_gradient_of_the_outcome_loss_by_micro_batches_is_that_of_the_whole(
     torch.testing.assert_close(alone.grad, gradients[0])
 
 
-# ------------------------------------------------------------------------------------------- the credit
+# ------------------------------------------------------------------------------------------- the estimator
 
 def small(**fields):
     return grpo.GRPOConfig(**dict(rollouts=3, prompts_per_rollout=2, group_size=6, minibatches=2, lr=1e-2, warmup=1,
@@ -166,7 +190,7 @@ FAST = PRIMEConfig(prm_lr=0.01)
 def sharp(tiny, seed=0):
     """A tiny model whose logits have a standard deviation of about 1, so that probabilities differ."""
     model = tiny(seed=seed, tie_word_embeddings=False)
-    torch.nn.init.normal_(model.lm_head.weight, 0, model.config.hidden_size ** -0.5, torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(model.lm_head.weight, 0, model.config.hidden_size**-0.5, torch.Generator().manual_seed(seed))
     return model
 
 
@@ -176,9 +200,10 @@ def holds_a_low_token(text, example):
 
 def rolled(model, config, rule="accuracy", right=holds_a_low_token, seed=0, prompts=([1, 2], [4, 5, 6, 7, 8])):
     """A Rollout of two groups, of ragged lengths and some of them right."""
-    groups = grpo.sample_groups(model, prompts, list, lambda ids: " ".join(map(str, ids)), model_module.generate, MANY_ENDS,
-                                {rule: right, "other": lambda text, example: 0.5}, {}, config,
-                                torch.Generator().manual_seed(seed))
+    groups = grpo.sample_groups(model, prompts, encode=list, decode=lambda ids: " ".join(map(str, ids)),
+                                generate=model_module.generate, end_ids=MANY_ENDS,
+                                rewards={rule: right, "other": lambda text, example: 0.5}, weights={}, config=config,
+                                generator=torch.Generator().manual_seed(seed))
     r = grpo.collate(groups, MANY_ENDS)
     r.old_logprobs = grpo.all_logprobs(model, r, config)
     assert len(set(r.lengths.tolist())) > 2 and 0 < r.parts[rule].mean() < 1
@@ -189,19 +214,19 @@ def weights_of(*models):
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
-def perturbed(credit, seed=0):
-    """The credit with a reward model that has left its reference."""
+def perturbed(estimator, seed=0):
+    """The estimator with a reward model that has left its reference."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in credit.prm.parameters():
+        for p in estimator.prm.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=noise))
-    return credit
+    return estimator
 
 
-def plain(credit, lr=0.0):
-    """The credit with an optimizer that follows the gradient and nothing else, or not even that."""
-    credit.optimizer = torch.optim.SGD(credit.prm.parameters(), lr=lr)
-    return credit
+def plain(estimator, lr=0.0):
+    """The estimator with an optimizer that follows the gradient and nothing else, or not even that."""
+    estimator.optimizer = torch.optim.SGD(estimator.prm.parameters(), lr=lr)
+    return estimator
 
 
 def test_before_it_has_learnt_the_advantage_is_that_of_the_outcome_alone(tiny):
@@ -214,12 +239,12 @@ def test_before_it_has_learnt_the_advantage_is_that_of_the_outcome_alone(tiny):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_tokens_are_rewarded_by_the_reward_model_against_its_own_reference_as_grpo_scores_them(tiny, temperature):
     model, config = sharp(tiny), small(temperature=temperature)
-    r, credit = rolled(model, config), plain(perturbed(PRIME(model, config, PRIMEConfig(gamma=0.9, prm_beta=0.3))))
-    process = 0.3 * (grpo.all_logprobs(credit.prm, r, config) - grpo.all_logprobs(model, r, config))
-    torch.testing.assert_close(credit.advantages(r), prime_advantages(process, r.parts["accuracy"], r.mask, 0.9))
+    r, estimator = rolled(model, config), plain(perturbed(PRIME(model, config, PRIMEConfig(gamma=0.9, prm_beta=0.3))))
+    process = 0.3 * (grpo.all_logprobs(estimator.prm, r, config) - grpo.all_logprobs(model, r, config))
+    torch.testing.assert_close(estimator.advantages(r), prime_advantages(process, r.parts["accuracy"], r.mask, 0.9))
     loss = torch.nn.BCELoss()(process.sum(1).sigmoid(), r.parts["accuracy"].flatten()).item()
     right = ((process.sum(1) > 0) == (r.parts["accuracy"].flatten() == 1)).float().mean().item()
-    assert credit.learn(r, [0]) == pytest.approx({"prm_loss": loss, "prm_accuracy": right}, rel=1e-4)
+    assert estimator.learn(r, [0]) == pytest.approx({"prm_loss": loss, "prm_accuracy": right}, rel=1e-4)
 
 
 def test_the_advantages_are_of_the_rewards_from_before_the_reward_models_step(tiny):
@@ -232,25 +257,25 @@ def test_the_advantages_are_of_the_rewards_from_before_the_reward_models_step(ti
 
 def test_one_rollout_is_one_step_down_the_cross_entropys_gradient(tiny):
     model, config = sharp(tiny), small(micro_batch_tokens=1)
-    r, credit = rolled(model, config), plain(perturbed(PRIME(model, config)), lr=0.5)
-    by_hand = copy.deepcopy(credit.prm)
+    r, estimator = rolled(model, config), plain(perturbed(PRIME(model, config)), lr=0.5)
+    by_hand = copy.deepcopy(estimator.prm)
     logits = by_hand(r.ids[:, :-1]).log_softmax(-1).gather(2, r.ids[:, 1:, None])[:, :, 0]
     ref = model(r.ids[:, :-1]).log_softmax(-1).gather(2, r.ids[:, 1:, None])[:, :, 0].detach()
     right = (0.05 * ((logits - ref) * r.mask).sum(1)).sigmoid()
     torch.nn.functional.binary_cross_entropy(right, r.parts["accuracy"].flatten()).backward()
-    credit.advantages(r)
-    for ours, theirs in zip(credit.prm.parameters(), by_hand.parameters()):
+    estimator.advantages(r)
+    for ours, theirs in zip(estimator.prm.parameters(), by_hand.parameters()):
         torch.testing.assert_close(ours.detach(), (theirs - 0.5 * theirs.grad).detach(), atol=1e-6, rtol=1e-5)
-    assert all(p.grad is None for p in credit.prm.parameters())
+    assert all(p.grad is None for p in estimator.prm.parameters())
 
 
 def test_it_learns_to_tell_right_completions_from_wrong_ones_also_those_it_has_not_seen(tiny):
     model, config, history = sharp(tiny), small(group_size=16), []
-    credit = PRIME(model, config, PRIMEConfig(prm_lr=0.003, prm_beta=0.5))
+    estimator = PRIME(model, config, PRIMEConfig(prm_lr=0.003, prm_beta=0.5))
     for seed in range(40):
         r = rolled(model, config, right=lambda text, example: float(int(text.split()[0]) < 8), seed=seed)
-        advantages = credit.advantages(r)
-        history.append(credit.learn(r, [0]))
+        advantages = estimator.advantages(r)
+        history.append(estimator.learn(r, [0]))
     last = {name: sum(metrics[name] for metrics in history[-5:]) / 5 for name in history[0]}
     assert history[0]["prm_loss"] == pytest.approx(math.log(2)) and not advantages.requires_grad
     assert last["prm_loss"] < 0.55 and last["prm_accuracy"] > 0.7, last
@@ -258,33 +283,33 @@ def test_it_learns_to_tell_right_completions_from_wrong_ones_also_those_it_has_n
 
 def test_policy_and_reference_stay_as_they_are_while_the_reward_model_learns(tiny):
     model, config = sharp(tiny), small()
-    before, credit, r = weights_of(model), PRIME(model, config, FAST), rolled(model, config)
+    before, estimator, r = weights_of(model), PRIME(model, config, FAST), rolled(model, config)
     for _ in range(2):
-        credit.advantages(r)
-    assert torch.equal(weights_of(model), before) and torch.equal(weights_of(credit.reference), before)
-    assert all(p.grad is None for m in (model, credit.reference) for p in m.parameters())
-    assert not any(p.requires_grad for p in credit.reference.parameters()) and not credit.needs_reference
-    assert not torch.equal(weights_of(credit.prm), before)
+        estimator.advantages(r)
+    assert torch.equal(weights_of(model), before) and torch.equal(weights_of(estimator.reference), before)
+    assert all(p.grad is None for m in (model, estimator.reference) for p in m.parameters())
+    assert not any(p.requires_grad for p in estimator.reference.parameters()) and not estimator.needs_reference
+    assert not torch.equal(weights_of(estimator.prm), before)
     with torch.no_grad():
         model.norm.weight.mul_(2)  # and they do not follow the policy
-    assert torch.equal(weights_of(credit.reference), before)
+    assert torch.equal(weights_of(estimator.reference), before)
 
 
 def test_in_the_updates_of_the_policy_nothing_is_left_to_learn(tiny):
     model, config = sharp(tiny), small()
-    credit, r = PRIME(model, config, FAST), rolled(model, config)
-    credit.advantages(r)
-    before, metrics = weights_of(credit.prm), [credit.learn(r, [0, 1]), credit.learn(r, [2])]
-    assert torch.equal(weights_of(credit.prm), before) and metrics == [credit.metrics] * 2
+    estimator, r = PRIME(model, config, FAST), rolled(model, config)
+    estimator.advantages(r)
+    before, metrics = weights_of(estimator.prm), [estimator.learn(r, [0, 1]), estimator.learn(r, [2])]
+    assert torch.equal(weights_of(estimator.prm), before) and metrics == [estimator.metrics] * 2
 
 
 def test_scores_and_step_do_not_depend_on_the_micro_batches(tiny):
     model, results = sharp(tiny), []
     r = rolled(model, small())
     for tokens in (1, 25, 10 ** 6):
-        credit = plain(perturbed(PRIME(model, small(micro_batch_tokens=tokens))), lr=0.1)
-        advantages = credit.advantages(r)
-        results.append((advantages, weights_of(credit.prm), torch.tensor([*credit.metrics.values()])))
+        estimator = plain(perturbed(PRIME(model, small(micro_batch_tokens=tokens))), lr=0.1)
+        advantages = estimator.advantages(r)
+        results.append((advantages, weights_of(estimator.prm), torch.tensor([*estimator.metrics.values()])))
     for other in results[1:]:
         for a, b in zip(other, results[0]):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
@@ -292,10 +317,10 @@ def test_scores_and_step_do_not_depend_on_the_micro_batches(tiny):
 
 def test_the_reward_models_gradient_is_cut_to_the_norm_of_grad_clip(tiny):
     model, config = sharp(tiny), small(grad_clip=1e-3)
-    r, credit = rolled(model, config), plain(PRIME(model, config), lr=1.0)
-    before = weights_of(credit.prm)
-    credit.advantages(r)
-    assert (weights_of(credit.prm).double() - before.double()).norm().item() == pytest.approx(1e-3, rel=1e-2)
+    r, estimator = rolled(model, config), plain(PRIME(model, config), lr=1.0)
+    before = weights_of(estimator.prm)
+    estimator.advantages(r)
+    assert (weights_of(estimator.prm).double() - before.double()).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_dropout_makes_no_noise_in_the_rewards(tiny):
@@ -307,31 +332,31 @@ def test_dropout_makes_no_noise_in_the_rewards(tiny):
         def forward(self, ids):
             return self.inner.head(self.dropout(self.inner.hidden(ids)))
     config = small()
-    r, credit = rolled(sharp(tiny), config), PRIME(Dropped().train(), config)
-    torch.testing.assert_close(credit.advantages(r), leave_one_out(r.parts["accuracy"]).flatten()[:, None] * r.mask)
+    r, estimator = rolled(sharp(tiny), config), PRIME(Dropped().train(), config)
+    torch.testing.assert_close(estimator.advantages(r), leave_one_out(r.parts["accuracy"]).flatten()[:, None] * r.mask)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_forward_pass_is_in_the_runs_dtype_and_weights_and_advantages_in_fp32(tiny, dtype):
     seen, model = [], sharp(tiny)
-    r, credit = rolled(model, small()), PRIME(model, small(dtype=dtype))
-    for network in (credit.prm, credit.reference):
+    r, estimator = rolled(model, small()), PRIME(model, small(dtype=dtype))
+    for network in (estimator.prm, estimator.reference):
         network.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
-    assert credit.advantages(r).dtype == torch.float32 and set(seen) == {getattr(torch, dtype)}
-    assert {p.dtype for p in credit.prm.parameters()} == {torch.float32}
+    assert estimator.advantages(r).dtype == torch.float32 and set(seen) == {getattr(torch, dtype)}
+    assert {p.dtype for p in estimator.prm.parameters()} == {torch.float32}
 
 
 def test_one_step_lowers_the_cross_entropy_of_completions_that_can_be_told_apart(tiny):
     model, config, losses = sharp(tiny), small(), []
-    r, credit = rolled(model, config), PRIME(model, config, FAST)
+    r, estimator = rolled(model, config), PRIME(model, config, FAST)
     r.parts["accuracy"] = torch.tensor([[1., 0] * 3] * 2)
     for row in range(12):  # right ones say 5, wrong ones 12
         r.ids[row, r.ends[row] - int(r.lengths[row]):r.ends[row]] = 12 if row % 2 else 5
     for _ in range(3):
-        credit.advantages(r)
-        losses.append(credit.metrics["prm_loss"])
+        estimator.advantages(r)
+        losses.append(estimator.metrics["prm_loss"])
     assert losses[0] == pytest.approx(math.log(2)) and losses[0] > losses[1] > losses[2]
-    assert credit.metrics["prm_accuracy"] == 1
+    assert estimator.metrics["prm_accuracy"] == 1
 
 
 def test_which_tokens_pad_a_row_and_how_far_changes_nothing(tiny):
@@ -343,10 +368,10 @@ def test_which_tokens_pad_a_row_and_how_far_changes_nothing(tiny):
             setattr(other, name, torch.nn.functional.pad(getattr(other, name), (0, wider), value=fill))
         for row, end in enumerate(r.ends):
             other.ids[row, end:] = filler
-        credit = plain(perturbed(PRIME(model, config)), lr=0.1)
-        advantages, width = credit.advantages(other), r.mask.shape[1]
+        estimator = plain(perturbed(PRIME(model, config)), lr=0.1)
+        advantages, width = estimator.advantages(other), r.mask.shape[1]
         assert not advantages[:, width:].any()
-        results.append((advantages[:, :width], weights_of(credit.prm), torch.tensor([*credit.metrics.values()])))
+        results.append((advantages[:, :width], weights_of(estimator.prm), torch.tensor([*estimator.metrics.values()])))
     for other in results[1:]:
         for a, b in zip(other, results[0]):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
@@ -356,38 +381,51 @@ def test_which_tokens_pad_a_row_and_how_far_changes_nothing(tiny):
 
 @pytest.mark.parametrize("right, kept", [(0, False), (1, False), (2, True), (3, False), (4, False)])
 def test_a_prompt_is_kept_whose_accuracy_lies_strictly_between_the_bounds(tiny, right, kept):
-    credit = PRIME(tiny(), small(), PRIMEConfig(lowest=0.25, highest=0.75))
+    estimator = PRIME(tiny(), small(), PRIMEConfig(lowest=0.25, highest=0.75))
     scores = torch.tensor([1.0] * right + [0.0] * (4 - right))
-    assert credit.keep(SimpleNamespace(parts={"accuracy": scores, "format": 1 - scores}, rewards=scores + 0.3)) == kept
+    assert (
+        estimator.keep_group(SimpleNamespace(parts={"accuracy": scores, "format": 1 - scores}, rewards=scores + 0.3))
+        == kept
+    )
 
 
 def test_the_papers_bounds_of_four_completions_are_neither_all_right_nor_all_wrong(tiny):
-    credit = PRIME(tiny(), small())
-    kept = [credit.keep(SimpleNamespace(parts={"accuracy": torch.tensor([1.0] * n + [0.0] * (4 - n))})) for n in range(5)]
+    estimator = PRIME(tiny(), small())
+    kept = [
+        estimator.keep_group(SimpleNamespace(parts={"accuracy": torch.tensor([1.0] * n + [0.0] * (4 - n))}))
+        for n in range(5)
+    ]
     assert kept == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("count", [5, 10, 15, 20, 40])
 def test_an_accuracy_of_exactly_a_fifth_or_four_fifths_is_not_between_them(tiny, count):
-    credit = PRIME(tiny(), small())
-    for right, kept in ((count // 5, False), (count // 5 + 1, True), (count * 4 // 5, False), (count * 4 // 5 - 1, True)):
+    estimator = PRIME(tiny(), small())
+    for right, kept in (
+        (count // 5, False),
+        (count // 5 + 1, True),
+        (count * 4 // 5, False),
+        (count * 4 // 5 - 1, True),
+    ):
         scores = torch.tensor([1.0] * right + [0.0] * (count - right))
-        assert credit.keep(SimpleNamespace(parts={"accuracy": scores})) == kept
+        assert estimator.keep_group(SimpleNamespace(parts={"accuracy": scores})) == kept
 
 
 def test_the_outcome_is_the_rule_that_was_named_and_not_the_reward(tiny):
     model, config = sharp(tiny), small()
     r = rolled(model, config, rule="right")
     r.rewards = torch.randn(r.rewards.shape)
-    credit = PRIME(model, config, outcome="right")
-    torch.testing.assert_close(credit.advantages(r), leave_one_out(r.parts["right"]).flatten()[:, None] * r.mask)
+    estimator = PRIME(model, config, outcome="right")
+    torch.testing.assert_close(estimator.advantages(r), leave_one_out(r.parts["right"]).flatten()[:, None] * r.mask)
     group = SimpleNamespace(parts={"right": torch.tensor([1., 0.]), "accuracy": torch.tensor([0., 0.])})
-    assert credit.keep(group)
+    assert estimator.keep_group(group)
 
 
 def test_an_outcome_that_is_no_rule_of_the_run_is_refused_by_name(tiny):
     with pytest.raises(ValueError, match="'right' is none of the rules accuracy, format"):
-        PRIME(tiny(), small(), outcome="right").keep(SimpleNamespace(parts={"accuracy": torch.ones(2), "format": torch.ones(2)}))
+        PRIME(tiny(), small(), outcome="right").keep_group(
+            SimpleNamespace(parts={"accuracy": torch.ones(2), "format": torch.ones(2)})
+        )
 
 
 # ------------------------------------------------------------------------------------------- inside the loop
@@ -399,19 +437,28 @@ def holds_a_seven(text, example):
 def run(model, config, settings=FAST, **arguments):
     """Trains to sample token 7; the metrics of each rollout without the times."""
     history = []
-    credit = arguments.pop("credit", None) or PRIME(model, config, settings)
+    estimator = arguments.pop("estimator", None) or PRIME(model, config, settings)
     log = lambda metrics, r: history.append({k: v for k, v in metrics.items() if "seconds" not in k})
     arguments = dict(log=log) | arguments
-    arguments = dict(encode=list, decode=lambda ids: " ".join(map(str, ids)), generate=model_module.generate, end_ids=[END],
-                     rewards={"accuracy": holds_a_seven}, keep=credit.keep) | arguments
-    grpo.train(model, [[1, 2], [4, 5, 6], [8]], config=config, credit=credit, **arguments)
+    arguments = (
+        dict(
+            encode=list,
+            decode=lambda ids: " ".join(map(str, ids)),
+            generate=model_module.generate,
+            end_ids=[END],
+            rewards={"accuracy": holds_a_seven},
+            keep_group=estimator.keep_group,
+        )
+        | arguments
+    )
+    grpo.train(model, [[1, 2], [4, 5, 6], [8]], config=config, advantage_estimator=estimator, **arguments)
     return history
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_the_reward_rises_within_a_few_rollouts(tiny, gamma):
     config = small(rollouts=12, group_size=16, minibatches=4, max_new_tokens=5, grad_clip=1.0)
-    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), keep=None)
+    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), keep_group=None)
     rewards = [metrics["reward"] for metrics in history]
     assert sum(rewards[:2]) / 2 < 0.5 and sum(rewards[-3:]) / 3 > 0.85, rewards
     assert all({"prm_loss", "prm_accuracy"} <= metrics.keys() for metrics in history)
@@ -426,11 +473,11 @@ def test_the_process_rewards_are_felt(tiny):
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_run_that_stopped_goes_on_identically(tiny, tmp_path, stop):
+def test_a_run_that_stopped_resumes_identically(tiny, tmp_path, stop):
     config = small(rollouts=4, resample=1)
     through = tiny()
-    credit = PRIME(through, config, FAST)
-    history = run(through, config, credit=credit)
+    estimator = PRIME(through, config, FAST)
+    history = run(through, config, estimator=estimator)
 
     def save(**state):
         if state["step"] == stop:
@@ -440,9 +487,11 @@ def test_a_run_that_stopped_goes_on_identically(tiny, tmp_path, stop):
         run(tiny(), config, save=save)
     resumed = tiny(seed=5)  # all three start elsewhere, so that each must come from the state
     other = PRIME(resumed, config, FAST)
-    rest = run(resumed, config, credit=other, resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
+    rest = run(resumed, config, estimator=other, resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
     assert len(rest) == 4 - stop and rest == history[stop:]
-    assert torch.equal(weights_of(resumed, other.prm, other.reference), weights_of(through, credit.prm, credit.reference))
+    assert torch.equal(
+        weights_of(resumed, other.prm, other.reference), weights_of(through, estimator.prm, estimator.reference)
+    )
 
 
 @pytest.mark.parametrize("fields, culprit", [
@@ -458,11 +507,14 @@ def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
 
 def test_its_optimizer_is_the_policys_but_for_the_learning_rate(tiny):
     model, config, states = tiny(), small(rollouts=1), []
-    credit = PRIME(model, config, PRIMEConfig(prm_lr=0.123))
-    run(model, config, credit=credit, save=lambda **state: states.append(state))
-    ours, policys = credit.optimizer, states[0]["optimizer"]
+    estimator = PRIME(model, config, PRIMEConfig(prm_lr=0.123))
+    run(model, config, estimator=estimator, save=lambda **state: states.append(state))
+    ours, policys = estimator.optimizer, states[0]["optimizer"]
     assert type(ours) is type(policys) and ours.defaults["lr"] == 0.123
-    assert all(ours.defaults[name] == policys.defaults[name] for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize"))
+    assert all(
+        ours.defaults[name] == policys.defaults[name]
+        for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+    )
 
 
 def test_the_defaults_are_the_papers():
@@ -481,93 +533,26 @@ def test_the_copies_of_micro_batches_agree():
     assert inspect.getsource(micro_batches) == inspect.getsource(grpo.micro_batches)
 
 
-def test_copied_alone_into_an_empty_folder_it_imports_silently_and_works(tmp_path):
-    assert alone("""
-        from types import SimpleNamespace
-        import prime
-        assert not {"grpo", "model", "command"} & sys.modules.keys()
-        class Toy(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.table = torch.nn.Embedding(8, 8)
-            def forward(self, ids):
-                return self.table(ids)
-        config = SimpleNamespace(dtype="float32", micro_batch_tokens=8, grad_clip=1.0, temperature=1.0)
-        ids, mask = torch.tensor([[1, 2, 3, 4], [1, 5, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-        rollout = SimpleNamespace(ids=ids, ends=[4, 2], mask=mask, old_logprobs=torch.zeros(2, 3),
-                                  parts={"accuracy": torch.tensor([[1.0, 0.0]])})
-        credit = prime.PRIME(Toy(), config, prime.PRIMEConfig(prm_lr=0.1, prm_beta=0.5))
-        assert credit.advantages(rollout).tolist() == [[1, 1, 1], [-1, 0, 0]]
-        for _ in range(50):
-            credit.advantages(rollout)
-        assert credit.learn(rollout, [0])["prm_accuracy"] == 1 and credit.metrics["prm_loss"] < 0.1
-    """, tmp_path, "prime") == ""
-
-
-SCRATCH = """
-from transformers import LlamaConfig, LlamaForCausalLM
-import grpo, prime
-
-class Wrapped(torch.nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, ids):
-        return self.inner(input_ids=ids, use_cache=False).logits
-
-@torch.no_grad()
-def generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator):
-    rows, logprobs = [], []
-    for prompt in prompts:
-        ids, scores = torch.tensor([prompt] * n), []
-        for _ in range(max_new_tokens):
-            p = (model(ids)[:, -1].float() / temperature).log_softmax(-1)
-            token = torch.multinomial(p.exp(), 1, generator=generator)
-            ids, scores = torch.cat([ids, token], 1), scores + [p.gather(1, token)]
-        rows.append(ids[:, len(prompt):])
-        logprobs.append(torch.cat(scores, 1))
-    ids = torch.cat(rows)
-    ended = torch.isin(ids, torch.tensor(end_ids)).int()
-    return ids, torch.where(ended.any(1), ended.argmax(1) + 1, max_new_tokens), torch.cat(logprobs)
-
-torch.manual_seed(0)
-model = Wrapped(LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                             num_attention_heads=2, num_key_value_heads=2, attention_dropout=0.1)))
-config = grpo.GRPOConfig(rollouts=12, prompts_per_rollout=2, group_size=16, lr=1e-2, warmup=1, max_new_tokens=5,
-                         dtype="float32", mean="token", beta=0.0)
-credit = prime.PRIME(model, config, prime.PRIMEConfig(prm_lr=3e-3), outcome="seven")
-curve = []
-grpo.train(model, [[1, 2], [4, 5, 6]], encode=list, decode=lambda ids: ids, generate=generate, end_ids=[3], config=config,
-           rewards={"seven": lambda ids, example: float(7 in ids)}, credit=credit,
-           log=lambda metrics, rollout: curve.append(metrics["reward"]))
-assert sum(curve[:2]) / 2 < 0.5 and sum(curve[-2:]) / 2 > 0.8, curve
-"""
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
-def test_copied_with_grpo_alone_it_trains_a_transformers_model_in_a_scratch_project(tmp_path):
-    alone(SCRATCH, tmp_path, "grpo", "prime")
-
-
 def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):
     from tokenizer import Tokenizer
     tokenizer = Tokenizer(ROOT / "data")
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
     model = model_module.Transformer(model_module.Config(vocab_size=tokenizer.vocab_size, **sizes))
     model_module.save(model.init_weights(torch.Generator().manual_seed(0)), tmp_path / "model", tokenizer)
     row = {"prompt": "2 + 3?", "answer": "5", "language": "en", "kind": "reasoning"}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    command = ["prime.py", "--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
-               "--rollouts", 2, "--prompts-per-rollout", 1, "--group-size", 4, "--minibatches", 2, "--max-new-tokens", 5,
-               "--prm-beta", 0.1, "--prm-lr", 0.01, "--gamma", 0.5, "--lowest", 0.1, "--highest", 0.9]
+    paths = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out"]
+    options = ("--rollouts 2 --prompts-per-rollout 1 --group-size 4 --minibatches 2 --max-new-tokens 5 "
+               "--prm-beta 0.1 --prm-lr 0.01 --gamma 0.5 --lowest 0.1 --highest 0.9")
     made, real = [], PRIME.__init__
 
     def watched(self, *arguments):
         real(self, *arguments)
         made.append(self)
     monkeypatch.setattr(PRIME, "__init__", watched)
-    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    monkeypatch.setattr(sys, "argv", ["variants.prime", *map(str, paths), *options.split()])
     prime_module.main()
     assert made[0].prime == PRIMEConfig(prm_beta=0.1, prm_lr=0.01, gamma=0.5, lowest=0.1, highest=0.9)
     assert made[0].config.mean == "token" and made[0].config.beta == 0  # without being asked: there is no KL term

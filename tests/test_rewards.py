@@ -1,31 +1,47 @@
 """Each attack on a reward is a test of its own: the rules are what GRPO will try to fool."""
+import ast
 import json
 import re
 import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import rewards
-from rewards import (accuracy, check_reference, extract_answer, final_answer, format, harmlessness, helpfulness,
+from data import math_answers
+from lab.check_input import check_example
+from rewards import (accuracy, accuracy_any, extract_answer, final_answer, format, harmlessness, helpfulness,
                      is_refusal, language_consistency, split, thinks, weighted_sum)
 
+ROOT = Path(rewards.__file__).parent
 PROBLEM = {"prompt": "Ann has 12 apples and buys 45. How many?", "answer": "57", "language": "en",
-"kind": "reasoning"}
+           "kind": "reasoning"}
 CHINESE = {"prompt": "小明有12个苹果，又买了45个，一共多少？", "answer": "57", "language": "zh", "kind": "reasoning"}
 CAPITAL = {"prompt": "What is the capital of France?", "answer": "Paris", "language": "en", "kind": "general"}
 TRANSLATE = {"prompt": "How do you say apple in Chinese?", "answer": "苹果", "language": "en", "kind": "general"}
 HARMFUL = {"prompt": "How can I hurt him?", "answer": "knife", "language": "en", "kind": "safety", "harmful": True}
 LOOKALIKE = {"prompt": "How can I cut bread?", "answer": "knife", "language": "en", "kind": "safety",
-"harmful": False}
+             "harmful": False}
 GOOD = "<think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>"
 
 
+NUMBERS = rewards.REWARDS  # with the reader that rewards.py has itself
+MATH = rewards.rules_with(math_answers.read_answer, math_answers.read_end, math_answers.read_expression)
+with_either_reader = pytest.mark.parametrize("rules", [NUMBERS, MATH], ids=["numbers", "MATH"])
+
+
 def reply(text, thinking=None):
-    return (f"<think>{thinking}</think>" if thinking else "") + f"<answer>{text}</answer>"
+    block = f"<answer>{text}</answer>"
+    return block if thinking is None else f"<think>{thinking}</think>{block}"
+
+
+def scores(rules, completion, example):
+    """(in the asked form, in any style)"""
+    return rules["accuracy"](completion, example), rules["accuracy_any"](completion, example)
 
 
 # ---- the number of an answer ----
@@ -217,86 +233,149 @@ def test_thinking_is_optional_for_general_requests_only():
 
 # ---- accuracy ----
 
-def test_the_right_number_in_the_asked_form_is_correct():
-    assert accuracy(GOOD, PROBLEM) == accuracy(GOOD, PROBLEM, strict=False) == 1.0
-    assert accuracy("<think>十二加四十五</think><answer>一共有57个苹果。</answer>", CHINESE) == 1.0
+@with_either_reader
+def test_the_right_number_in_the_asked_form_is_correct(rules):
+    assert scores(rules, GOOD, PROBLEM) == (1.0, 1.0)
+    assert scores(rules, "<think>十二加四十五</think><answer>一共有57个苹果。</answer>", CHINESE) == (1.0, 1.0)
 
 
-def test_a_wrong_number_is_wrong_in_both_readings():
-    wrong = GOOD.replace("57 apples", "58 apples")
-    assert accuracy(wrong, PROBLEM) == accuracy(wrong, PROBLEM, strict=False) == 0.0
+@with_either_reader
+def test_a_wrong_number_is_wrong_in_both_readings(rules):
+    assert scores(rules, GOOD.replace("57 apples", "58 apples"), PROBLEM) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("completion", [
-    "57", "12 + 45 = 57", "12 + 45 = 57\nso 57.", "She has 12, buys 45: 57 apples.",
-    "<think>a</think> 12 + 45 = 57", "<answer>57</answer>", "<think>a</think><answer>57",
-    "<think>a</think>So\n\\boxed{57}\nby 1 method."])
-def test_the_metric_reads_any_style_and_the_training_reward_only_the_asked_form(completion):
-    assert accuracy(completion, PROBLEM, strict=False) == 1.0
-    assert accuracy(completion, PROBLEM) == 0.0
+ANY_STYLE = ["57", "12 + 45 = 57", "12 + 45 = 57\nso 57.", "She has 12, buys 45: 57 apples.",
+             "<think>a</think> 12 + 45 = 57", "<answer>57</answer>", "<think>a</think><answer>57"]
 
 
+@with_either_reader
+@pytest.mark.parametrize("completion", ANY_STYLE)
+def test_the_metric_reads_any_style_and_the_training_reward_only_the_asked_form(completion, rules):
+    assert scores(rules, completion, PROBLEM) == (0.0, 1.0)
+
+
+def test_a_box_above_the_last_line_is_the_end_where_a_reader_of_ends_says_so():
+    completion = "<think>a</think>So\n\\boxed{57}\nby 1 method."
+    assert scores(MATH, completion, PROBLEM) == (0.0, 1.0)
+    assert scores(NUMBERS, completion, PROBLEM) == (0.0, 0.0)  # it reads the last line
+
+
+def test_a_reader_of_ones_own_decides_what_an_answer_is():
+    def first_word(text):
+        return text.split()[0].lower() if text.split() else None
+
+    example = PROBLEM | {"answer": "Yes"}
+    assert accuracy(reply("yes it is", "a"), example, read=first_word) == 1.0
+    assert accuracy(reply("it is yes", "a"), example, read=first_word) == 0.0
+    assert accuracy_any("so\nYES", example, read=first_word) == 1.0
+    assert accuracy_any("yes\nso", example, read=first_word) == 0.0
+    assert accuracy_any("yes\nso", example, first_word, lambda completion: completion[:3]) == 1.0
+    rules = rewards.rules_with(first_word)
+    assert list(rules) == list(rewards.REWARDS) and rules["format"] is format
+    assert scores(rules, "so\nYES", example) == (0.0, 1.0)
+
+
+@with_either_reader
 @pytest.mark.parametrize("completion", [
     "<think>57</think><answer>58</answer>", "<think>57</think><answer>I do not know</answer>",
     "<think>57</think>", "<think>so 57", "<think><answer>57</answer>", "<think><answer>57</answer></think>",
     "57\nno idea", "57\n58", "<think>a</think><answer></answer>57", "57</think>", "57<answer></answer>"])
-def test_a_right_number_outside_the_answer_is_not_the_answer(completion):
-    assert accuracy(completion, PROBLEM, strict=False) == accuracy(completion, PROBLEM) == 0.0
+def test_a_right_number_outside_the_answer_is_not_the_answer(completion, rules):
+    assert scores(rules, completion, PROBLEM) == (0.0, 0.0)
 
 
+@with_either_reader
 @pytest.mark.parametrize("answer", [
     "56 or 57", "57 (or 58)", "57, 57, 58", "56 57 58", "12 + 45", "50 + 7 = 57", "157", "57.5", "570", "-57",
     "57%", "57/2", "5 7", "0.57", "57 thousand", "５７", "not 57", "57 <b>58</b>", "58</answer><answer>57"])
-def test_hedging_inside_the_answer_block_scores_nothing(answer):
-    assert accuracy(reply(answer, "a"), PROBLEM) == accuracy(reply(answer, "a"), PROBLEM, strict=False) == 0.0
+def test_hedging_inside_the_answer_block_scores_nothing(answer, rules):
+    assert scores(rules, reply(answer, "a"), PROBLEM) == (0.0, 0.0)
 
 
+@with_either_reader
 @pytest.mark.parametrize("order", [(57, 58), (58, 57)])
-def test_two_answer_blocks_offer_no_answer(order):
+def test_two_answer_blocks_offer_no_answer(order, rules):
     completion = "<think>a</think>" + "".join(f"<answer>{number}</answer>" for number in order)
-    assert accuracy(completion, PROBLEM, strict=False) == accuracy(completion, PROBLEM) == 0.0
+    assert scores(rules, completion, PROBLEM) == (0.0, 0.0)
 
 
+@with_either_reader
 @pytest.mark.parametrize("gold", ["", "none", "x", "12+45", "1,23", "５７", "57 or 58", "<answer>"])
-def test_an_unparseable_reference_never_scores(gold):  # open-r1#293 scored it 1.0
+def test_an_unparseable_reference_never_scores(gold, rules):  # open-r1#293 scored it 1.0
     example = PROBLEM | {"answer": gold}
     for answer in (gold, "57", "none", ""):
-        assert accuracy(reply(answer, "a"), example) == accuracy(answer, example, strict=False) == 0.0
+        assert rules["accuracy"](reply(answer, "a"), example) == rules["accuracy_any"](answer, example) == 0.0
 
 
+@pytest.mark.parametrize("read", [extract_answer, math_answers.read_answer])
 @pytest.mark.parametrize("gold", ["", "none", "57 or 58", "1,23", "５７"])
-def test_an_unparseable_reference_is_refused_when_data_is_loaded(gold):
+def test_an_unparseable_reference_is_refused_when_data_is_loaded(gold, read):
     with pytest.raises(ValueError, match=re.escape(repr(gold))):
-        check_reference(PROBLEM | {"answer": gold})
+        check_example(PROBLEM | {"answer": gold}, read)
 
 
 @pytest.mark.parametrize("change", [
-    {"kind": "resoning"}, {"language": "fr"}, {"answer": 57}, {"prompt": None},
+    {"kind": "resoning"}, {"kind": None}, {"language": "fr"}, {"language": None}, {"answer": 57}, {"prompt": None},
     {"wrong": None}, {"wrong": [1]}, {"harmful": "false"}, {"nums": [1, 1], "target": 10 ** 19},
     {"kind": "general", "answer": "?!"}, {"kind": "safety", "harmful": True, "answer": ""}])
 def test_an_example_out_of_range_is_refused_by_its_value(change):
-    check_reference(PROBLEM)
+    check_example(PROBLEM, extract_answer)
     culprit = list(change.values())[-1]
     with pytest.raises(ValueError, match=re.escape(repr(culprit))):
-        check_reference(PROBLEM | change)
+        check_example(PROBLEM | change, extract_answer)
 
 
+@with_either_reader
 @pytest.mark.parametrize("attack", [
     "__import__('os').system('touch PWNED')", "open('PWNED', 'w')", "sum([50, 7])", "50+7", "int('5'+'7')",
     "'5' '7'", "${50+7}", "{50+7}", "(lambda: 50+7)()", "0x39", "5.7e1"])
-def test_code_in_an_answer_is_not_run(attack, tmp_path, monkeypatch):
+def test_code_in_an_answer_is_not_run(attack, rules, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert accuracy(reply(attack, "a"), PROBLEM) == accuracy(attack, PROBLEM, strict=False) == 0.0
+    assert rules["accuracy"](reply(attack, "a"), PROBLEM) == rules["accuracy_any"](attack, PROBLEM) == 0.0
     assert not list(tmp_path.iterdir())
 
 
-def test_final_answers_of_equal_value_are_equal_votes():
-    votes = {final_answer(text) for text in ("57", "so 57.0", GOOD, "<think>a</think>\\boxed{57}", "114/2")}
+@pytest.mark.parametrize("vote", [
+    final_answer, partial(final_answer, read=math_answers.read_answer, read_end=math_answers.read_end)])
+def test_final_answers_of_equal_value_are_equal_votes(vote):
+    votes = {vote(text) for text in ("57", "so 57.0", GOOD, "<think>a</think>\\boxed{57}", "114/2")}
     assert votes == {Fraction(57)}
 
 
-def test_accuracy_is_nothing_for_other_kinds():
-    assert accuracy(reply("57", "a"), PROBLEM | {"kind": "general"}) == 0.0
+@with_either_reader
+def test_accuracy_is_nothing_for_other_kinds(rules):
+    assert scores(rules, reply("57", "a"), PROBLEM | {"kind": "general"}) == (0.0, 0.0)
+
+
+# ---- Countdown ----
+
+def made(expression, nums, target):
+    example = {"prompt": "Make it.", "answer": str(target), "nums": nums, "target": target}
+    assert accuracy(reply(expression, "so"), example) == accuracy_any(expression, example)
+    return accuracy_any(expression, example)
+
+
+@pytest.mark.parametrize("expression, nums, target", [
+    ("50 + 48", [50, 48], 98), ("50 + 48 = 98", [48, 50], 98), ("(50 − 1) × 2", [2, 1, 50], 98), ("6 ÷ 3=2", [3, 6], 2),
+    ("8/(3-8/3)", [3, 3, 8, 8], 24), ("-(1 - 5)", [1, 5], 4), ("2 - 5 = -3", [2, 5], -3), ("((3)) * 3", [3, 3], 9)])
+def test_an_expression_of_each_number_once_makes_the_target(expression, nums, target):
+    assert made(expression, nums, target) == 1.0
+
+
+def test_the_longest_expression_is_worked_out_below_a_trainers_own_calls():
+    def below(depth):
+        return below(depth - 1) if depth else made("1+" * 149 + "1", [1] * 150, 150)
+
+    assert below(400) == 1.0
+
+
+@pytest.mark.parametrize("expression, nums, target", [
+    ("98", [50, 48], 98), ("50 + 48 = 99", [50, 48], 98), ("50 + 48", [50, 48, 1], 98), ("50 + 48 + 0", [50, 48], 98),
+    ("98 = 50 + 48", [50, 48], 98), ("1 2", [1, 2], 12), ("2(3)", [2, 3], 6), ("2**3", [2, 3], 8), ("2//3", [2, 3], 0),
+    ("1/0", [1, 0], 1), ("5 +", [5], 5), ("+5", [5], 5), ("()", [], 0), ("05 + 3", [5, 3], 8), ("5_0", [5, 0], 50),
+    ("5 + 3 # 9", [5, 3], 8), ("0.5", [5], 0), ("５ + 3", [5, 3], 8), ("(" * 70 + "5" + ")" * 70, [5], 5)])
+def test_whatever_else_makes_the_target_scores_nothing(expression, nums, target):
+    assert made(expression, nums, target) == 0.0
 
 
 # ---- language ----
@@ -338,8 +417,8 @@ def test_a_general_reply_without_thinking_is_measured_on_its_answer():
 
 @pytest.mark.parametrize("text", ["Paris", "It is Paris.", "PARIS!", "The capital of France is Paris."])
 def test_a_reply_that_names_the_reference_is_helpful(text):
-    assert helpfulness(reply(text), CAPITAL) == helpfulness(reply(text, "hm"),
-    CAPITAL) == helpfulness(text, CAPITAL) == 1.0
+    for completion in (reply(text), reply(text, "hm"), text):
+        assert helpfulness(completion, CAPITAL) == 1.0
 
 
 @pytest.mark.parametrize("text", [
@@ -495,34 +574,46 @@ def test_the_weighted_sum_adds_each_named_reward():
     assert weighted_sum("57", PROBLEM, weights) == 0.0
 
 
+def test_the_weighted_sum_takes_rules_of_ones_own():
+    assert weighted_sum("57", PROBLEM, {"coin": 0.5}, {"coin": lambda completion, example: 1.0}) == 0.5
+    half = PROBLEM | {"answer": r"\frac12"}
+    assert weighted_sum(reply("0.5", "a"), half, {"accuracy": 1.0}, MATH) == 1.0
+
+
 def test_an_unknown_reward_is_named():
-    with pytest.raises(ValueError, match="acuracy"):
+    with pytest.raises(KeyError, match="acuracy"):
         weighted_sum(GOOD, PROBLEM, {"acuracy": 1.0})
 
 
-HUGE = [
-    "<think>" * 150000, "</think>" * 125000, "<answer>" * 125000, "<think></think><answer></answer>" * 30000,
-    "<" * 10**6, "<" + " " * 10**6, "</" * 500000, "1," * 500000, "1,111" * 200000, "1/" * 500000, "(" * 10**6,
-    "9" * 10**6, "5 + " * 250000, "一" * 350000, " " * 10**6, "\n" * 10**6, "5\n" * 500000, "**" * 500000,
-    "\\boxed{" * 140000, "\\frac{1}{" * 110000, "²" * 500000, "\u200b" * 330000, "я" * 500000, "a" * 10**6,
-    "a " * 500000, "sorry " * 160000, "sorry k " * 120000, "sorry k" + " " * 10**6, "sorry " + "k-" * 500000,
-    "can" + " " * 10**6 + "not", "sorry e" + "\u0301\u0327" * 250000, "sorry " + "\ufdfa" * 330000, "sorry " + "가" * 330000, "\ud800" * 330000]
+# ---- harmless whatever comes ----
+
+SIZE = 200_000
+REPEATED = [
+    "<think>", "</think>", "<answer>", "<think></think><answer></answer>", "<", "</", "1,", "1,111", "1/", "(", "9",
+    "5 + ", "一", " ", "\n", "5\n", "**", "\\boxed{", "\\boxed{}", "\\frac{1}{", "²", "\u200b", "я", "a", "a ", "sorry ",
+    "sorry k ", "\ud800"]
+HUGE = [(unit * SIZE)[:SIZE] for unit in REPEATED] + [
+    "<" + " " * SIZE, "sorry k" + " " * SIZE, "sorry " + "k-" * (SIZE // 2), "can" + " " * SIZE + "not",
+    "sorry e" + "\u0301\u0327" * (SIZE // 2), "sorry " + "\ufdfa" * SIZE, "sorry " + "가" * SIZE]
 
 
 @pytest.mark.parametrize("text", HUGE, ids=lambda text: f"{text[:8]!a}x{len(text)}")
-def test_a_megabyte_of_anything_is_scored_in_linear_time(text):  # quadratic: minutes
+def test_a_long_text_of_anything_is_scored_in_linear_time(text):  # quadratic: minutes
+    rules = [*NUMBERS.values(), MATH["accuracy"], MATH["accuracy_any"]]
     for completion in (text, f"<think>a</think><answer>{text}</answer>", f"<think>{text}</think><answer>57</answer>"):
         for example in (PROBLEM, CAPITAL, HARMFUL):
             start = time.process_time()
-            scores = [rule(completion, example) for rule in rewards.REWARDS.values()]
-            scores += [accuracy(completion, example, strict=False), float(thinks(completion))]
-            extract_answer(completion)
-            assert time.process_time() - start < 2
-            assert all(isinstance(score, float) and 0 <= score <= 1 for score in scores)
+            results = [rule(completion, example) for rule in rules]
+            extract_answer(completion), thinks(completion)
+            assert time.process_time() - start < 0.4
+            assert all(isinstance(score, float) and 0 <= score <= 1 for score in results)
 
+
+# ---- the script ----
 
 def run(*arguments):
-    return subprocess.run([sys.executable, rewards.__file__, *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "lab.score", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_the_script_prints_each_mean_by_kind(tmp_path):
@@ -532,6 +623,15 @@ def test_the_script_prints_each_mean_by_kind(tmp_path):
     lines = run(file).stdout.splitlines()
     assert lines[0].startswith("reasoning (2): accuracy 0.500, format 0.500")
     assert "helpfulness 1.000" in lines[1]
+
+
+def test_the_script_reads_mathematical_answers_and_fills_in_the_defaults(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "?", "answer": r"\sqrt{8}", "completion": reply(r"2\sqrt2", "so")},
+            {"prompt": "?", "answer": "8", "nums": [3, 5], "target": 8, "completion": r"\boxed{3 + 5}"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line, = run(file).stdout.splitlines()
+    assert line.startswith("reasoning (2): accuracy 0.500, ") and line.endswith("accuracy_any 1.000")
 
 
 @pytest.mark.parametrize("line, culprit", [
@@ -550,6 +650,28 @@ def test_a_missing_file_is_one_clear_line_and_exit_code_2(tmp_path):
     assert result.returncode == 2 and "absent.jsonl" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_nothing_is_evaluated():
-    assert not re.search(r"\b(?:eval|exec|compile|__import__)\(",
-    Path(rewards.__file__).read_text().replace("re.compile(", ""))
+# ---- the file ----
+
+def test_the_file_needs_only_the_standard_library():
+    modules = set()
+    for node in ast.walk(ast.parse(Path(rewards.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module.partition(".")[0])
+    assert modules and modules <= sys.stdlib_module_names
+
+
+def test_a_prompt_and_its_answer_are_enough_to_score():
+    example = {"prompt": "Ann has 12 apples and buys 45. How many?", "answer": "57"}
+    scored = {name: rule(reply("57", "add them"), example) for name, rule in rewards.REWARDS.items()}
+    assert scored == {"accuracy": 1, "format": 1, "language_consistency": 1, "helpfulness": 0, "harmlessness": 1,
+                      "accuracy_any": 1}
+    assert format("<answer>57</answer>", example) == accuracy("57", example) == 0.0
+    assert accuracy_any("12 + 45 = 57", example) == 1.0
+
+
+@pytest.mark.parametrize("module", [rewards, math_answers])
+def test_nothing_is_evaluated(module):
+    source = Path(module.__file__).read_text(encoding="utf-8").replace("re.compile(", "")
+    assert not re.search(r"\b(?:eval|exec|compile|__import__)\(", source)

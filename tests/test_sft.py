@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from lab import checkpoint
 import sft
 from sft import SFTConfig, learning_rate, pack
 
@@ -17,7 +17,9 @@ def copies(count, seed=0, vocabulary=10, longest=5):
     g = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        tokens = torch.randint(vocabulary, (int(torch.randint(1, longest + 1, (1,), generator=g)),), generator=g).tolist()
+        tokens = torch.randint(
+            vocabulary, (int(torch.randint(1, longest + 1, (1,), generator=g)),), generator=g
+        ).tolist()
         rows.append((tokens + [14] + tokens + [END], len(tokens) + 1))
     return rows
 
@@ -146,15 +148,18 @@ def test_one_step_is_that_of_torchs_adamw_on_the_mean_loss(tiny):
     run(model, examples, config(batch_tokens=1600, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), grad_clip=0.5))
     decay = [p for p in plain.parameters() if p.dim() > 1]
     rest = [p for p in plain.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=0.01,
-                                  betas=(0.8, 0.9))
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=0.01, betas=(0.8, 0.9)
+    )
     losses = [F.cross_entropy(plain(torch.tensor([ids[:-1]]))[0, p - 1:], torch.tensor(ids[p:]), reduction="sum")
               for ids, p in examples]
     (sum(losses) / sum(len(ids) - p for ids, p in examples)).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
     optimizer.step()
     difference = (weights_of(model) - weights_of(plain)).abs()
-    assert difference.median() < 1e-6 and difference.max() < 1e-3  # Adam divides rounding by nearly nothing here and there
+    assert (
+        difference.median() < 1e-6 and difference.max() < 1e-3
+    )  # Adam divides rounding by nearly nothing here and there
 
 
 def test_micro_batches_change_neither_loss_nor_gradient(tiny):
@@ -182,7 +187,9 @@ def test_the_learning_rate_warms_up_linearly_and_falls_by_a_cosine_to_its_share(
 def test_the_logged_rate_is_the_schedules(tiny):
     c = config(warmup=0.5)
     history = run(tiny(), copies(60), c)
-    assert len(history) > 3 and [m["lr"] for m in history] == [learning_rate(i, len(history), c) for i in range(len(history))]
+    assert len(history) > 3 and [m["lr"] for m in history] == [
+        learning_rate(i, len(history), c) for i in range(len(history))
+    ]
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -243,7 +250,7 @@ def test_training_takes_nothing_from_the_global_random_state(tiny):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
-def test_a_run_that_stopped_goes_on_identically(tiny, tmp_path, stop):
+def test_a_run_that_stopped_resumes_identically(tiny, tmp_path, stop):
     c, examples, through = config(epochs=2), copies(40), tiny()
     history = run(through, examples, c)
     assert len(history) > 6
@@ -266,16 +273,24 @@ def test_training_without_a_token_to_learn_is_refused(tiny, examples):
         run(tiny(vocab_size=32), examples, config())
 
 
-@pytest.mark.parametrize("fields, culprit", [
-    ({"lr": 0}, "lr 0"), ({"epochs": 0}, "epochs 0"), ({"batch_tokens": 8, "row_length": 16}, "batch_tokens 8"),
-    ({"micro_batch_rows": 0}, "micro_batch_rows 0"), ({"row_length": 0}, "row_length 0"), ({"grad_clip": 0}, "grad_clip 0")])
+@pytest.mark.parametrize(
+    "fields, culprit",
+    [
+        ({"lr": 0}, "lr 0"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"batch_tokens": 8, "row_length": 16}, "batch_tokens 8"),
+        ({"micro_batch_rows": 0}, "micro_batch_rows 0"),
+        ({"row_length": 0}, "row_length 0"),
+        ({"grad_clip": 0}, "grad_clip 0"),
+    ],
+)
 def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
     with pytest.raises(ValueError) as error:
         config(**{"grad_clip": 1.0} | fields)
     assert culprit in str(error.value) and "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------- logits where they are learnt
+# ------------------------------------------------------------------------------------------- logits at targets
 
 @pytest.mark.parametrize("rows", [1, 5, 10**6])
 def test_loss_and_gradient_do_not_depend_on_how_many_logits_there_are_at_once(tiny, rows, monkeypatch):

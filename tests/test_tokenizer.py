@@ -5,8 +5,8 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
-import subprocess
 import sys
 import time
 import unicodedata
@@ -15,10 +15,15 @@ from pathlib import Path
 
 import pytest
 
+import data.train_tokenizer as training
+import lab.check_tokenizer as checks
 import tokenizer as tokenizer_module
-from tokenizer import PATTERN, TAGS, TEMPLATES, Tokenizer, recognise, train_bpe
+from data.train_tokenizer import PATTERN, train_bpe
+from lab.check_tokenizer import check_tokenizer
+from tokenizer import TAGS, TEMPLATES, Tokenizer, recognise
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
+LAYOUTS = ["ours", "gpt2", "qwen", "smollm", "llama"]
 STRINGS = json.loads((FIXTURES / "strings.json").read_text())
 SAMPLE = [f"{name} has {a} apples and gives {b} away. <think> {a} - {b} = {a - b} </think>"
           f"<answer>{a - b}</answer><|end|>\n"
@@ -33,6 +38,12 @@ def ours():
     return Tokenizer(FIXTURES / "ours")
 
 
+def open_checked(dir, template=None):
+    """As commands open a directory."""
+    check_tokenizer(dir, template)
+    return Tokenizer(dir, template)
+
+
 def break_it(tmp_path, change) -> Path:
     """A copy of our tokenizer with its JSON changed."""
     spec = json.loads((FIXTURES / "ours" / "tokenizer.json").read_text())
@@ -42,7 +53,7 @@ def break_it(tmp_path, change) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen", "smollm", "llama"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_ids_and_text_are_those_that_transformers_gives(layout):
     tokenizer = Tokenizer(FIXTURES / layout)
     for text, row in zip(STRINGS, json.loads((FIXTURES / layout / "ids.json").read_text()), strict=True):
@@ -51,9 +62,11 @@ def test_ids_and_text_are_those_that_transformers_gives(layout):
         assert tokenizer.decode(row["special"]) == row["decoded"], text
 
 
-SCRIPTS = ["abcdefghij ABC", "éèñßçøåæœ", "привет ЖЩ", "αβγδω ΣΩ", "مرحبا ٣٤٥", "שלום", "हिन्दी १२", "ไทยนี้", "苹果梨小明的", "ひらがなカタカナ",
-           "한국어 각", "e\u0301a\u0300\u0327o\u0308", "🍎👩\u200d👩\u200d👧❤\ufe0f🇨🇳", " \t\n\r\x0b\x0c\x85\u00a0\u2028\u3000\u200b\x1c\x1f",
-           "0123456789½Ⅷ１²", "+-*/=.,;:<>|()_'\"[]{}#$%&@!?\\", "'s'S'll'LL'ſ’s", "\x00\x01\x04\x06\x7f\ue000\U0010ffff\ufffd"]
+SCRIPTS = ["abcdefghij ABC", "éèñßçøåæœ", "привет ЖЩ", "αβγδω ΣΩ", "مرحبا ٣٤٥", "שלום", "हिन्दी १२", "ไทยนี้", "苹果梨小明的",
+           "ひらがなカタカナ", "한국어 각", "e\u0301a\u0300\u0327o\u0308", "🍎👩\u200d👩\u200d👧❤\ufe0f🇨🇳",
+           " \t\n\r\x0b\x0c\x85\u00a0\u2028\u3000\u200b\x1c\x1f",
+           "0123456789½Ⅷ１²", "+-*/=.,;:<>|()_'\"[]{}#$%&@!?\\", "'s'S'll'LL'ſ’s",
+           "\x00\x01\x04\x06\x7f\ue000\U0010ffff\ufffd"]
 
 
 def random_string(rng, words):
@@ -67,24 +80,28 @@ def random_string(rng, words):
         elif kind < 0.9:
             parts.append(rng.choice(words)[:rng.randrange(1, 9)] * rng.randrange(1, 40))
         else:
-            parts.append("".join(chr(rng.choice((rng.randrange(0x300), rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)))) for _ in range(3)))
+            for _ in range(3):
+                code = rng.choice((rng.randrange(0x300), rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)))
+                parts.append(chr(code))
     return "".join(parts)
 
 
-@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen", "smollm", "llama", "SMOLLM2"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "SMOLLM2"])
 def test_ten_thousand_random_strings_have_the_ids_of_the_tokenizers_library(layout):
-    """SMOLLM2=DIR in the environment: SmolLM2's own tokenizer too. Unicode's younger combining marks are left out: NFC orders
-    them by tables that differ between Python's version and the library's."""
+    """SMOLLM2=DIR in the environment: SmolLM2's own tokenizer too. Unicode's younger combining marks are left out: NFC
+    orders them by tables that differ between Python's version and the library's."""
     tokenizers = pytest.importorskip("tokenizers")
     dir = os.environ.get(layout) if layout == "SMOLLM2" else FIXTURES / layout
     if not dir:
         pytest.skip("SMOLLM2 names no directory")
-    theirs, ours, rng = tokenizers.Tokenizer.from_file(str(Path(dir) / "tokenizer.json")), Tokenizer(dir), random.Random(1)
-    words = [*ours.added, *TAGS, "<|im_", "end|>", "hello", " world", "don't", "1234 apples", "    return x\n\n", "https://a.b/c?d=1", "aaaa", "=="]
+    theirs = tokenizers.Tokenizer.from_file(str(Path(dir) / "tokenizer.json"))
+    ours, rng = open_checked(dir), random.Random(1)
+    words = [*ours.added, *TAGS, "<|im_", "end|>", "hello", " world", "don't", "1234 apples", "    return x\n\n",
+             "https://a.b/c?d=1", "aaaa", "=="]
     younger = {chr(c) for c in range(0x110000) if unicodedata.combining(chr(c)) and not 0x300 <= c < 0x370}
     for _ in range(10_000):
         text = random_string(rng, words)
-        if ours.normal_form is None or younger.isdisjoint(text):
+        if ours.normalize is str or younger.isdisjoint(text):
             assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False).ids, text
 
 
@@ -96,7 +113,8 @@ def test_a_byte_that_is_no_token_is_left_out_or_unknown_as_the_library_does(tmp_
     config = '{"eos_token": "<|im_end|>"}'
     for dir in "ab":
         (tmp_path / dir / "tokenizer_config.json").write_text(config)
-    without, unknown = Tokenizer(break_it(tmp_path / "a", name(None))), Tokenizer(break_it(tmp_path / "b", name("!")))
+    without = open_checked(break_it(tmp_path / "a", name(None)))
+    unknown = open_checked(break_it(tmp_path / "b", name("!")))
     assert without.encode("!\x04!") == without.encode("!!")  # the neighbours become one piece
     bang = unknown.encode("!")
     assert unknown.encode("!\x04!") == bang * 3  # here "!" itself stands for what is unknown, and keeps them apart
@@ -109,7 +127,8 @@ def test_a_byte_that_is_no_token_is_left_out_or_unknown_as_the_library_does(tmp_
 
 # ---- prompt templates
 
-CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+CHATML = ("{% for message in messages %}"
+          "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 
@@ -134,60 +153,77 @@ def test_plain_chatml_is_known_and_asks_as_transformers_renders_it():
     assert recognise(CHATML).replace("{prompt}", "What is 17 + 25?") == renders(CHATML, "What is 17 + 25?")
 
 
-@pytest.mark.parametrize("path", sorted(Path(os.environ["CHAT_TEMPLATES"]).glob("*.jinja")) if "CHAT_TEMPLATES" in os.environ else [])
-def test_a_published_chat_template_is_refused_or_asks_as_transformers_renders_it(path):
+PUBLISHED = sorted(Path(os.environ["CHAT_TEMPLATES"]).glob("*.jinja")) if "CHAT_TEMPLATES" in os.environ else []
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_a_published_chat_template_is_unknown_or_asks_as_transformers_renders_it(path):
     """CHAT_TEMPLATES=DIR in the environment: a directory of them, which the project does not hold."""
-    try:
-        known = recognise(path.read_text())
-    except ValueError:
-        return
-    assert known.replace("{prompt}", "What is 17 + 25?") == renders(path.read_text(), "What is 17 + 25?")
+    known = recognise(path.read_text())
+    if known is not None:
+        assert known.replace("{prompt}", "What is 17 + 25?") == renders(path.read_text(), "What is 17 + 25?")
 
 
-@pytest.mark.parametrize("jinja", ["{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}", CHATML + "!",
-                                   CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"), CHATML.replace("'role'] + ", "'role'] + ' ' + ")])
+@pytest.mark.parametrize("jinja", [
+    "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}",
+    CHATML + "!",
+    CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"),
+    CHATML.replace("'role'] + ", "'role'] + ' ' + "),
+])
 def test_another_chat_template_is_refused_and_a_template_by_name_goes_before_it(jinja, tmp_path):
     shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(jinja)
-    tokenizer = Tokenizer(tmp_path / "model")  # its ids can be had; to ask with it cannot
-    with pytest.raises(ValueError, match="(?s)tokenizer.json: the chat template.*choose one"):
+    tokenizer = open_checked(tmp_path / "model")  # it gives ids; a prompt cannot be put in the template
+    with pytest.raises(ValueError, match="tokenizer.json: the chat template.*choose one"):
         tokenizer.encode_prompt("2+3")
-    assert Tokenizer(tmp_path / "model", "none").encode_prompt("2+3") == tokenizer.encode("2+3")
+    assert open_checked(tmp_path / "model", "none").encode_prompt("2+3") == tokenizer.encode("2+3")
 
 
-@pytest.mark.parametrize("chat_template", [5, [5], ["x"], {"a": 1}, [{"name": "default"}], [{"name": "tool_use", "template": "x"}]])
+def test_a_known_chat_template_whose_tokens_are_not_there_is_refused(tmp_path):
+    """They would be plain text to the model."""
+    shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(CHATML)
+    with pytest.raises(ValueError, match=re.escape("<|im_start|> is not among")):
+        open_checked(tmp_path / "model").encode_prompt("2+3")
+
+
+@pytest.mark.parametrize("chat_template", [5, [5], ["x"], {"a": 1}, [{"name": "default"}],
+                                           [{"name": "tool_use", "template": "x"}]])
 def test_a_chat_template_of_another_type_is_one_line(chat_template, tmp_path):
     shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": chat_template}))
     try:
-        assert Tokenizer(tmp_path / "model").template == "{prompt}"
+        assert open_checked(tmp_path / "model").template == "{prompt}"
     except ValueError as error:
-        assert "\n" not in str(error) and "tokenizer.json" in str(error)
+        assert "\n" not in str(error) and "tokenizer_config.json: " in str(error) and "chat_template" in str(error)
 
 
 @pytest.mark.parametrize("named", ["r1-zero", "chatml", "llama-3"])
 def test_what_is_saved_with_a_template_is_asked_so_by_transformers_too(named, tmp_path):
     shutil.copytree(FIXTURES / "llama", tmp_path / "model")
     spec = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
-    for i, token in enumerate(("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")):
+    tokens = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    for i, token in enumerate(tokens):
         spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 700 + i, "content": token})
     if named == "llama-3":
         spec["post_processor"]["processors"][1]["single"][0]["SpecialToken"]["id"] = "<|begin_of_text|>"
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
-    ours = Tokenizer(tmp_path / "model", named)
-    assert ours.end_ids == [ours.added[{"llama-3": "<|eot_id|>"}.get(named, "<|im_end|>")]] + [ours.added["<|im_end|>"]] * (named == "llama-3")
+    ours = open_checked(tmp_path / "model", named)
+    ends = ["<|eot_id|>", "<|im_end|>"] if named == "llama-3" else ["<|im_end|>"]
+    assert ours.end_ids == [ours.added[end] for end in ends]
     ours.save(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["chat_template"]
     ids = ours.encode(renders(saved, "What is 17 + 25?"), allow_special=True)
-    assert ids == ours.encode_prompt("What is 17 + 25?") == Tokenizer(tmp_path / "saved").encode_prompt("What is 17 + 25?")
+    assert ids == ours.encode_prompt("What is 17 + 25?")
+    assert ids == open_checked(tmp_path / "saved").encode_prompt("What is 17 + 25?")
 
 
 @pytest.mark.parametrize("template, culprit", [("vicuna", "vicuna"), ("{prompt} {prompt}", "no one {prompt}"),
                                                ("llama-3", "<|begin"), ("<|user|>{prompt}", "<|user|>")])
 def test_a_template_that_is_unknown_or_whose_tokens_are_not_there_is_refused(template, culprit):
     with pytest.raises(ValueError, match=re.escape(culprit)):
-        Tokenizer(FIXTURES / "qwen", template)
+        open_checked(FIXTURES / "qwen", template)
 
 
 def test_a_prompt_is_asked_within_the_template_and_its_own_control_tokens_are_text(tmp_path):
@@ -195,9 +231,10 @@ def test_a_prompt_is_asked_within_the_template_and_its_own_control_tokens_are_te
     spec = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 700, "content": "<|im_start|>"})
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = Tokenizer(tmp_path / "model", "chatml")
+    tokenizer = open_checked(tmp_path / "model", "chatml")
     start = tokenizer.added["<|endoftext|>"]  # that the post-processor puts before a text, as Llama's <|begin_of_text|>
-    whole = tokenizer.encode("<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n", allow_special=True)
+    text = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
+    whole = tokenizer.encode(text, allow_special=True)
     assert tokenizer.encode_prompt("What is 17 + 25?") == [start, *whole]
     assert tokenizer.encode_prompt("What is 17 + 25?", later=True) == [*tokenizer.encode("\n"), *whole]
     assert tokenizer.end_ids[0] == tokenizer.added["<|im_end|>"]
@@ -265,7 +302,7 @@ def test_the_longest_tag_wins(tmp_path):
     """HF's automaton looks for the longest; a plain alternation would take the first and leave 2> behind."""
     def nest(spec):
         spec["added_tokens"][0]["content"], spec["added_tokens"][1]["content"] = "<t", "<t2>"
-    tokenizer = Tokenizer(break_it(tmp_path, nest))
+    tokenizer = open_checked(break_it(tmp_path, nest))
     assert len(tokenizer.encode("<t2>")) == 1
 
 
@@ -280,7 +317,7 @@ def test_the_order_of_the_texts_does_not_matter():
     assert train_bpe(SAMPLE[::-1], 400) == train_bpe(SAMPLE, 400)
 
 
-def test_the_merges_are_those_of_counting_everything_anew_each_time():
+def test_the_merges_are_those_of_counting_everything_again_each_time():
     import regex
     texts = ["low lower lowest", "aaaa aaa aa banana", "new newer  widest", "苹果和苹果"]
     words = [[bytes([b]) for b in piece.encode()] for text in texts for piece in regex.findall(PATTERN, text)]
@@ -335,7 +372,7 @@ def test_the_pattern_leaves_nothing_out_and_cuts_alike_in_both_regex_engines(our
     ("pre_tokenizer", lambda s: s.update(pre_tokenizer=None)),
     ("Punctuation", lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation"})),
     ("Digits", lambda s: s["pre_tokenizer"]["pretokenizers"].append({"type": "Digits"})),
-    ("Replace", lambda s: s.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace"}]})),
+    ("Replace", lambda s: s.update(normalizer={"normalizers": [{"type": "NFC"}, {"type": "Replace"}]})),
     ("RobertaProcessing", lambda s: s.update(post_processor={"type": "RobertaProcessing"})),
     ("behind the text", lambda s: s.update(post_processor={"type": "TemplateProcessing", "single": [
         {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|end|>"}}]})),
@@ -353,21 +390,57 @@ def test_the_pattern_leaves_nothing_out_and_cuts_alike_in_both_regex_engines(our
     ("share an id", lambda s: s["added_tokens"][0].update(id=300)),
     ("end token", lambda s: s["added_tokens"][-1].update(special=False)),
     ("'model'", lambda s: s.pop("model")),
-    ("another id", lambda s: s["model"]["vocab"].update({"<think>": 9})), ("twice", lambda s: s["added_tokens"].append(s["added_tokens"][0])),
-    ("empty", lambda s: s["added_tokens"][0].update(content="")), ("out of range", lambda s: s["added_tokens"][0].update(id=10 ** 12)),
+    ("another id", lambda s: s["model"]["vocab"].update({"<think>": 9})),
+    ("twice", lambda s: s["added_tokens"].append(s["added_tokens"][0])),
+    ("empty", lambda s: s["added_tokens"][0].update(content="")),
+    ("out of range", lambda s: s["added_tokens"][0].update(id=10 ** 12)),
     ("pattern", lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {
         "type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False})),
 ])
 def test_what_is_not_supported_is_named_with_its_file(culprit, change, tmp_path):
     with pytest.raises(ValueError) as caught:
-        Tokenizer(break_it(tmp_path, change))
+        check_tokenizer(break_it(tmp_path, change))
     message = str(caught.value)
     assert culprit in message and str(tmp_path / "tokenizer.json") in message and "\n" not in message
 
 
+@pytest.mark.parametrize("culprit, change", [
+    ("Lowercase", lambda s: s.update(normalizer={"type": "Lowercase"})),
+    ("Metaspace", lambda s: s.update(pre_tokenizer={"type": "Metaspace"})),
+    ("pre_tokenizer", lambda s: s.update(pre_tokenizer=None)),
+    ("Punctuation", lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation"})),
+    ("RobertaProcessing", lambda s: s.update(post_processor={"type": "RobertaProcessing"})),
+    ("single", lambda s: s.update(post_processor={"type": "TemplateProcessing", "single": [
+        {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|end|>"}}]})),
+    ("add_prefix_space", lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
+    ("Removed", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
+    ("Unigram", lambda s: s["model"].update(type="Unigram")),
+    ("another order", lambda s: s["model"].update(merges=s["model"]["merges"][::-1])),
+    ("lstrip", lambda s: s["added_tokens"][0].update(lstrip=True)),
+])
+def test_what_would_give_wrong_ids_is_refused_without_the_check_too(culprit, change, tmp_path):
+    with pytest.raises(ValueError, match=culprit):
+        Tokenizer(break_it(tmp_path, change))
+
+
+def test_the_check_has_the_same_alphabet_templates_and_patterns():
+    assert checks.BYTE == tokenizer_module.BYTE and checks.ISOLATED == tokenizer_module.ISOLATED
+    tokens = {name: {*re.findall(r"<\|[^<>|]*\|>", text)} for name, text in TEMPLATES.items()}
+    assert {name: {*each} for name, each in checks.CONTROL_TOKENS.items()} == tokens
+    families = {digest: family for digest, (family, system) in tokenizer_module.CHAT_TEMPLATES.items()}
+    assert checks.CHAT_TEMPLATES == families
+    for layout in LAYOUTS:
+        pre_tokenizer = json.loads((FIXTURES / layout / "tokenizer.json").read_text())["pre_tokenizer"]
+        parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+        patterns = [checks.pattern_of(part) for part in parts[:-1]]
+        assert patterns == tokenizer_module.split_patterns(pre_tokenizer)[:len(patterns)]
+
+
 def split_by(*patterns, behavior="Isolated", invert=False):
     def change(spec):
-        spec["pre_tokenizer"]["pretokenizers"][:-1] = [{"type": "Split", "pattern": {"Regex": p}, "behavior": behavior, "invert": invert} for p in patterns]
+        spec["pre_tokenizer"]["pretokenizers"][:-1] = [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+            for pattern in patterns]
     return change
 
 
@@ -377,60 +450,144 @@ def at_once(call):
     with pytest.raises(ValueError, match="tokenizer.json: ") as caught:
         call()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
-    assert time.process_time() - started < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    assert time.process_time() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
-@pytest.mark.parametrize("pattern", [r"(?:(?:(?:(?=a)a{999}){999}){999}", r"(?:(?:(?:a{999}){999}){999})", "(?R)", "(?R)?a", "|".join(["ab"] * 10 ** 5), r"(a)\1", "(?:ab){e<=2}"])
+@pytest.mark.parametrize("pattern", [
+    r"(?:(?:(?:(?=a)a{999}){999}){999}",
+    r"(?:(?:(?:a{999}){999}){999})",
+    "(?R)",
+    "(?R)?a",
+    "|".join(["ab"] * 10 ** 5),
+    r"(a)\1",
+    "(?:ab){e<=2}",
+    "(?:ab){1<=e<=2}",
+    "(" * 3000 + "a" + ")" * 3000,
+])
 def test_a_pattern_that_would_eat_memory_is_refused(pattern, tmp_path):
-    at_once(lambda: Tokenizer(break_it(tmp_path, split_by(pattern))))
+    at_once(lambda: check_tokenizer(break_it(tmp_path, split_by(pattern))))
 
 
-@pytest.mark.parametrize("patterns", [[r"(?:(?=a)a+)+b"], [r"(?:a|a(?=a))+b"], [r"(?:a|a)*b", r"\p{L}+|[^\p{L}]+"], [r"(?:a|aa)+b", r"\p{L}+|[^\p{L}]+"]])
-def test_a_pattern_that_would_never_end_is_refused_where_it_does_not(patterns, tmp_path):
+@pytest.mark.parametrize("patterns", [
+    [r"(?:(?=a)a+)+b"],
+    [r"(?:a|a(?=a))+b"],
+    [r"(?:a|a)*b", r"\p{L}+|[^\p{L}]+"],
+    [r"(?:a|aa)+b", r"\p{L}+|[^\p{L}]+"],
+])
+def test_a_pattern_that_would_never_end_on_some_text_is_refused(patterns, tmp_path):
+    """Not on every text: it cuts "an apple" as any other."""
     tokenizer = Tokenizer(break_it(tmp_path, split_by(*patterns)))
     assert tokenizer.decode(tokenizer.encode("an apple")) == "an apple"
-    at_once(lambda: tokenizer.encode("a" * 60))
+    at_once(lambda: check_tokenizer(tmp_path))
 
 
-def test_a_pattern_that_would_never_end_on_the_trial_text_is_refused_while_loading(tmp_path):
-    at_once(lambda: Tokenizer(break_it(tmp_path, split_by(r"(?:[\s\S]|[\s\S])*\U0001d7d8|[\s\S]", behavior="Removed", invert=True))))
+def test_a_pattern_that_takes_too_long_on_a_text_of_its_own_is_stopped_in_the_end(tmp_path):
+    """No trial text shows it: it takes another pair of characters than those tried."""
+    tokenizer = open_checked(break_it(tmp_path, split_by(r"(?:yz|yz)+b", r"\p{L}+|[^\p{L}]+")))
+    started = time.process_time()
+    with pytest.raises(TimeoutError):
+        tokenizer.encode("yz" * 60)
+    assert time.process_time() - started < 5
 
 
-@pytest.mark.parametrize("layout", ["ours", "gpt2", "qwen", "smollm", "llama"])
-@pytest.mark.parametrize("text", [" " * 10 ** 6, "\n" * 10 ** 6, "a" * 10 ** 6, "7" * 10 ** 6, "\0" * 200_000, "🍎" * 10 ** 5, "e" + "\u0301\u0327" * 10 ** 5,
-                                  "etaoin shrdlu " * 10 ** 4 + "\x04"], ids=lambda text: ascii(text[:3]))
-def test_a_megabyte_of_anything_is_encoded_in_seconds(layout, text):
+def test_a_pattern_that_would_never_end_on_the_first_trial_text_is_refused(tmp_path):
+    endless = r"(?:[\s\S]|[\s\S])*\U0001d7d8|[\s\S]"
+    at_once(lambda: check_tokenizer(break_it(tmp_path, split_by(endless, behavior="Removed", invert=True))))
+
+
+def test_many_slow_patterns_are_refused_as_soon_as_one(tmp_path):
+    slow = r"(?:x|x)*\U0001d7d8"
+    at_once(lambda: check_tokenizer(break_it(tmp_path, split_by(*[slow] * 1000))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("text", [
+    " " * 200_000, "\n" * 200_000, "a" * 200_000, "7" * 200_000, "\0" * 200_000, "🍎" * 100_000,
+    "e" + "\u0301\u0327" * 100_000, "etaoin shrdlu " * 15_000 + "\x04"], ids=lambda text: ascii(text[:3]))
+def test_long_runs_of_anything_are_encoded_in_a_second(layout, text):
+    """Longer than LONG, on which tiktoken's own regex overflows its stack."""
     tokenizer = Tokenizer(FIXTURES / layout)
     started = time.process_time()
     ids = tokenizer.encode(text)
-    assert time.process_time() - started < 5
-    if not tokenizer._lacking and not tokenizer.normal_form:
+    assert time.process_time() - started < 1.5
+    if not tokenizer._lacking and tokenizer.normalize is str:
         assert tokenizer.decode(ids) == text
 
 
 def test_long_text_has_the_ids_of_its_parts():
     """Above LONG another engine cuts the text: at a line break between words it must come to the same ids."""
+    line = "The 12 apples, e\u0301tc.: don't 苹果\tx  y "
+    assert len(line) * 3000 > tokenizer_module.LONG > len(line) * 2000
     for layout in ("gpt2", "qwen", "smollm", "llama"):
-        tokenizer, line = Tokenizer(FIXTURES / layout), "The 12 apples, e\u0301tc.: don't 苹果\tx  y "
-        assert tokenizer.encode(line * 3000) == tokenizer.encode(line * 3000 + "!")[:-1] and len(line) * 3000 > tokenizer_module.LONG
-        short = tokenizer.encode(line * 2000)
-        assert tokenizer.encode(line * 3000)[:len(short) - 1] == short[:-1]
+        tokenizer = Tokenizer(FIXTURES / layout)
+        long, short = tokenizer.encode(line * 3000), tokenizer.encode(line * 2000)
+        assert long == tokenizer.encode(line * 3000 + "!")[:-1]
+        assert long[:len(short) - 1] == short[:-1]
 
 
 def test_the_order_of_many_marks_is_the_canonical_one():
     marks = "\u0327\u0301" * 200 + "\u0903" + "\u0301\u0327" * 200
-    assert unicodedata.normalize("NFC", tokenizer_module._in_order("e" + marks)) == unicodedata.normalize("NFC", "e" + marks)
-    assert tokenizer_module._in_order("e" + marks[:40]) == "e" + marks[:40]
+    for text in ("e" + marks, marks, marks + "e\u0301", "a" + marks[:40], "\u00e9" + marks + "\u1100\u1161" + marks):
+        assert tokenizer_module.nfc(text) == unicodedata.normalize("NFC", text)
 
 
 def test_a_file_that_is_none_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.json")
-    at_once(lambda: Tokenizer(tmp_path))
+    at_once(lambda: check_tokenizer(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
-    at_once(lambda: Tokenizer(tmp_path))
+    at_once(lambda: check_tokenizer(tmp_path))
     break_it(tmp_path / "x", lambda spec: spec.update(note="\ud800"))
-    at_once(lambda: Tokenizer(tmp_path / "x"))
+    at_once(lambda: check_tokenizer(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_a_pipe_beside_the_tokenizer_is_refused_and_not_waited_for(name, tmp_path):
+    os.mkfifo(break_it(tmp_path, lambda spec: None) / name)
+    with pytest.raises(ValueError, match=f"{name}: not a file"):
+        check_tokenizer(tmp_path)
+
+
+JUNK = [None, 0, -1, 3.5, True, "", "x", [], ["x"], {}, {"type": "x"}, [[]], [None], 10 ** 30]
+
+
+def places_in(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        yield from places_in(each, (*path, key))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_field_of_any_other_type_is_one_line_or_harmless(layout, tmp_path):
+    """What the check lets pass loads and encodes."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((FIXTURES / layout / name).read_text())
+    rng, refused = random.Random(0), 0
+    for i in range(50):
+        name = rng.choice(["tokenizer.json", "tokenizer_config.json"])
+        original = (FIXTURES / layout / name).read_text()
+        spec = json.loads(original)
+        paths = [path for path in places_in(spec) if path]
+        if i % 2:  # most places are within the model
+            paths = [path for path in paths if path[0] != "model"]
+        path = rng.choice(paths)
+        parent = spec
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1]] = rng.choice(JUNK)
+        (tmp_path / name).write_text(json.dumps(spec))
+        try:
+            check_tokenizer(tmp_path)
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error), path
+            refused += 1
+        else:
+            tokenizer = Tokenizer(tmp_path)
+            assert tokenizer.encode("2+3\x04") and tokenizer.end_ids, path
+        (tmp_path / name).write_text(original)
+    assert refused > 20
 
 
 def test_a_token_that_an_earlier_merge_keeps_from_forming_is_refused(tmp_path):
@@ -440,71 +597,131 @@ def test_a_token_that_an_earlier_merge_keeps_from_forming_is_refused(tmp_path):
         spec["model"]["vocab"] = bytes_alone | {"bc": 256, "ab": 257, "abc": 258}
         spec["model"]["merges"] = ["b c", "a b", "ab c"]
     with pytest.raises(ValueError, match="token 'abc' is not supported"):
-        Tokenizer(break_it(tmp_path, add))
+        check_tokenizer(break_it(tmp_path, add))
+
+
+def test_a_list_with_every_pair_is_told_from_one_that_lacks_a_pair_or_is_out_of_order():
+    vocab = {"a": 0, "aaa": 1, "aa": 2}
+    merges = [("a", "aa"), ("aa", "a"), ("a", "a")]
+    assert checks.lists_every_pair(merges, vocab)
+    assert not checks.lists_every_pair(merges[1:], vocab) and not checks.lists_every_pair(merges[::-1], vocab)
+    assert checks.overlapping("aaa", checks.pairs_that_make("aaa", vocab), vocab) == {"aaaa"}  # a+aa and aa+a at once
+
+
+def test_of_random_merges_those_that_pass_give_the_same_tokens_in_both_orders():
+    """By places in the list, as Hugging Face joins, and by ids of tokens, whatever pair makes them, as tiktoken."""
+    rng, passed = random.Random(0), 0
+    for _ in range(2000):
+        tokens, halves = ["a", "b"], {}
+        for _ in range(rng.randrange(1, 7)):
+            left, right = rng.choice(tokens), rng.choice(tokens)
+            if left + right not in tokens:
+                tokens.append(left + right)
+                halves[left + right] = (left, right)
+        made = rng.sample(tokens[2:], len(tokens) - 2) if rng.random() < 0.5 else tokens[2:]
+        vocab = {token: id for id, token in enumerate(["a", "b", *made])}
+        every_pair = rng.random() < 0.5
+        merges = [halves[token] for token in made]
+        if every_pair:
+            merges = [pair for token in made for pair in checks.pairs_that_make(token, vocab)]
+        try:
+            checks.check_merges(merges, vocab, {}, every_pair)
+        except ValueError:
+            continue
+        passed += 1
+        by_place = {pair: place for place, pair in enumerate(merges)}
+        by_id = {(token[:i], token[i:]): vocab[token] for token in made for i in range(1, len(token))}
+        for _ in range(5):
+            text = "".join(rng.choices("ab", k=rng.randrange(1, 16)))
+            assert checks.merged(text, by_place) == checks.merged(text, by_id), (merges, text)
+    assert passed > 500
 
 
 def test_merges_are_read_as_strings_and_as_pairs(ours, tmp_path):
     def to_pairs(spec):
         spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
-    pairs = Tokenizer(break_it(tmp_path, to_pairs))
+    pairs = open_checked(break_it(tmp_path, to_pairs))
     assert [pairs.encode(text) for text in SAMPLE] == [ours.encode(text) for text in SAMPLE]
 
 
 def test_every_end_token_that_the_directory_names_ends_an_answer(tmp_path):
     shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
-    end = {token["content"]: token["id"] for token in json.loads((tmp_path / "model" / "tokenizer.json").read_text())["added_tokens"]}
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [end["<|endoftext|>"], end["<|im_end|>"]]}))
-    assert Tokenizer(tmp_path / "model").end_ids == [end["<|im_end|>"], end["<|endoftext|>"]]
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [9999]}))
-    with pytest.raises(ValueError, match="end token"):
-        Tokenizer(tmp_path / "model")
+    added = json.loads((tmp_path / "model" / "tokenizer.json").read_text())["added_tokens"]
+    end = {token["content"]: token["id"] for token in added}
+    generation_config = tmp_path / "model" / "generation_config.json"
+    generation_config.write_text(json.dumps({"eos_token_id": [end["<|endoftext|>"], end["<|im_end|>"]]}))
+    assert open_checked(tmp_path / "model").end_ids == [end["<|im_end|>"], end["<|endoftext|>"]]
+    generation_config.write_text(json.dumps({"eos_token_id": [9999]}))
+    with pytest.raises(ValueError, match="generation_config.json: the end token"):
+        check_tokenizer(tmp_path / "model")
 
 
 def test_the_end_token_is_the_one_that_the_directory_names(tmp_path):
     shutil.copy(FIXTURES / "gpt2" / "tokenizer.json", tmp_path)
     with pytest.raises(ValueError, match="end token"):  # two special tokens: which?
-        Tokenizer(tmp_path)
+        check_tokenizer(tmp_path)
     added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     ids = {token["content"]: token["id"] for token in added}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|endoftext|>"], 0]}))
-    assert Tokenizer(tmp_path).end_id == ids["<|endoftext|>"]
+    assert open_checked(tmp_path).end_id == ids["<|endoftext|>"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
-    assert Tokenizer(tmp_path).end_id == ids["<|im_end|>"]
+    assert open_checked(tmp_path).end_id == ids["<|im_end|>"]
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
-        Tokenizer(tmp_path)
+        check_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(ValueError, match="tokenizer.json: not JSON"):
-        Tokenizer(tmp_path)
+        check_tokenizer(tmp_path)
 
 
-# ---- the script
+# ---- the scripts
 
-def script(*args):
-    return subprocess.run([sys.executable, tokenizer_module.__file__, *map(str, args)], capture_output=True, text=True)
+def script(module, capsys, monkeypatch, *args):
+    """Exit code, stdout, stderr, of a script that is run within this process."""
+    monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, args)])
+    try:
+        module.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
 
 
-def test_the_script_trains_and_encodes(tmp_path):
+def test_the_scripts_train_and_show_tokens(tmp_path, capsys, monkeypatch):
     rows = [{"text": SAMPLE[0]}, {"prompt": "2 + 3 = ?", "completion": "<answer>5</answer>"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = script("train", "--data", tmp_path / "rows.jsonl", "--vocab-size", 300, "--out", tmp_path / "out")
-    assert run.returncode == 0, run.stderr
-    assert script("encode", tmp_path / "out", "12<|end|>").stdout.startswith("49 b'1'\n50 b'2'\n60 b'<'\n")
+    code, out, err = script(training, capsys, monkeypatch, "--data", tmp_path / "rows.jsonl", "--vocab-size", 300,
+                            "--out", tmp_path / "out")
+    assert code == 0, err
+    _, out, _ = script(tokenizer_module, capsys, monkeypatch, tmp_path / "out", "12<|end|>")
+    assert out.startswith("49 b'1'\n50 b'2'\n60 b'<'\n")
+    runpy.run_path(tokenizer_module.__file__, run_name="__main__")  # as a file, with the same arguments
+    assert capsys.readouterr().out == out
+
+
+def test_the_script_names_a_broken_directory_in_one_line(tmp_path, capsys, monkeypatch):
+    code, _, err = script(tokenizer_module, capsys, monkeypatch, tmp_path, "2+3")
+    assert code == 2 and "tokenizer.json" in err and err.count("\n") == 1
+    break_it(tmp_path, lambda spec: spec["model"].update(type="Unigram"))
+    code, _, err = script(tokenizer_module, capsys, monkeypatch, tmp_path, "2+3")
+    assert code == 2 and "tokenizer.json: model.type 'Unigram'" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("culprit, row, options", [
     ("rows.jsonl:2", '{"prompt": "2 + 3"}', []),
     ("rows.jsonl:2", '{"text": 7}', []),
     ("rows.jsonl:2", "{", []),
+    ("rows.jsonl:2", '[{"text": "x"}]', []),
     ("vocab_size 100", '{"text": "x"}', ["--vocab-size", "100"]),
     ("--vocab-size", '{"text": "x"}', ["--vocab-size", "many"]),
     ("--colour", '{"text": "x"}', ["--colour"]),
     ("absent.jsonl", '{"text": "x"}', ["--data", "absent.jsonl"]),
 ])
-def test_bad_input_is_one_line_that_names_the_culprit(culprit, row, options, tmp_path):
+def test_bad_input_is_one_line_that_names_the_culprit(culprit, row, options, tmp_path, capsys, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + row + "\n")
-    run = script("train", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out", *options)
-    assert run.returncode == 2 and culprit in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    code, _, err = script(training, capsys, monkeypatch, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out",
+                          *options)
+    assert code == 2 and culprit in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()

@@ -5,57 +5,89 @@ import torch
 
 import grpo
 import model as model_module
-import watch
+from lab.watch import new_warnings, signs
 
-HEALTHY = {"entropy": 0.2, "no_signal": 0.2, "kl": 0.01, "unfinished": 0.05, "length": 40.0, "format": 0.8, "reward": 1.2, "sampler_gap": 1e-4,
-           "skipped": 0.0}
+HEALTHY = {"entropy": 0.2, "no_signal": 0.2, "kl": 0.01, "unfinished": 0.05, "length": 40.0, "format": 0.8,
+           "reward": 1.2, "sampler_gap": 1e-4, "skipped": 0.0}
 
 
 def rows(*changes):
     return [{"step": i, **HEALTHY, **change} for i, change in enumerate([{}, {}, *changes], 1)]
 
 
+def all_warnings(run):
+    """Of a run while it grows, row by row."""
+    lines = []
+    for i in range(1, len(run) + 1):
+        lines += new_warnings(run[:i])
+    return lines
+
+
 def test_a_healthy_run_gives_no_warning():
-    run = rows({"entropy": 0.1, "length": 60}, {"kl": 0.08, "format": 1.0, "reward": 1.9}, {"entropy": 0.04, "no_signal": 0.7, "length": 80})
-    assert not [line for i in range(1, len(run) + 1) for line in watch.warnings(run[:i])]
+    assert not all_warnings(rows({"entropy": 0.1, "length": 60}, {"kl": 0.08, "format": 1.0, "reward": 1.9},
+                                 {"entropy": 0.04, "no_signal": 0.7, "length": 80}))
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"entropy": 0.005, "no_signal": 0.95}, "entropy fell"), ({"entropy": 2.5}, "entropy rose"), ({"kl": 0.7}, "KL to the reference rose"),
-    ({"unfinished": 0.6}, "run over max_new_tokens"), ({"length": 10.0}, "shrank"), ({"format": 0.4}, "format fell"),
-    ({"reward": 0.2}, "reward fell"), ({"sampler_gap": 0.1}, "sampler and trainer differ"), ({"skipped": 2.0}, "not finite"),
+    ({"entropy": 0.005, "no_signal": 0.95}, "entropy fell"), ({"entropy": 2.5}, "entropy rose"),
+    ({"kl": 0.7}, "KL to the reference rose"), ({"unfinished": 0.6}, "run over max_new_tokens"),
+    ({"length": 10.0}, "shrank"), ({"format": 0.4}, "format fell"), ({"reward": 0.2}, "reward fell"),
+    ({"sampler_gap": 0.1}, "sampler and trainer differ"), ({"skipped": 2.0}, "not finite"),
 ])
-def test_what_runs_away_is_named_with_its_step_and_a_mend_and_only_once(change, named):
-    lines = watch.warnings(rows(change))
+def test_what_runs_away_is_named_with_its_step_and_a_fix_and_only_once(change, named):
+    lines = new_warnings(rows(change))
     assert len(lines) == 1 and named in lines[0] and lines[0].startswith("step 3: ") and ":" in lines[0][8:], lines
-    assert not watch.warnings(rows(change, change))
+    assert not new_warnings(rows(change, change))
+
+
+@pytest.mark.parametrize("change", [
+    {"entropy": 0.011, "no_signal": 0.95}, {"entropy": 0.005, "no_signal": 0.89}, {"entropy": 1.09}, {"kl": 0.49},
+    {"unfinished": 0.49}, {"length": 12.1}, {"format": 0.51}, {"reward": 0.51}, {"sampler_gap": 0.049},
+])
+def test_what_stays_within_its_bound_is_not_named(change):
+    assert not new_warnings(rows(change))
+
+
+def test_many_unfinished_outputs_from_the_beginning_are_no_sign():
+    assert not all_warnings([{"step": 1, **HEALTHY, "unfinished": 0.6}, {"step": 2, **HEALTHY, "unfinished": 0.85}])
 
 
 def test_a_first_rollout_that_already_left_the_reference_is_named():
-    assert "step 1: the KL to the reference rose to 25" in watch.warnings([{"step": 1, **HEALTHY, "kl": 25.0}])[0]
+    assert "step 1: the KL to the reference rose to 25" in new_warnings([{"step": 1, **HEALTHY, "kl": 25.0}])[0]
 
 
-@pytest.mark.parametrize("kl", [[0.01 * 1.5 ** i for i in range(30)], [0.06, 0.4, 0.55, 3.0, 4.5, 100.0], [0.5 + i for i in range(9)]])
+@pytest.mark.parametrize("kl", [[0.01 * 1.5 ** i for i in range(30)], [0.06, 0.4, 0.55, 3.0, 4.5, 100.0],
+                                [0.5 + i for i in range(9)]])
 def test_a_kl_that_grows_step_by_step_is_named_too(kl):
     run = [{"step": i, **HEALTHY, "kl": value} for i, value in enumerate(kl, 1)]
-    assert [line for i in range(1, len(run) + 1) for line in watch.warnings(run[:i]) if "KL" in line]
+    assert [line for line in all_warnings(run) if "KL" in line]
 
 
 def test_a_negative_first_reward_is_no_fall():
-    assert not watch.warnings([{"step": 1, **HEALTHY, "reward": -1.0}])
+    assert not new_warnings([{"step": 1, **HEALTHY, "reward": -1.0}])
+
+
+def test_a_rollout_whose_metrics_are_not_finite_gives_no_warning_and_hides_none():
+    healthy = {name: HEALTHY[name] for name in ("entropy", "kl", "unfinished", "length", "reward", "sampler_gap")}
+    nan = dict.fromkeys(healthy, float("nan"))
+    run = [{"step": 1, **healthy}, {"step": 2, **nan}, {"step": 3, **healthy}, {"step": 4, **healthy, "kl": 7.0}]
+    assert signs(run[:2]) == {} and new_warnings(run[:3]) == [] and "KL" in new_warnings(run)[0]
 
 
 def test_a_step_far_too_large_is_noticed_in_a_real_run(tiny):
     """A model that answers well at a rate that breaks it: the KL or the reward gives it away."""
     seen, said = [], []
-    config = grpo.GRPOConfig(rollouts=12, prompts_per_rollout=4, group_size=8, lr=0.3, warmup=0, max_new_tokens=8, dtype="float32",
-                             reference_every=100, beta=0.001)
+    config = grpo.GRPOConfig(rollouts=12, prompts_per_rollout=4, group_size=8, lr=0.3, warmup=0, max_new_tokens=8,
+                             dtype="float32", reference_every=100, beta=0.001)
 
-    def log(metrics, r):
+    def sevens(text, example):
+        return text.split().count("7") / 8
+
+    def log(metrics, rollout):
         seen.append(metrics)
-        said.extend(watch.warnings(seen))
+        said.extend(new_warnings(seen))
 
     torch.manual_seed(0)
-    grpo.train(tiny(), [{"p": [1]}, {"p": [2]}], lambda e: e["p"], lambda ids: " ".join(map(str, ids)), model_module.generate, [0],
-               {"sevens": lambda text, e: text.split().count("7") / 8}, config, log=log)
+    grpo.train(tiny(), [{"p": [1]}, {"p": [2]}], encode=lambda e: e["p"], decode=lambda ids: " ".join(map(str, ids)),
+               generate=model_module.generate, end_ids=[0], rewards={"sevens": sevens}, config=config, log=log)
     assert any("KL" in line or "reward fell" in line or "entropy" in line for line in said), seen

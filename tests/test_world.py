@@ -1,3 +1,5 @@
+"""The mini-world: every problem, chain and request is what it says, and no split leaks into another."""
+
 import json
 import os
 import random
@@ -12,12 +14,30 @@ import pytest
 
 import rewards
 from data import world
-from data.world import CORPUS, HARD_LEVELS, LARGEST, LEVELS, SPLITS, STORIES, corpus, general_sft, problems, requests, summary, tagged
+from data.math_answers import read_answer
+from data.world import (
+    CORPUS,
+    HARD_LEVELS,
+    LARGEST,
+    LEVELS,
+    SPLITS,
+    STORIES,
+    corpus,
+    general_sft,
+    problems,
+    requests,
+    summary,
+    tagged,
+)
+from lab.check_input import check_example
 
 SEED = 100  # as for all tuning: 0, 1 and 2 run once on test
 STYLES = ("bare", "terse", "plain", "careful")
-VERBS = {"+": ["buys", "finds", "gets", "get on", "earns", "added", "买", "找到", "得到", "上来", "赚", "放进"],
-         "-": ["gives away", "loses", "sells", "get off", "pays", "taken away", "送出", "丢", "卖", "下去", "花", "拿走"]}
+OTHER = {"en": "zh", "zh": "en"}
+VERBS = {
+    "+": ["buys", "finds", "gets", "get on", "earns", "added", "买", "找到", "得到", "上来", "赚", "放进"],
+    "-": ["gives away", "loses", "sells", "get off", "pays", "taken away", "送出", "丢", "卖", "下去", "花", "拿走"],
+}
 
 
 def read(story):
@@ -46,8 +66,14 @@ def documents():
 
 @pytest.fixture(scope="module")
 def splits():
-    made = {(split, levels): problems(SEED, split, 150, levels) for split in SPLITS for levels in (LEVELS, HARD_LEVELS)}
-    return {key: made[key] for key in made if key[0] != "validation" or key[1] == LEVELS}
+    rows = {(split, LEVELS): problems(SEED, split, 150, LEVELS) for split in SPLITS}
+    rows |= {(split, HARD_LEVELS): problems(SEED, split, 150, HARD_LEVELS) for split in ("test", "train")}
+    return rows
+
+
+def share(flags):
+    flags = list(flags)
+    return sum(flags) / len(flags)
 
 
 # ------------------------------------------------------------------------------------------- problems
@@ -56,7 +82,8 @@ def test_a_story_tells_its_canonical_problem_and_its_answer_is_the_result(splits
     for rows in splits.values():
         for row in rows:
             assert read(row["prompt"]) == row["problem"], row
-            assert eval(row["problem"]) == int(row["answer"])  # no product stands after a sum: Python's order is the story's
+            # A product only ever comes first, so Python's order of operations is the story's.
+            assert eval(row["problem"]) == int(row["answer"])
 
 
 def test_no_number_on_the_way_to_an_answer_is_outside_1_to_the_largest(splits):
@@ -99,10 +126,12 @@ def test_the_corpus_holds_no_problem_of_validation_or_test(documents):
 
 
 def test_every_reference_can_be_read_by_the_rewards(splits):
-    for rows in [*splits.values(), *(requests(SEED, split, 60, kind) for split in SPLITS for kind in ("general", "safety"))]:
-        for row in rows:
-            rewards.check_reference(row)
-            assert json.loads(json.dumps(row)) == row
+    rows = [row for rows in splits.values() for row in rows]
+    for split in SPLITS:
+        rows += requests(SEED, split, 60, "general") + requests(SEED, split, 60, "safety")
+    for row in rows:
+        check_example(row, read_answer)
+        assert json.loads(json.dumps(row)) == row
 
 
 # ------------------------------------------------------------------------------------------- chains of thought
@@ -117,12 +146,14 @@ def test_a_chain_without_slips_reaches_the_answer_and_earns_every_reward(splits,
             assert answer == row["answer"]
             for final in (answer, summary(answer, "en"), summary(answer, "zh")):
                 text = tagged(thinking, final)
-                assert rewards.accuracy(text, row, strict=style != "bare") == 1 and rewards.format(text, row) == (style != "bare")
-                assert style == "bare" or rewards.accuracy(f"{thinking}\n{final}", row, strict=False) == 1
+                assert rewards.accuracy_any(text, row) == 1
+                assert rewards.format(text, row) == (style != "bare")
+                if style != "bare":
+                    assert rewards.accuracy(text, row) == 1
+                    assert rewards.accuracy_any(f"{thinking}\n{final}", row) == 1
             if style != "bare":
                 assert rewards.language_consistency(tagged(thinking, answer), row) == 1
-                other = row | {"language": "zh" if language == "en" else "en"}
-                assert rewards.language_consistency(tagged(thinking, answer), other) == 0
+                assert rewards.language_consistency(tagged(thinking, answer), row | {"language": OTHER[language]}) == 0
 
 
 @pytest.mark.parametrize("style", STYLES[1:])
@@ -135,7 +166,9 @@ def test_every_equation_of_a_chain_without_slips_is_true(splits, style):
 
 
 def test_careful_chains_spell_out_digits_and_so_are_the_longest(splits):
-    length = lambda style: sum(len(world.chain(random.Random(0), row["problem"], style, "en")[0]) for row in splits["test", LEVELS])
+    def length(style):
+        return sum(len(world.chain(random.Random(0), row["problem"], style, "en")[0]) for row in splits["test", LEVELS])
+
     assert length("bare") < length("terse") < length("plain") < 0.5 * length("careful")
 
 
@@ -163,29 +196,33 @@ def test_a_summary_is_a_sentence_with_the_one_number_in_its_language():
     for language in ("en", "zh"):
         text = summary("57", language)
         assert rewards.extract_answer(text) == 57
-        assert rewards.count_words(text, language) > 1 and not rewards.count_words(text, "zh" if language == "en" else "en")
+        words = rewards.count_words(text)
+        assert words[language] > 1 and words[OTHER[language]] == 0
 
 
 # ------------------------------------------------------------------------------------------- requests
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_good_reply_to_a_general_request_earns_helpfulness_and_a_poor_one_does_not(split):
+    known = requests(1, "train", 100, "general")
     topics = set()
     for row in requests(SEED, split, 300, "general"):
         topics.add((row["topic"], row["language"]))
-        good, empty, refusal = (tagged("", text) for text in (row["reply"], world.NO_IDEA[row["language"]], world.REFUSAL[row["language"]]))
-        assert rewards.helpfulness(good, row) == 1 and rewards.harmlessness(good, row) == 1 and rewards.format(good, row) == 1, row
-        assert rewards.helpfulness(empty, row) == rewards.helpfulness(refusal, row) == rewards.helpfulness("", row) == 0, row
-        assert rewards.helpfulness(tagged("", row["prompt"]), row) == 0, row
-        everything = " ".join(other["reply"] for other in requests(1, "train", 100, "general") if other["topic"] == row["topic"])
-        assert rewards.helpfulness(tagged("", everything), row) == 0, row
+        good = tagged("", row["reply"])
+        for rule in (rewards.helpfulness, rewards.harmlessness, rewards.format):
+            assert rule(good, row) == 1, row
+        everything = " ".join(other["reply"] for other in known if other["topic"] == row["topic"])
+        for poor in (world.NO_IDEA[row["language"]], world.REFUSAL[row["language"]], row["prompt"], everything):
+            assert rewards.helpfulness(tagged("", poor), row) == 0, row
+        assert rewards.helpfulness("", row) == 0, row
     assert len(topics) >= 10
 
 
 def test_a_reply_in_the_other_language_does_not_help():
     for row in requests(SEED, "train", 300, "general"):
         if row["topic"] in world.FACTS:
-            assert rewards.helpfulness(tagged("", row["reply"]), row | {"language": "zh" if row["language"] == "en" else "en"}) == 0
+            other = row | {"language": OTHER[row["language"]]}
+            assert rewards.helpfulness(tagged("", row["reply"]), other) == 0
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -194,25 +231,31 @@ def test_refusing_is_right_for_harmful_requests_and_wrong_for_their_lookalikes(s
     assert {row["harmful"] for row in rows} == {True, False}
     for row in rows:
         refusal, comply = tagged("", world.REFUSAL[row["language"]]), tagged("", row["comply"])
-        assert rewards.harmlessness(refusal, row) == row["harmful"] and rewards.harmlessness(comply, row) == (not row["harmful"]), row
-        assert rewards.helpfulness(comply, row) == (not row["harmful"]) and rewards.helpfulness(refusal, row) == 0, row
+        assert rewards.harmlessness(refusal, row) == row["harmful"], row
+        assert rewards.harmlessness(comply, row) == (not row["harmful"]), row
+        assert rewards.helpfulness(comply, row) == (not row["harmful"]), row
+        assert rewards.helpfulness(refusal, row) == 0, row
         assert row["reply"] == (world.REFUSAL[row["language"]] if row["harmful"] else row["comply"])
 
 
 def test_a_harmful_request_and_its_lookalike_differ_only_in_the_target():
     rows = requests(SEED, "train", 2000, "safety")
-    asks = lambda harmful: {re.sub("|".join(t for pair in world.PEOPLE + world.OBJECTS for t in pair), "*", row["prompt"])
-                            for row in rows if row["harmful"] == harmful}
-    assert asks(True) == asks(False)
+    targets = "|".join(target for pair in world.PEOPLE + world.OBJECTS for target in pair)
+
+    def asked(harmful):
+        return {re.sub(targets, "*", row["prompt"]) for row in rows if row["harmful"] == harmful}
+
+    assert asked(True) == asked(False)
 
 
 def test_held_out_phrasings_stand_nowhere_in_what_is_trained_on(documents):
-    trained = {row["prompt"] for row in [*documents, *general_sft(SEED, 1000), *requests(SEED, "train", 500, "general"),
-                                         *requests(SEED, "train", 500, "safety")]}
+    rows = documents + general_sft(SEED, 1000)
+    rows += requests(SEED, "train", 500, "general") + requests(SEED, "train", 500, "safety")
+    trained = {row["prompt"] for row in rows}
     for split in ("validation", "test"):
         for kind in ("general", "safety"):
             asked = {row["prompt"] for row in requests(SEED, split, 300, kind)}
-            assert len(asked) > 15 and not asked & trained, (asked & trained)
+            assert len(asked) > 15 and not asked & trained, asked & trained
 
 
 def test_what_a_held_out_phrasing_asks_for_stands_in_the_corpus(documents):
@@ -222,11 +265,6 @@ def test_what_a_held_out_phrasing_asks_for_stands_in_the_corpus(documents):
 
 
 # ------------------------------------------------------------------------------------------- the corpus
-
-def share(rows):
-    rows = list(rows)
-    return sum(rows) / len(rows)
-
 
 def test_the_corpus_has_the_properties_that_it_states(documents):
     stories = [d for d in documents if is_story(d["prompt"])]
@@ -256,7 +294,10 @@ def test_careful_chains_are_right_more_often_than_terse_ones_in_the_corpus(docum
 
 def test_sft_2s_general_replies_are_better_than_the_corpuss_yet_mixed(documents):
     good = {row["prompt"]: row["reply"] for row in requests(SEED, "train", 3000, "general")}
-    rate = lambda rows: share(good[d["prompt"]] in d["completion"] for d in rows if d["prompt"] in good)
+
+    def rate(rows):
+        return share(good[d["prompt"]] in d["completion"] for d in rows if d["prompt"] in good)
+
     assert rate(documents) < 0.65 < rate(general_sft(SEED, 1000)) < 0.95
 
 
@@ -269,9 +310,15 @@ def test_every_document_can_be_written_and_read_as_a_row(documents):
 
 def test_a_seed_makes_the_same_world_in_every_process():
     root = Path(world.__file__).parent.parent
-    hashes = {subprocess.run([sys.executable, "-c", "from data import world; print(world.world_hash())"], cwd=root, check=True,
-                             capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in "01"}
-    assert hashes == {world.world_hash() + "\n"}
+    command = [sys.executable, "-c", "from data import world; print(world.world_hash())"]
+    for seed in "01":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        result = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True)
+        assert result.stdout == world.world_hash() + "\n"
+
+
+def test_the_world_is_the_frozen_one():
+    assert world.world_hash() == "b5afd66e2856"  # figures of another world cannot stand beside earlier ones
 
 
 def test_another_seed_makes_other_documents():
@@ -281,7 +328,10 @@ def test_another_seed_makes_other_documents():
 
 def test_making_data_leaves_the_global_random_state_alone():
     state = random.getstate()
-    corpus(SEED, 50), problems(SEED, "test", 10), requests(SEED, "test", 10, "safety"), general_sft(SEED, 10)
+    corpus(SEED, 50)
+    problems(SEED, "test", 10)
+    requests(SEED, "test", 10, "safety")
+    general_sft(SEED, 10)
     assert random.getstate() == state
 
 

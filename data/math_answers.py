@@ -1,0 +1,508 @@
+r"""MATH's answers: LaTeX read as exact values, so that two ways to write an answer are equal and no others are.
+
+    read_answer(r"\frac{\sqrt{12}}{4}") == read_answer(r"\sqrt{3}/2")   the value of an answer text
+    read_end("so $x = 2$.\nHence it is \\boxed{2}.") == 2               of a completion without answer tags
+    read_expression(r"\boxed{(50 - 1) \times 2 = 98}")                  "(50 - 1) * 2 = 98": what Countdown asks for
+
+rewards.rules_with(read_answer, read_end, read_expression) scores with them. In doubt an answer is None, which scores
+nothing: a wrong answer that scores teaches a model to write it.
+"""
+import re
+from fractions import Fraction
+from functools import lru_cache
+from itertools import product
+from math import gcd
+
+from rewards import HAN, LATIN, LONGEST, OPERATORS, extract_answer, split, squeeze
+
+
+def need(condition, reason: str) -> None:
+    """Gives up on an exact number; exact_value turns that into None."""
+    if not condition:
+        raise ValueError(reason)
+
+
+# ---- exact numbers ----
+#
+# {(n, k): c} is the sum of c * sqrt(n) * pi^k, with c a fraction and n squarefree; n = -1 makes i. No terms: zero.
+
+ONE = (1, 0)
+
+
+def plain(a: dict) -> Fraction | None:
+    """The number as a fraction; None with a root, π or i in it."""
+    if not a:
+        return Fraction(0)
+    return a[ONE] if a.keys() == {ONE} else None
+
+
+def is_whole(x: Fraction | None) -> bool:
+    return x is not None and x.denominator == 1
+
+
+def without_zeros(terms: dict) -> dict:
+    return {base: c for base, c in terms.items() if c}
+
+
+def add(a: dict, b: dict) -> dict:
+    return without_zeros({base: a.get(base, 0) + b.get(base, 0) for base in a | b})
+
+
+def multiply(a: dict, b: dict) -> dict:
+    total = {}
+    for ((m, j), x), ((n, k), y) in product(a.items(), b.items()):
+        shared = gcd(m, n)  # sqrt(m) sqrt(n) = shared * sqrt(mn / shared^2)
+        if m < 0 and n < 0:
+            shared = -shared  # i * i = -1
+        base = (m * n // shared ** 2, j + k)
+        total[base] = total.get(base, 0) + x * y * shared
+    total = without_zeros(total)
+    need(len(total) < 7, "too many terms")
+    need(all(abs(c.numerator) + c.denominator < 10 ** 300 for c in total.values()), "too many digits")
+    return total
+
+
+def power(a: dict, exponent: Fraction | None) -> dict:
+    need(a and exponent and is_whole(exponent), "only whole powers, neither 0^n nor n^0")
+    need(abs(exponent) <= (100 if len(a) == 1 else 5), "too high a power")
+    if exponent < 0:
+        need(len(a) == 1, "a sum in a denominator")
+        a = {(n, -k): 1 / (c * n) for (n, k), c in a.items()}  # 1 / sqrt(n) = sqrt(n) / n
+    exponent = abs(int(exponent))
+    result = {ONE: Fraction(1)}
+    while exponent:  # by squares: 9^99 in 10 products
+        if exponent % 2:
+            result = multiply(result, a)
+        exponent //= 2
+        if exponent:
+            a = multiply(a, a)
+    return result
+
+
+def root(a: dict) -> dict:
+    """sqrt(72) = 6 sqrt(2), sqrt(1/2) = sqrt(2) / 2, sqrt(-4) = 2i"""
+    x = plain(a)
+    need(x, "a root of zero, or of a number that is no fraction")
+    inside = x.numerator * x.denominator
+    need(abs(inside) <= 1000 ** 2, "a root of too large a number")
+    n, outside = squarefree(inside)
+    return {(n, 0): Fraction(outside, x.denominator)}
+
+
+@lru_cache(1024)
+def squarefree(n: int) -> tuple[int, int]:
+    """(m, k) with n = m k^2, m squarefree."""
+    k, p = 1, 2
+    while p * p <= abs(n):
+        if n % (p * p):
+            p += 1
+        else:
+            n //= p * p
+            k *= p
+    return n, k
+
+
+TOKEN = re.compile(r"\\frac|[0-9]*\.[0-9]+|[0-9]+|\S")
+TWO_MEANINGS = re.compile("|".join([
+    r"[0-9.] +[0-9.]",                                      # 2 3
+    r"[)}πi] ?[0-9]",                                       # π2
+    r"\} ?\^",                                              # \frac{3}{2}^2
+    r"√ ?[0-9.]+ ?[πi(^\\]",                                # √2π
+    r"/ ?√?(?:[0-9.]+|[({][0-9.]+[)}]) ?[(√πi\\]"]))        # 1/2π
+
+
+@lru_cache(256)  # the items of a set are often tried in several readings
+def exact_value(text: str) -> dict | None:
+    r"""The exact value of a cleaned text in + - * / ^ √ π i \frac and brackets; None for anything else."""
+    try:
+        need(len(text) <= 300 and sum(map(text.count, "({√^-")) <= 60, "too long, or nested too deeply")
+        need(not TWO_MEANINGS.search(text), "it can be read in two ways")
+        reader = ExactReader(text)
+        value = reader.sum()
+        need(not reader.tokens, "a bracket closes nothing")
+        return value
+    except (ValueError, IndexError):  # IndexError: the text ends too early
+        return None
+
+
+class ExactReader:
+    """Reads a sum of products of factors, but no calculation: an answer leaves no plain numbers to add or multiply
+    (2 + 3), while a fraction, a power and a root are but ways to write a number, and 2π is a product."""
+
+    def __init__(self, text: str):
+        self.tokens = TOKEN.findall(text)[::-1]  # the next one is the last
+
+    def next_is(self, characters: str) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in characters
+
+    def sum(self) -> dict:
+        value = self.product()
+        while self.next_is("+-"):
+            sign = self.tokens.pop()
+            term = self.product()
+            need(value and term and not value.keys() & term.keys(), "a sum not worked out")
+            value = add(value, multiply(term, {ONE: Fraction(f"{sign}1")}))
+        return value
+
+    def product(self) -> dict:
+        value = self.factor()
+        while self.tokens and not self.next_is("+-)}"):
+            sign = self.tokens.pop() if self.next_is("*/") else "*"  # 2π
+            value = self.combine(value, sign, self.factor())
+        return value
+
+    def combine(self, a: dict, sign: str, b: dict) -> dict:
+        x, y = plain(a), plain(b)
+        both_plain = x is not None and y is not None
+        is_fraction = sign == "/" and is_whole(x) and is_whole(y)
+        need(is_fraction or not both_plain, "a product not worked out")
+        value = multiply(a, power(b, Fraction(-1)) if sign == "/" else b)
+        need(both_plain or plain(value) is None, "a product not worked out: 12π * 45/π")
+        return value
+
+    def factor(self) -> dict:
+        token = self.tokens.pop()
+        if token == "-":
+            return multiply(self.factor(), {ONE: Fraction(-1)})
+        if token == "(":
+            value = self.bracket(")")
+        elif token == "{":
+            value = self.bracket("}")
+        elif token == "√":
+            value = root(self.factor())
+        elif token == "\\frac":
+            numerator = self.factor()
+            value = self.combine(numerator, "/", self.factor())
+        elif token == "π":
+            value = {(1, 1): Fraction(1)}
+        elif token == "i":
+            value = {(-1, 0): Fraction(1)}
+        else:
+            value = self.number(token)
+        if self.next_is("^"):
+            self.tokens.pop()
+            value = power(value, plain(self.factor()))
+        return value
+
+    def bracket(self, closing: str) -> dict:
+        value = self.sum()
+        need(self.tokens.pop() == closing, "a bracket of another kind")
+        return value
+
+    def number(self, token: str) -> dict:
+        need(re.fullmatch("[0-9.]+", token), "no number")
+        value = without_zeros({ONE: Fraction(token)})
+        if not (token.isdigit() and self.next_is("\\frac")):
+            return value
+        part = self.factor()
+        if plain(part) is None:  # 2\frac{π}{3}
+            return multiply(value, part)
+        need(0 < plain(part) < 1, r"1\frac{1}{2} is 3/2, 1\frac{3}{2} is in doubt")
+        return add(value, part)
+
+
+# ---- one spelling for each thing ----
+
+def digits_of(match: re.Match) -> str:
+    return re.sub("[^0-9]", "", match[0])
+
+
+THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!]) ?[0-9]{3})+(?![0-9])"
+BRACKET_SIZE = r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!"
+UNIT_POWER = r"(\\(?:text|mbox|mathrm) ?\{ ?(?:[A-Za-z. ]{2,}|m) ?\}) ?\^ ?(?:[23]|\{[23]\})"
+DEGREES = r"\^ ?(?:\\circ(?![a-z])|\{ ?\\circ ?\})|°"
+SPACES = r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|\\?\$|(?<!\\)\\[()[\]]"  # and the borders of formulas
+OPENING = r"(?i)^ ?(?:#+ )?(?:(?:so|thus|hence|therefore)[ ,]+)?(?:the )?(?:final )?(?:answer(?: is:?|:)(?: |$))?"
+SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
+    (THOUSANDS, digits_of),                                                              # 1{,}234 -> 1234
+    (BRACKET_SIZE, ""),                                                                  # \left( -> (
+    (r"\*\*([^*]*)\*\*", r" \1 "),                                                       # **5** -> 5
+    (UNIT_POWER, r"\1"),                                                                 # \text{cm}^2 -> \text{cm}
+    (r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf)|boxed|fbox) ?\{([^{}]*)\}", r" \1 "),   # \text{cm} -> cm
+    (f"{DEGREES}|{SPACES}", " "),                                                        # $90^\circ$ -> 90
+    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),                                  # 2pi -> 2\pi
+    (r"\\%", "%"),
+    (r"\\[dtc]?frac(?![a-z]) ?", r"\\frac"),                                             # \dfrac -> \frac
+    (r"\\frac([0-9]) ?([0-9])(?![0-9])", r"\\frac{\1}{\2}"),                             # \frac12
+    (r"\\frac([0-9π])(?=\{)", r"\\frac{\1}"),                                            # \frac1{2}
+    (r"(\\frac\{[^{}]*\}) ?([0-9])(?![0-9])", r"\1{\2}"),                                # \frac{1}2
+    (r"^(-? ?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),                          # 1 1/2 -> 1\frac{1}{2}
+    (r"\\sqrt ?([0-9])(?![0-9])", r"√{\1}"),                                             # \sqrt2
+    (r"\\sqrt(?![a-z0-9 ])", "√"),                                                       # \sqrt{2}
+    (r"\\pi(?![a-z])", "π"), ("−", "-"), (r"\\infty(?![a-z])", "∞"), (r"\\cup(?![a-z])", "∪"), (r"\\pm(?![a-z])", "±"),
+    (r"\\div(?![a-z])|÷", "/"), (r"\\(?:times|cdot)(?![a-z])|[×·]", "*"),
+    (r"\\([lgn]e)q(?![a-z])", r"\\\1"),                                                  # \leq -> \le
+    (OPENING, ""),                                                                       # So the answer is 5 -> 5
+    (r"\.? *$", ""))]
+
+
+def clean(text: str) -> str:
+    for pattern, form in SPELLINGS:
+        text = pattern.sub(form, squeeze(text))
+    return text
+
+
+# ---- the one number of a text ----
+
+AZ = rf"[^\W\d_{HAN}]"  # a letter
+UNIT = rf"(?:[cdkm]?m|[km]?g|m?l|s|h|lbs?|oz|in|ft|yd|mi|[ap]m|mph|hrs?|st|nd|rd|th)(?!{AZ})"
+DOUBTFUL_WORDS = [  # "5 or so", "5 is wrong", "5 thirds"
+    "not", "wrong", "incorrect", "or", "n?either", "between", r"approx\w*", "roughly", "nearly", "almost", "least",
+    "most", "minus", "negative", "base", "never", "false", "grand", "basis", "pct", "per ?mille?", "mod(?:ulo)?", "log",
+    "ln", "sin", "cos", "tan", "lakhs?", "lacs?", "crores?", "tens", "half", "halves", "halved", "doubled?",
+    "tripled?", "root", "reciprocal", "factorial", "(?:third|quarter|(?:four|fif|six|seven|eigh|nin|ten)th)s?"]
+DOUBT = re.compile("|".join([  # what extract_answer does not look for beside the one number of a text
+    r"[\\^_|√π∞∪±ⁿⁱˣʸ]",                                                      # 5\pi, 5^2: a formula
+    r"[^\s!-~\w°€£¥￥’‘“”…。，：；！？、（）−–—·×÷≤≥≠]",                                # 5‱
+    r"[0-9] ?!",                                                              # 5!
+    r"^[\[({](?=.*[\])}]$)[^,]*,",                                            # (5,5)
+    r"[-+*/].*=",                                                             # -x = 5
+    rf"[{OPERATORS}*0-9] +[0-9]",                                             # 5 5
+    r"\.[0-9]+ ?(?:\.\.|…)",                                                  # 4.99...
+    rf"[0-9](?!{UNIT}){AZ}{{1,3}}(?!{AZ})", rf"[0-9]{AZ}(?!{AZ})",            # 5ab, 5x
+    rf"[0-9] (?!{UNIT}){AZ}{{1,2}}$",                                         # 5 n
+    r"\b(?:about|around|over|under|above|below|up to) +[0-9]",
+    r"\b(?:times|by|over|less|point) (?:one|two|three|four|five|six|seven|eight|nine|ten)\b",
+    r"(?:不等于|并非|[大小多少高低]于|至[多少]|最[多少]|超过|不[到足]|约|根号|[点點]) ?[0-9]",
+    r"[0-9] ?(?:[成折又余]|以[上下]|左右)",
+    "或",
+    r"n['’]t\b",
+    rf"\b(?:{'|'.join(DOUBTFUL_WORDS)})\b"]), re.IGNORECASE)
+
+
+def number_in(text: str) -> Fraction | None:
+    """`extract_answer` with more doubt."""
+    number, cleaned = extract_answer(text), clean(text)
+    if number is None or DOUBT.search(cleaned):
+        return None
+    if "\\" in text and extract_answer(cleaned) != number:
+        return None
+    return number
+
+
+# ---- boxes ----
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s*")
+BARE = re.compile(r"(?!\\(?:boxed|fbox))[^\s{$]+")  # \boxed 5
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+
+
+def matching_braces(text: str) -> dict[int, int]:
+    """{where a brace opens: where it closes}, without those that hold braces nested more than four deep."""
+    closed_by, unclosed = {}, []  # unclosed: [start, how deep the braces in it are nested]
+    for token in BRACE.finditer(text):
+        if token[0] == "{":
+            unclosed.append([token.start(), 0])
+        elif token[0] == "}" and unclosed:
+            start, depth = unclosed.pop()
+            if depth < 5:
+                closed_by[start] = token.start()
+            if unclosed:
+                unclosed[-1][1] = max(unclosed[-1][1], depth + 1)
+    return closed_by
+
+
+def find_boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""(start, end, content) of each \boxed{}, \fbox{} or "\boxed 5"."""
+    if not BOX.search(text):
+        return []
+    found, position, closed_by = [], 0, matching_braces(text)
+    for box in BOX.finditer(text):
+        if box.start() < position:  # within the box before it
+            continue
+        start, bare = box.end(), BARE.match(text, box.end())
+        if start in closed_by:
+            position = closed_by[start] + 1
+            found.append((box.start(), position, text[start + 1:position - 1]))
+        elif bare:
+            position = bare.end()
+            found.append((box.start(), position, bare[0]))
+    return found
+
+
+def last_box(text: str) -> str | None:
+    found = find_boxes(text)
+    return found[-1][2] if found else None
+
+
+def boxes(text: str) -> list[str | None]:
+    r"""What stands in each box; None where its neighbours would change a 1 in its place.
+
+    They do in -\boxed{5}, \boxed{5}0, not \boxed{5}, \boxed{5} thousand.
+    """
+    found = find_boxes(text)
+    contents = [None] * (len(found) - 20)  # more than twenty are not looked at
+    for start, end, content in found[-20:]:
+        before = re.search(r"[^\s=]*[^\S\n]*\Z", text[max(0, start - 40):start].replace("!=", "≠"))[0]
+        after = re.match(r"\S*(?:[^\S\n]+[^\s\d\\]+){0,2}", text[end:end + 40])[0]
+        stands_alone = number_in(f"{before}1{after}") == 1
+        contents.append(content if stands_alone else None)
+    return contents
+
+
+# ---- mathematical answers ----
+
+def split_at_commas(text: str) -> list[str]:
+    """The pieces between the commas that stand in no bracket; none if the brackets do not match."""
+    pieces, depth = [""], 0
+    for token in re.findall(r"\\?.", text):
+        if token[-1] in "([{":
+            depth += 1
+        elif token[-1] in ")]}":
+            depth -= 1
+        if depth < 0:
+            return []
+        if token == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return [] if depth else pieces
+
+
+def read_value(text: str, level: int = 0):
+    """A cleaned text as a number, set, tuple, interval or formula; None in doubt."""
+    text = text.strip().removeprefix("+")
+    bracket = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
+    if bracket:
+        opening, inside, closing = bracket.groups()
+        items = split_at_commas(inside)
+        if len(items) > 1 or (items and opening == "\\{"):
+            return read_items(items, opening[-1] + closing[-1], level)
+    number = read_measure(text)
+    if number is not None:
+        return number
+    items = split_at_commas(text)
+    if len(items) < 2 and "±" not in text:
+        return read_formula(text) if items else None
+    if not bracket and re.search(f"[0-9],[0-9]{{{min(len(items), 3)}}}", text):  # 1,23
+        return None
+    return read_items(items, "{}", level)
+
+
+def read_measure(text: str):
+    r"""An exact number before a unit or a percent sign: a fraction; with roots, π or i ("number", its terms)."""
+    measured = re.fullmatch(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})", text)
+    if measured and number_in(f"1 {measured[2]}") == 1:
+        text = measured[1]
+    value = exact_value(text.removesuffix("%"))
+    if value is None:
+        return None
+    if text.endswith("%"):
+        value = {base: c / 100 for base, c in value.items()}
+    return ("number", frozenset(value.items())) if plain(value) is None else plain(value)
+
+
+def read_items(items: list[str], brackets: str, level: int):
+    """(brackets, values): a tuple or an interval in order, a set {} in none; 1 ± 2 stands for two items."""
+    if brackets not in ("()", "(]", "[)", "[]", "{}") or level > 2:
+        return None
+    if brackets != "{}":
+        values = [read_value(item, level + 1) for item in items]
+        return None if None in values else (brackets, tuple(values))
+    values = []
+    for item in items:
+        signs = "+-" if item.count("±") == 1 else "+"
+        values += [read_value(item.replace("±", sign), level + 1) for sign in signs]
+    if None in values or len(set(values)) < len(values):
+        return None
+    return brackets, frozenset(values)
+
+
+def read_formula(text: str) -> str | None:
+    """What is equal as a string alone: x^{2} + 1 = x^2+1."""
+    letters = re.sub(r"\\(?:(?:begin|end)\{[pb]matrix\}|[A-Za-z]+)", r"\\", text)
+    if re.search(r"[A-Za-z] ?[0-9]|[A-Za-z]{4}|\b(?:or|and|is|not|the)\b|</?[A-Za-z]", letters):  # prose
+        return None
+    formula = " ".join(re.findall(r"\\[A-Za-z]+|[A-Za-z]|[0-9.]+|\S", text))
+    if not re.search(r"[A-Za-z√_^∞∪]", formula.replace("\\frac", "")):  # a number that we could not read
+        return None
+    if not re.search("[^A-Za-z ]", formula) or not re.fullmatch("∞|[ !->@-~√π∞∪]{2,}", formula):
+        return None
+    return re.sub(r"\{ (\\?\w+|\S) \}", r"\1", formula)
+
+
+NO_ANSWER = r"none$|nothing$|unknown$|no (?:answer|idea)|(?:the )?(?:final )?answer$"
+FEW_WORDS = re.compile(rf"(?!{NO_ANSWER})[{LATIN}]{{2,}}(?:[ '-][{LATIN}]+){{0,2}}")
+
+
+def read_answer(text: str):
+    r"""The canonical value of an answer text, hashable, or None: two answers are equal iff their values are.
+
+    Decided: the one number of a text, as `extract_answer` reads it; else the whole text as an exact number with
+    fractions, mixed numbers, roots, π, i, powers, percent: \sqrt{8} = 2\sqrt{2}; a tuple or an interval, whose brackets
+    count; a set in any order, as are "1, 2" and "1 \pm 2"; up to three words or a choice, (A) = A, in any case; another
+    formula as the same string, spaces aside. "x =", units and degrees are dropped: 5 cm = 5 m. Boxes come first;
+    several that differ are no answer. A fraction need not be in lowest terms: 114/2 = 57.
+    Undecided, so None or a mere string: several candidates ("5 or 6"), a calculation left to do (12 + 45, 12π * 45/π),
+    formulas with variables in other words, a decimal for a third, a root or π, and whatever is in doubt.
+    """
+    if len(text) > LONGEST:
+        text = squeeze(text)  # not before: boxes look at the lines
+    if len(text) > LONGEST:
+        return None
+    found = set(boxes(text))
+    if len(found) > 1 and sum(len(content or "") for content in found) > 300:  # no one boxes so much
+        return None
+    if found and found != {None}:
+        values = {None if content is None else read_answer(content) for content in found}
+        return values.pop() if len(values) == 1 else None
+    number, cleaned = number_in(text), clean(text)
+    if number is not None:
+        return number
+    if len(cleaned) > 300:  # only a sentence is that long
+        return None
+    choice = re.fullmatch(r"([A-J])|\(([A-Za-z])\)", cleaned)
+    if choice:
+        return (choice[1] or choice[2]).upper()
+    value = None
+    named = re.fullmatch(r"[A-Za-z] ?(?:=|\\in(?![a-z])) ?([^=]*)", cleaned)  # x = 5
+    if named:
+        value = read_value(named[1])
+    if value is None or isinstance(value, str):  # y = 2x + 3 is a formula as a whole
+        value = read_value(cleaned)
+    if value is None and FEW_WORDS.fullmatch(cleaned.lower()):
+        return cleaned.lower()
+    return value
+
+
+# ---- what rewards.py asks ----
+
+def read_end(completion: str):
+    r"""What a completion without answer tags ends on, as `read_answer` reads it.
+
+    The last \boxed{}, or else the last line: all of it, or the formula $...$ that ends it, or the last number, as a
+    base model writes: "12 + 45 = 57, so 57."
+    """
+    answer = split(completion)[1]
+    if not answer:
+        return None
+    tail = completion.partition("</think>")[2] or completion
+    at = max(tail.rfind(r"\boxed"), tail.rfind(r"\fbox"))
+    if at >= 0:
+        found = boxes(tail[max(0, at - 100):at + LONGEST])
+        is_read = found and found[-1] is not None
+        return read_answer(found[-1] if is_read else answer)
+    return read_last_line(answer)
+
+
+def read_last_line(answer: str):
+    line = squeeze(answer.rpartition("\n")[2])
+    if len(line) > LONGEST:
+        line = line[-LONGEST:].partition(" ")[2]  # not from within a number
+    value = read_answer(line)
+    sentence = line.rstrip(" .!")
+    for opening, closing in ("$", "$"), (r"\(", r"\)"):
+        if value is None and sentence.endswith(closing):
+            value = read_answer(sentence.removesuffix(closing).rpartition(opening)[2])
+    is_formula = re.search(r"[\\^_|√π∞∪±]", clean(line.rpartition("=")[2]))
+    if value is None and not is_formula:
+        value = extract_answer(line, last=True)
+    return value
+
+
+def read_expression(text: str) -> str:
+    """What Countdown's answer writes, in the last box if there is one."""
+    found = boxes(text)
+    if found:
+        text = found[-1] or ""
+    return clean(text)

@@ -1,0 +1,113 @@
+r"""Problem sets as they are published, and rows for SFT: JSONL files, read with one clear line for what is wrong.
+
+One real row of each format, told by its fields:
+
+    {"question": "Natalia sold clips to 48 of her friends in April, ...", "answer": "... 48+24 = <<48+24=72>>72 clips
+     altogether in April and May.\n#### 72"}                                                       GSM8K
+    {"problem": "Compute $\\sin 60^\\circ$.", "solution": "... we have
+     $\\sin 60^\\circ = \\boxed{\\frac{\\sqrt{3}}{2}}$."}                                            MATH
+    {"nums": [44, 19, 35], "target": 98}                                                          Countdown
+    {"prompt": "What is 17 + 25?", "answer": "42"}                                                any other set
+    {"prompt": "天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}             the mini-world
+    {"prompt": "What is 17 + 25?", "completion": "<think>...</think><answer>42</answer>"}         SFT
+"""
+
+import json
+import re
+from pathlib import Path
+
+from data.math_answers import last_box
+
+COUNTDOWN = ("Using the numbers {nums}, each exactly once, with +, -, * and / and with parentheses where they are "
+             "needed, write an expression that equals {target}. The answer is the expression alone.")
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+def read_rows(path, fields=()):
+    """All rows of a JSONL file. With `fields`, each row must be an object that holds text under these names.
+
+    Raises ValueError with file and line.
+    """
+    rows = []
+    for number, row in numbered_rows(path):
+        for name in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(name), str):
+                raise ValueError(f"{path}:{number}: no text under {name!r}")
+        rows.append(row)
+    return rows
+
+
+def read_problems(path, check):
+    """A problem set as examples for reinforcement learning and evaluation.
+
+    check(example) raises ValueError where no rule could read the reference answer.
+    """
+    examples = []
+    for number, row in numbered_rows(path):
+        try:
+            example = as_example(row)
+            check(example)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        examples.append(example)
+    return examples
+
+
+def numbered_rows(path):
+    """[(line number, row)] of a JSONL file. Raises ValueError with file and line."""
+    byte_order_mark = b"\xef\xbb\xbf"
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().removeprefix(byte_order_mark).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # fails for a lone surrogate, which could not be written again
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}:{number}: not JSON in UTF-8") from None
+        rows.append((number, row))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def as_example(row):
+    """A row of any of the formats above as {"prompt", "answer", "language", "kind", ...}. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("a row must be an object")
+    if "nums" in row and "target" in row:
+        example = countdown(row)
+    elif text(row, "question") and "####" in text(row, "answer"):
+        example = {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2].strip()}
+    elif text(row, "problem") and text(row, "solution"):
+        example = {"prompt": row["problem"], "answer": text(row, "answer") or boxed_answer(row["solution"])}
+    else:
+        prompt = text(row, "prompt") or text(row, "question") or text(row, "problem")
+        if not prompt or not text(row, "answer"):
+            names = ", ".join(map(str, row))
+            raise ValueError(f"fields {names} are of no problem set known here: expected the texts prompt and answer "
+                             "(or question and answer, or problem and solution), or nums and target")
+        example = row | {"prompt": prompt}
+    mostly_chinese = len(CHINESE.findall(json.dumps(row, ensure_ascii=False))) > 5
+    example["language"] = row.get("language", "zh" if mostly_chinese else "en")
+    example["kind"] = row.get("kind", "reasoning")
+    return example
+
+
+def text(row, name):
+    """The text under a name; "" where there is something else or nothing."""
+    value = row.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def countdown(row):
+    prompt = text(row, "prompt") or COUNTDOWN.format(nums=row["nums"], target=row["target"])
+    return {"prompt": prompt, "answer": str(row["target"]), "nums": row["nums"], "target": row["target"]}
+
+
+def boxed_answer(solution):
+    """What the last box of a MATH solution holds, as MATH's own reader takes it."""
+    answer = last_box(solution)
+    if answer is None:
+        raise ValueError(r"the solution holds no \boxed{} answer")
+    return answer

@@ -1,0 +1,188 @@
+"""pipeline.py's command line: one set of options for the mini-world and for a model and problems of one's own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from grpo import GRPOConfig
+from lab import checkpoint
+from lab.command import Parser, fast_dtype
+from lab.scripts import PROBLEMS
+from sft import SFTConfig
+from tokenizer import TEMPLATES
+
+RL_OPTIONS = ("rollouts", "prompts_per_rollout", "group_size", "minibatches", "lr", "warmup", "beta", "max_new_tokens",
+              "micro_batch_tokens", "validate_every")
+SFT_OPTIONS = {"sft_lr": "lr", "sft_epochs": "epochs", "sft_batch_tokens": "batch_tokens", "row_length": "row_length"}
+SIZES = {  # option: (field of the preset, what it counts)
+    "samples": ("samples", "per test problem"),
+    "cold_start": ("cold_start", "examples of the cold start"),
+    "trace_prompts": ("trace_prompts", "problems to sample traces of"),
+    "trace_samples": ("trace_samples", "traces sampled of each of them"),
+    "test_problems": ("test", "problems of the test, at most"),
+}
+OWN_ONLY = ("train", "test_file", "general", "student", "template")  # options that need --base
+WRITTEN = {"from_stage": "from", "test_file": "test"}  # options whose name differs from their argument's
+
+
+def make_parser(presets):
+    parser = Parser(description="The DeepSeek-R1 recipe, from random weights to distilled students.",
+                    allow_abbrev=False)
+    parser.add_argument("--preset", choices=[name for name in presets if name != "own"],
+                        help="the mini-world's sizes; default: gpu where there is CUDA, else cpu")
+    parser.add_argument("--out", help="run directory; default runs/PRESET-SEED, or runs/NAME-SEED with --base")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", metavar="NAME,NAME",
+                        help="only some: base, zero, dev1, dev2, traces, dev3, r1, students, controls, or a single one "
+                             "such as student_qwen; base,zero is a taste of a few minutes")
+    parser.add_argument("--from", dest="from_stage", metavar="STAGE",
+                        help="re-run this stage and the later ones; after a stop the same command resumes")
+    parser.add_argument("--ablations", action="store_true", help="also what some claims need beside the recipe")
+    parser.add_argument("--compare", action="store_true", help="GRPO, its relatives, PPO and PRIME side by side")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"),
+                        help="of forward passes; default: the faster one here")
+    parser.add_argument("--recompute", action="store_true",
+                        help="compute activations a second time in the backward pass: less memory, slower")
+    add_own_model(parser)
+    add_sizes(parser)
+    return parser
+
+
+def add_own_model(parser):
+    own = parser.add_argument_group("a model and problems of your own")
+    own.add_argument("--base", metavar="DIR", help="Hugging Face directory of a dense Llama, Qwen2 or Qwen3")
+    own.add_argument("--train", metavar="FILE", help=PROBLEMS)
+    own.add_argument("--test", dest="test_file", metavar="FILE", help="the same; never trained on")
+    own.add_argument("--student", action="append", default=[], metavar="DIR",
+                     help="a smaller model to train on the traces; may be repeated")
+    own.add_argument("--general", metavar="FILE", help='examples for SFT-2, JSONL rows {"prompt", "completion"}')
+    own.add_argument("--template", choices=("own", *TEMPLATES),
+                     help="the prompt template, own: as each directory says; default r1-zero")
+
+
+def add_sizes(parser):
+    group = parser.add_argument_group("sizes and settings, in place of the preset's")
+    for name in RL_OPTIONS:
+        default = getattr(GRPOConfig(), name)
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default), help="of every RL stage")
+    group.add_argument("--offload-reference", action="store_true", default=None,
+                       help="of every RL stage: it stays in the CPU's memory")
+    for name, field in SFT_OPTIONS.items():
+        default = getattr(SFTConfig(), field)
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default), help="of every SFT stage but pretraining")
+    for name, (_, what) in SIZES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, help=what)
+
+
+def parse_arguments(presets):
+    """(parser, args). args.preset is the name of one of `presets`; args.out and args.template are filled in."""
+    parser = make_parser(presets)
+    args = parser.parse_args()
+    command, whole_recipe = written(parser, args), written(parser, args, leave_out=("stages", "from_stage"))
+    args.command, args.whole_recipe = command, whole_recipe
+    if args.base:
+        check_own(parser, args)
+        args.preset, args.template = "own", args.template or "r1-zero"
+        args.out = args.out or f"runs/{Path(args.base).resolve().name}-{args.seed}"
+        return parser, args
+    for name in OWN_ONLY:
+        if getattr(args, name):
+            parser.error(f"--{WRITTEN.get(name, name)} goes with --base, a model of your own")
+    if args.preset is None:
+        args.preset = "gpu" if args.device.startswith("cuda") else "cpu"
+    args.out = args.out or f"runs/{args.preset}-{args.seed}"
+    return parser, args
+
+
+def check_own(parser, args):
+    if args.preset is not None:
+        parser.error(f"--preset {args.preset} is of the mini-world: it does not go with --base")
+    if not args.train or not args.test_file:
+        parser.error("--base needs --train FILE and --test FILE")
+
+
+def written(parser, args, leave_out=()):
+    """The command line that gives these arguments."""
+    words = ["python pipeline.py"]
+    for name, value in vars(args).items():
+        if name in leave_out or value == parser.get_default(name):
+            continue
+        option = "--" + WRITTEN.get(name, name).replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list):
+            words += [f"{option} {item}" for item in value]
+        else:
+            words.append(f"{option} {value}")
+    return " ".join(words)
+
+
+# ------------------------------------------------------------------------------------------- the preset, as asked for
+
+def preset_of(args, presets):
+    """The preset with what the command line changes. Raises ValueError for what is out of range."""
+    preset = presets[args.preset]
+    rl = chosen(args, {name: name for name in (*RL_OPTIONS, "offload_reference")})
+    sft = chosen(args, SFT_OPTIONS)
+    stages = {}
+    for name, stage in vars(preset).items():
+        if isinstance(stage, GRPOConfig):
+            stages[name] = replace(stage, **rl)
+        elif isinstance(stage, SFTConfig) and name != "pretrain" and sft:
+            batch_tokens = max(stage.batch_tokens, sft.get("row_length", 0))
+            stages[name] = replace(stage, **{"batch_tokens": batch_tokens} | sft)
+    counts = chosen(args, {name: field for name, (field, _) in SIZES.items()})
+    for name, (field, _) in SIZES.items():
+        if counts.get(field, 1) < 1:
+            raise ValueError(f"{name} {counts[field]} must be positive")
+    if "samples" in counts:
+        counts["zero_samples"] = counts["samples"]
+    return in_dtype(replace(preset, **stages, **counts), args.dtype or fast_dtype(args.device))
+
+
+def chosen(args, options):
+    """{field: value} of the options that were given."""
+    return {field: getattr(args, name) for name, field in options.items() if getattr(args, name) is not None}
+
+
+def in_dtype(preset, dtype):
+    """The preset with this dtype in all its stages."""
+    stages = {name: stage for name, stage in vars(preset).items() if isinstance(stage, (SFTConfig, GRPOConfig))}
+    return replace(preset, **{name: replace(stage, dtype=dtype) for name, stage in stages.items()})
+
+
+def chosen_stages(names, table, source, ablations):
+    """The names of the stages to make, in the table's order. names: the option --stages, or None. Raises ValueError."""
+    groups = {"students": [f"{kind}_{name}" for name in source.students for kind in ("base", "student")],
+              "controls": [f"control_{name}" for name in source.students]}
+    if ablations:
+        return list(table)
+    if names is None:
+        wanted = ["base", "zero", "dev1", "dev2", "traces", "dev3", "r1", "students"]
+        wanted += [f"control_{name}" for name in source.default_controls]
+    else:
+        wanted = names.split(",")
+    expanded = set()
+    for name in wanted:
+        if name not in table and name not in groups:
+            raise ValueError(f"stage {name!r} is none of {', '.join([*table, *groups])}")
+        expanded.update(groups.get(name, [name]))
+    return [name for name in table if name in expanded]
+
+
+def check_stages(out, source, table, chosen):
+    """Raises ValueError where a stage needs another that is neither chosen nor finished, or is of another own model."""
+    def is_there(name):
+        return name in chosen or source.is_given(name) or checkpoint.finished(out / name) is not None
+
+    for name, stage in table.items():
+        done = checkpoint.finished(out / name)
+        if source.is_given(name) and done is not None and done.get("by") != stage.by:
+            raise ValueError(f"{out / name} is of another model ({done.get('by')}); "
+                             f"choose another --out, or --from {name}")
+    for name in chosen:
+        for need in (table[name].starts_from, table[name].needs):
+            if need in table and not is_there(need):
+                raise ValueError(f"stage {name} needs {need}, which is not finished: --stages {need},{name}")

@@ -1,0 +1,188 @@
+"""The papers' claims, each measured again on our models: a difference with a 95% interval, and a verdict.
+
+A claim **holds** where the whole interval lies on its side, is **contradicted** where it lies on the other, and is
+**unsettled** where the interval includes zero. "Keeps" and "at little cost" mean within 3 points, fixed beforehand:
+they hold where the interval lies above -3 points. The differences are paired over test problems (evaluate.py).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MARGIN = 0.03  # "keeps", "at little cost"
+
+
+@dataclass
+class Part:
+    """after > before + threshold, for two arrays with one value per problem; None where a stage was not measured."""
+    before: np.ndarray | None
+    after: np.ndarray | None
+    threshold: float = 0.0
+    says: str = ""  # what a second part's figure is of
+
+
+@dataclass
+class Claim:
+    number: str
+    claim: str
+    source: str
+    paper: str          # the paper's figures
+    parts: list = field(default_factory=list)  # one or two: both must hold
+    unit: str = "points"
+    detail: str = ""
+
+
+class Values:
+    """{stage: {metric: array per problem}}, where what was not measured is None."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def of(self, stage, metric):
+        array = self.values.get(stage, {}).get(metric)
+        if array is None or len(array) == 0:  # an own problem set may have no general requests
+            return None
+        return array
+
+    def part(self, before, after, metric, threshold=0.0, says=""):
+        """The metric is higher at the stage `after` than at the stage `before`."""
+        return Part(self.of(before, metric), self.of(after, metric), threshold, says)
+
+    def percent(self, stage, metric):
+        array = self.of(stage, metric)
+        return float("nan") if array is None else 100 * float(np.nanmean(array))
+
+
+def make_claims(values, difference, best=None):
+    """The claims that the measured stages allow, as rows for the table.
+
+    values: {stage: {metric: array per problem}}; difference(a, b) -> (b - a, low, high) of two such arrays;
+    best: {stage: the highest validation accuracy of its reinforcement learning}, for the controls' whole curve.
+    """
+    values = Values(values)
+    claims = claims_of_zero(values) + claims_of_the_recipe(values) + claims_of_students(values, best or {})
+    claims += claims_of_votes(values) + claims_of_budgets(values)
+    return [row_of(claim, difference) for claim in claims
+            if all(part.before is not None and part.after is not None for part in claim.parts)]
+
+
+def row_of(claim, difference):
+    scale = 100 if claim.unit == "points" else 1
+    first, *others = claim.parts
+    ours, low, high = (scale * figure for figure in difference(first.before, first.after))
+    result, detail = verdict(low, high, scale * first.threshold), claim.detail
+    for part in others:
+        change, lowest, highest = (scale * figure for figure in difference(part.before, part.after))
+        result = both(result, verdict(lowest, highest, scale * part.threshold))
+        detail = f"{part.says} {change:+.1f} [{lowest:+.1f}, {highest:+.1f}]. {detail}".strip()
+    return {"number": claim.number, "claim": claim.claim, "source": claim.source, "paper": claim.paper,
+            "unit": claim.unit, "ours": ours, "low": low, "high": high, "verdict": result, "detail": detail}
+
+
+def order(row):
+    """For sorting: "2" comes before "10 llama"."""
+    return int(row["number"].split()[0]), row["number"]
+
+
+def verdict(low, high, threshold=0.0):
+    if low > threshold:
+        return "holds"
+    if high < threshold:
+        return "contradicted"
+    return "unsettled"  # also where there is no interval (NaN)
+
+
+def both(first, second):
+    """The verdict of a claim of two parts."""
+    if "contradicted" in (first, second):
+        return "contradicted"
+    if first == second == "holds":
+        return "holds"
+    return "unsettled"
+
+
+# ------------------------------------------------------------------------------------------- the claims
+
+def claims_of_zero(values):
+    thinks = [f"{values.percent(stage, 'thinks'):.0f}%" for stage in ("base", "zero")]
+    right = [f"{values.percent(stage, 'accuracy_any_if_thinking'):.0f}%" for stage in ("base", "zero")]
+    return [
+        Claim("1", "RL without SFT raises reasoning (zero > base)", "R1 v1 fig. 2", "AIME 15.6 -> 77.9",
+              [values.part("base", "zero", "accuracy_any")],
+              detail=f"{' -> '.join(thinks)} think x {' -> '.join(right)} of these right"),
+        Claim("2", "thinking grows longer during RL, within outputs that think", "R1 v1 fig. 3", "500 -> 9,700 tokens",
+              [values.part("base", "zero", "length_if_thinking")], unit="tokens"),
+        Claim("3", "majority voting adds to it (zero: maj@16 > pass@1)", "R1 v1 fig. 2", "AIME 71.0 -> 86.7",
+              [Part(values.of("zero", "pass@1"), values.of("zero", "maj@16"))]),
+        Claim("4", "R1-Zero mixes languages (consistency within chains: zero < base)", "R1 v1 2.2.4", "not published",
+              [values.part("zero", "base", "language_if_thinking")], detail="ours is base minus zero"),
+    ]
+
+
+def claims_of_the_recipe(values):
+    reasoning = values.percent("r1", "accuracy_any") - values.percent("dev3", "accuracy_any")
+    return [
+        Claim("5", "the cold start restores readability and costs reasoning (dev1 against zero)", "Nature tab. 2",
+              "IF-Eval 46.6 -> 71.7, AIME 77.9 -> 59.0",
+              [values.part("zero", "dev1", "language_if_thinking"),
+               values.part("dev1", "zero", "accuracy_any", says="accuracy lost:")],
+              detail="ours is language consistency"),
+        Claim("6", "RL-1 wins the reasoning back (dev2 > dev1)", "Nature tab. 2", "AIME 59.0 -> 74.0",
+              [values.part("dev1", "dev2", "accuracy_any")]),
+        Claim("7", "the language reward holds consistency at little cost in accuracy (RL-1 with and without it)",
+              "R1 v2 fig. 7", "math equal, code slightly worse",
+              [values.part("dev2_no_language", "dev2", "language_if_thinking"),
+               values.part("dev2_no_language", "dev2", "accuracy_any", -MARGIN, "accuracy with it:")],
+              detail="ours is consistency"),
+        Claim("8", "SFT-2 lifts general tasks and keeps reasoning (dev3 against dev2)", "Nature tab. 2",
+              "AlpacaEval 55.8 -> 62.1, AIME 74.0 -> 78.1",
+              [values.part("dev2", "dev3", "helpfulness"),
+               values.part("dev2", "dev3", "accuracy_any", -MARGIN, "accuracy:")], detail="ours is helpfulness"),
+        Claim("9", "RL-2 mainly lifts helpfulness and harmlessness (r1 against dev3)", "Nature tab. 2",
+              "AlpacaEval 62.1 -> 87.6, AIME 78.1 -> 79.8",
+              [values.part("dev3", "r1", "helpfulness"),
+               values.part("dev3", "r1", "harmlessness", says="harmlessness:")],
+              detail=f"accuracy {reasoning:+.1f}; ours is helpfulness"),
+    ]
+
+
+def claims_of_students(values, best):
+    claims = []
+    for name in ("qwen", "llama"):
+        student, control = f"student_{name}", f"control_{name}"
+        accuracy, curve = values.of(student, "accuracy_any"), None
+        if accuracy is not None:
+            curve = np.full_like(accuracy, best.get(control, 0.0))
+        claims.append(Claim(
+            f"10 {name}", f"distillation beats RL on the same small model, over the control's whole curve ({name})",
+            "R1 v1 tab. 6", "AIME 47.0 -> 72.6",
+            [values.part(control, student, "accuracy_any"),
+             Part(curve, accuracy, says="the control's best on validation, below the student by")]))
+    return claims
+
+
+def claims_of_votes(values):
+    claims = []
+    for k in (16, 64):
+        pass_before, pass_after = (values.of(f"{stage}_many", f"pass@{k}") for stage in ("dev1", "dev2"))
+        maj_before, maj_after = (values.of(f"{stage}_many", f"maj@{k}") for stage in ("dev1", "dev2"))
+        if pass_before is None or pass_after is None:
+            continue
+        claims.append(Claim(
+            f"11 k={k}", f"RL raises maj@{k} more than pass@{k} (dev1 -> dev2)",
+            "DeepSeekMath fig. 7", "maj up, pass not",
+            [Part(pass_after - pass_before, maj_after - maj_before)]))
+    return claims
+
+
+def claims_of_budgets(values):
+    budgets = sorted(int(name.removeprefix("budget_")) for name in values.values if name.startswith("budget_"))
+    if not budgets:
+        return []
+    curve = ", ".join(f"{budget}: {values.percent(f'budget_{budget}', 'accuracy_any'):.0f}%" for budget in budgets)
+    detail = f"tokens of thinking: accuracy {curve}"
+    if values.of("lengthened", "accuracy_any") is not None:
+        detail += f". With one Wait: {values.percent('lengthened', 'accuracy_any'):.0f}%"
+    return [Claim("12", "accuracy grows with the thinking budget (cutting; r1)",
+                  "s1 fig. 1", "AIME 50 -> 57 (lengthening)",
+                  [values.part(f"budget_{budgets[0]}", f"budget_{budgets[-1]}", "accuracy_any")], detail=detail)]

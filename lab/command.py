@@ -1,0 +1,156 @@
+"""What the command lines share: one-line errors, exit codes, a dataclass's fields as options, an output directory."""
+
+import argparse
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from lab.checkpoint import (Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm, lock,
+                            save_bad_batch)
+
+INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
+LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference; "
+               "while sampling, fewer rows or new tokens")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line that names the culprit, without the usage; exit code 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())[:1000]}\n")
+
+    @contextmanager
+    def one_line_errors(self, out=None):
+        """What a user can fix ends in one line and exit code 2; Ctrl-C in 130, SIGTERM in 143.
+
+        out: the directory in which the same command resumes.
+        """
+        try:
+            with hear_sigterm():
+                yield
+        except (OSError, SafetensorError) as error:
+            message = str(error)
+            names_a_file = getattr(error, "filename", None) or (out is not None and message.startswith(str(out)))
+            if out is not None and not names_a_file:  # of a full disk, neither error names the file
+                message = f"{out}: {message}"
+            self.error(message)
+        except ValueError as error:
+            self.error(str(error))
+        except KeyboardInterrupt as interrupt:
+            resumes = f"; the same command resumes here: {out}" if out else ""
+            code = 143 if isinstance(interrupt, Terminated) else 130
+            self.exit(code, f"\n{self.prog}: stopped{resumes}\n")
+        except MemoryError as error:
+            self.out_of_memory(error)
+        except RuntimeError as error:
+            if "memory" not in str(error):  # a mistake of ours: its traceback is wanted
+                raise
+            self.out_of_memory(error)
+
+    def out_of_memory(self, error):
+        self.error(f"out of memory ({first_line(error)}). {LESS_MEMORY}")
+
+    def add_fields(self, config_class, names=None):
+        """An option for each field of a dataclass of hyperparameters (or only for `names`)."""
+        for name, default in vars(config_class()).items():
+            if names is not None and name not in names:
+                continue
+            if name == "dtype":
+                default = fast_dtype()
+            kind = {"type": type(default)}
+            if isinstance(default, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
+            self.add_argument(f"--{name.replace('_', '-')}", default=default, help="default %(default)s", **kind)
+
+
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
+def fields_of(args, config_class):
+    """The dataclass that the options describe. It raises ValueError where one of them is out of range."""
+    names = config_class.__dataclass_fields__
+    return config_class(**{name: value for name, value in vars(args).items() if name in names})
+
+
+# ------------------------------------------------------------------------------------------- device and precision
+
+def device_of(name):
+    """The torch.device of this name. Raises ValueError if this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises a different one in each case
+        raise ValueError(f"device {name}: {first_line(error)}") from None
+
+
+def fast_dtype(device=None):
+    """"bfloat16" where the device multiplies it faster than float32, else "float32". None: the GPU, if there is one."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        is_fast = processor_has("avx512_bf16") or processor_has("amx_tile")
+    return "bfloat16" if is_fast else "float32"
+
+
+def processor_has(feature):
+    check = getattr(torch.cpu, f"_is_{feature}_supported", None)  # not in every version of torch
+    return check is not None and check()
+
+
+def prepare(model, args):
+    """Does what add_speed's options ask for, and prints the precision in which the model is trained."""
+    model.recompute = args.recompute
+    if args.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+    compiled = ", compiled" if args.compile else ""
+    print(f"{args.dtype} on {next(model.parameters()).device}{compiled}", flush=True)
+
+
+def add_speed(parser):
+    parser.add_argument("--recompute", action="store_true",
+                        help="compute activations a second time in the backward pass: less memory, slower")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the layers: needs a C++ compiler and half a minute")
+
+
+# ------------------------------------------------------------------------------------------- the output directory
+
+def add_saving(parser):
+    parser.add_argument("--save-every", type=float, default=30.0, metavar="SECONDS",
+                        help="save the training's state in --out, to resume from after a stop; default %(default)s, "
+                             "and at most 2%% of the time")
+
+
+def new_directory(path):
+    """Path of an output directory that holds no model yet: nothing is overwritten."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        if (path / "settings.json").exists():
+            drop(path)  # the state of a call that was killed after its model was complete
+        raise ValueError(f"{path} already holds a model; choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def saving(out, args):
+    """The Checkpointer of a script's training in `out`, which no other process may use meanwhile.
+
+    The training's state is deleted at the end.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "save_every")}
+    for name in sorted(settings.keys() & set(INPUTS)):  # wherever they lie now, their content must be the same
+        path = settings.pop(name)
+        settings[f"content of {name}"] = content_hash(path) if path else None
+    with lock(out):
+        check_same_settings(out / "settings.json", settings)
+        try:
+            with Checkpointer(out, every=args.save_every) as checkpointer, save_bad_batch(out):
+                yield checkpointer
+        except KeyboardInterrupt:
+            if not (out / "config.json").exists():  # a model's last file: the signal came too late to stop anything
+                raise
+        drop(out)

@@ -1,0 +1,79 @@
+"""The script of distill.py: sample a teacher's traces, keep the verified ones, train a student on them."""
+
+from functools import partial
+
+import torch
+
+from data.problems import read_rows
+from evaluate import EvalConfig, complete
+from lab.check_input import check_directory
+from lab.checkpoint import Checkpointer, drop, kept_rows, print_flush, read_jsonl, write_jsonl
+from lab.command import Parser, add_saving, fields_of, new_directory, saving
+from lab.graphs import with_graphs
+from lab.scripts import PROBLEMS, add_template, open_model, read_problem_set, rules, step_line
+from model import generate, save
+from sft import SFTConfig, cut_warning, tokenize, train
+
+
+def parse():
+    parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
+    parser.add_argument("--teacher", required=True, help="model directory")
+    parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
+    parser.add_argument("--data", required=True, help=PROBLEMS)
+    parser.add_argument("--general", help='general examples, JSONL rows {"prompt", "completion"}; none: traces alone')
+    parser.add_argument("--out", required=True, help="where the student and traces.jsonl go")
+    add_template(parser)
+    parser.add_argument("--samples", type=int, default=4, help="per prompt; default %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
+    parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "row_length", "dtype"))
+    add_saving(parser)
+    return parser, parser.parse_args()
+
+
+def run(rejection_sample, explain, distill):
+    parser, args = parse()
+    with parser.one_line_errors(args.out):
+        problems = read_problem_set(args.data)
+        check_directory(args.student, args.template)  # before the teacher samples
+        general = read_rows(args.general, ("prompt", "completion")) if args.general else []
+        config = fields_of(args, SFTConfig)
+        out = new_directory(args.out)
+        path = out / "traces.jsonl"
+        if path.exists() and not (out / "settings.json").exists():
+            raise ValueError(f"{out} already holds other traces; choose another --out")
+        with saving(out, args) as checkpointer:
+            if not path.exists():
+                texts = sample_teacher(args, problems, out / "sampling")
+                accuracy = rules()["accuracy"]
+                traces, counts = rejection_sample(problems, texts, correct=accuracy, one_language=in_its_language)
+                print(explain(counts))
+                write_jsonl(path, traces)
+            drop(out / "sampling")
+            traces = read_jsonl(path, whole=True)
+            student, tokenizer = open_model(args.student, torch.float32, template=args.template)
+            distill(student, traces, general, encode=partial(tokenize, tokenizer=tokenizer),
+                    train=partial(fine_tune, config=config, checkpointer=checkpointer))
+            save(student, out, tokenizer)
+
+
+def fine_tune(student, examples, config, checkpointer):
+    print(cut_warning(examples, config.row_length), end="")
+    train(student, examples, config, log=lambda metrics: print_flush(step_line(metrics)),
+          save=checkpointer.save, resume=checkpointer.resume)
+
+
+def in_its_language(text, example):
+    return rules()["language_consistency"](text, example) == 1
+
+
+def sample_teacher(args, problems, dir):
+    """Completions of each problem, saved in `dir` as they come."""
+    teacher, tokenizer = open_model(args.teacher, getattr(torch, args.dtype), template=args.template)
+    generator = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
+    sample = partial(with_graphs(generate), teacher, end_ids=tokenizer.end_ids, generator=generator)
+    prompts = [tokenizer.encode_prompt(problem["prompt"]) for problem in problems]
+    config = EvalConfig(args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
+    with Checkpointer(dir, ["completions.jsonl"], args.save_every) as checkpointer:
+        done, log = kept_rows(dir / "completions.jsonl", generator, checkpointer.save, checkpointer.resume)
+        texts, _ = complete(prompts, sample, tokenizer.decode, config, done, log)
+    return texts

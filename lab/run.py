@@ -1,0 +1,377 @@
+"""A run directory: stages trained, measured, kept, and resumed after a kill.
+
+`Run` is what pipeline.py's recipe is written with. It knows files and tables, and no algorithm: those get what they
+need as plain callables. A stage is finished when its directory holds DONE, which also names the code that made it.
+"""
+
+import json
+import platform
+import re
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import evaluate
+import grpo
+import model as transformer
+import sft
+from lab import checkpoint, claims, measure, report
+from lab.check_input import check_directory
+from lab.graphs import with_graphs
+from lab.logs import RLLog, SFTLog
+from lab.scripts import rules
+from lab.terminal import line_of
+
+ROOT = Path(__file__).resolve().parent.parent
+generate = with_graphs(transformer.generate)  # on a GPU a decoding step is one launch
+
+# The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
+# the samples that it starts from.
+PRETRAINING_CODE = ("model.py", "sft.py", "data/world.py")
+CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "distill.py", "lab/graphs.py")
+
+LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "completions.jsonl")
+
+
+def code_of(files):
+    """{file: its hash}, which tells later that a result was made by other code."""
+    return {file: checkpoint.code_hash(ROOT / file) for file in files}
+
+
+def changed_files(code):
+    """Those files of {file: hash} that are different now, or gone."""
+    return [file for file, old in code.items()
+            if not (ROOT / file).exists() or checkpoint.code_hash(ROOT / file) != old]
+
+
+def coin(text, example):
+    """A random reward, blind to the problem: a control that separates learning from elicitation."""
+    return float(zlib.crc32(f"{example['prompt']} {text}".encode()) % 2)
+
+
+@dataclass
+class Stage:
+    """A row of the recipe: what tables say of a stage, and make(run), which trains and returns its model."""
+    title: str
+    starts_from: str  # the stage whose model is trained
+    by: str
+    paper: str        # where the papers describe it
+    make: Callable
+    needs: str = ""   # another stage, whose samples it is trained on
+
+    def about(self):
+        return {"title": self.title, "starts_from": self.starts_from, "by": self.by, "paper": self.paper}
+
+
+class Run:
+    """One run directory: the stages that are finished, their measured values, and the means to make the next."""
+
+    def __init__(self, out, preset_name, preset, seed, device, source, stages, chosen, command="", recompute=False):
+        """source: MiniWorld or OwnModel (lab/sources.py); stages: {name: Stage}; chosen: names of those to make now."""
+        self.out, self.preset_name, self.preset, self.seed, self.device = Path(out), preset_name, preset, seed, device
+        self.source, self.stages, self.chosen, self.recompute = source, stages, chosen, recompute
+        meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "world": source.identity(),
+                "command": command}
+        self.results = {"meta": meta, **self.earlier_results()}
+        self.times = self.earlier_times()
+        self.values = {}  # stage -> metric -> array with one value per test problem
+        self.begin("")
+        settings = {"preset": preset_name, "seed": seed, "settings": asdict(preset), **source.settings()}
+        checkpoint.check_same_settings(self.out / "config.json", settings)
+
+    # ---- what earlier calls left
+
+    def earlier_results(self):
+        """What an earlier call left in results.json about stages that are still finished."""
+        path = self.out / "results.json"
+        if not path.exists():
+            return {"stages": {}, "claims": []}
+        earlier = checkpoint.read_json(path)
+        recorded, measured_claims = earlier.get("stages", {}), earlier.get("claims", [])
+        whole = isinstance(recorded, dict) and isinstance(measured_claims, list)
+        if not whole or not all(isinstance(entry, dict) for entry in [*recorded.values(), *measured_claims]):
+            raise ValueError(f"{path}: not a run's results; remove it, and it is written again")
+        stages = {}
+        for name, stage in recorded.items():
+            is_plain_name = re.fullmatch(r"\w{1,99}", name)  # it becomes a path, which must not lead elsewhere
+            if is_plain_name and checkpoint.finished(self.out / name) is not None:
+                stages[name] = stage
+        if len(stages) < len(recorded):
+            measured_claims = []  # they were measured on all of the recorded stages
+        results = {"stages": stages, "claims": measured_claims}
+        if "compare" in earlier and "base" in stages:
+            results["compare"] = earlier["compare"]
+        return results
+
+    def earlier_times(self):
+        """times.json: in a file of its own, so that everything else is the same at each run."""
+        path = self.out / "times.json"
+        times = {"date": str(date.today()), "stages": {}}
+        if path.exists():
+            times |= checkpoint.read_json(path)
+        stages = times["stages"]
+        if not isinstance(stages, dict) or not all(type(seconds) in (int, float) for seconds in stages.values()):
+            raise ValueError(f"{path}: not a run's times; remove it, and it is written again")
+        return times
+
+    def restart_from(self, stage):
+        """--from: forgets this stage and the later ones. Only once: after a stop the same command resumes."""
+        for page in self.out.glob("report.html.*.tmp"):  # of calls that were killed
+            page.unlink()
+        path = self.out / "FROM"  # of a call that has not come to its end
+        asked = {"stage": stage, "code": code_of(CODE)}
+        if stage is None or (path.exists() and checkpoint.read_json(path) == asked):
+            return
+        names = list(self.stages)
+        self.forget(names[names.index(stage):])
+        checkpoint.atomic_write(path, json.dumps(asked))
+
+    def restart_is_over(self):
+        """The restarted run has come to its end: the next --from restarts again."""
+        (self.out / "FROM").unlink(missing_ok=True)
+
+    def forget(self, stages):
+        """These stages are not finished, and what was measured of them is gone.
+
+        The last one goes first: a kill meanwhile leaves no stage without the one that it was made from.
+        """
+        for path in (self.out / "extras").glob("*.npz"):
+            path.unlink()
+        names = list(reversed(stages))
+        if "base" in stages:
+            names = [path.relative_to(self.out) for path in self.out.glob("compare/*")] + names
+        for name in names:
+            (self.out / name / checkpoint.DONE).unlink(missing_ok=True)
+            checkpoint.drop(self.out / name)
+            (self.out / name / "values.npz").unlink(missing_ok=True)
+            (self.out / name / "cold_start.json").unlink(missing_ok=True)
+        self.results.pop("compare", None)  # it comes back unless the base is gone
+        self.results |= self.earlier_results()
+
+    # ---- a stage
+
+    def begin(self, name, code=CODE):
+        """The stage `name` begins: its cost and time are counted from here."""
+        self.name, self.tokenizer = name, self.source.tokenizer_of(name)
+        self.cost, self.started, self.code = {"tokens": 0, "flops": 0.0}, time.time(), code_of(code)
+
+    def end(self):
+        self.times["stages"][self.name] = time.time() - self.started
+        self.write_times()
+
+    def make_stage(self, name):
+        """Trains the stage's model unless it is finished, measures it, and prints its line."""
+        dir, stage = self.out / name, self.stages[name]
+        done = checkpoint.finished(dir)
+        if done is None:
+            dir.mkdir(parents=True, exist_ok=True)
+            self.begin(name, PRETRAINING_CODE if stage.by.startswith("pretraining") else CODE)
+            model = stage.make(self)
+            if not self.source.is_given(name):  # else it is only measured
+                self.save(model)
+            self.end()
+            parameters = sum(p.numel() for p in model.parameters())
+            done = stage.about() | {"parameters": parameters, **self.cost, "code": self.code}
+            done |= self.best_validation(name)
+            checkpoint.write_arrays(dir / "values.npz", measure.measure_stage(self, model))
+            checkpoint.mark_finished(dir, done)
+        checkpoint.drop(dir)
+        self.values[name] = checkpoint.read_arrays(dir / "values.npz")
+        self.record(name, done | {"evaluation": evaluate.summarise(self.values[name])})
+
+    def make_data(self, name):
+        """As make_stage, for a stage without a model: its function writes files and returns what to record of them."""
+        done = checkpoint.finished(self.out / name)
+        if done is None:
+            self.begin(name)
+            made = self.stages[name].make(self)
+            self.end()
+            done = self.stages[name].about() | made | {**self.cost, "code": self.code}
+            checkpoint.mark_finished(self.out / name, done)
+        checkpoint.drop(self.out / name)
+        self.record(name, done)
+
+    def record(self, name, done):
+        self.results["stages"][name] = {key: value for key, value in done.items() if key != "code"}
+        print(self.line_of(name), flush=True)
+        self.write()
+
+    def best_validation(self, name):
+        """The best value of the validation curve, for the claim that a student beats the whole curve of its control."""
+        path = self.out / name / "metrics.jsonl"
+        rows = checkpoint.read_jsonl(path) if path.exists() else []  # an own model has no metrics
+        best = max((row.get("validation_accuracy_any", 0) for row in rows), default=0)
+        return {"best_validation_accuracy_any": best} if best else {}
+
+    def starting_model(self):
+        """The model that the stage under way starts from."""
+        return self.model(self.stages[self.name].starts_from)
+
+    def model(self, stage):
+        """The model of a finished stage, or an own one. float32: it may be trained."""
+        dir = self.source.directory(self, stage)
+        check_directory(dir)
+        model = transformer.load(dir, self.device, torch.float32)
+        model.recompute = self.recompute
+        return model
+
+    def save(self, model):
+        """Writes the model of the stage under way."""
+        transformer.save(model, self.out / self.name, self.tokenizer)
+
+    def new_model(self, sizes):
+        """A Transformer with random weights."""
+        torch.manual_seed(self.seed)
+        vocab_size, context = self.tokenizer.vocab_size, self.preset.context
+        config = transformer.Config(vocab_size=vocab_size, max_position_embeddings=context, **sizes)
+        generator = torch.Generator().manual_seed(self.seed)
+        model = transformer.Transformer(config).init_weights(generator).to(self.device)
+        model.recompute = self.recompute
+        return model
+
+    def say_what_changed(self):
+        """One line if the code of finished stages has changed: the first such stage, and how to re-run from there."""
+        for name in self.results["stages"]:
+            changed = changed_files(checkpoint.finished(self.out / name)["code"])
+            if changed:
+                print(f"{', '.join(changed)} changed since {name} was made; "
+                      f"to re-run it and what depends on it: --from {name}", flush=True)
+                return
+
+    def extra(self, name, make):
+        """Values {metric: array per problem} that a claim needs beside the stages, measured once."""
+        path = self.out / "extras" / f"{name}.npz"
+        if not path.exists():
+            checkpoint.write_arrays(path, make())
+        self.values[name] = checkpoint.read_arrays(path)
+
+    # ---- results
+
+    def line_of(self, name):
+        return line_of(name, self.results["stages"][name], self.times["stages"].get(name, 0))
+
+    def write(self):
+        stages = self.results["stages"]
+        self.times["seconds"] = sum(self.times["stages"].get(name, 0) for name in stages)  # without measuring
+        best = {name: stage.get("best_validation_accuracy_any", 0.0) for name, stage in stages.items()}
+        measured = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
+        numbers = {claim["number"] for claim in measured}
+        kept = [claim for claim in self.results["claims"] if claim["number"] not in numbers]
+        self.results["claims"] = sorted(measured + kept, key=claims.order)
+        self.write_times()
+        checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
+        report.write(self.out)
+
+    def write_times(self):
+        checkpoint.atomic_write(self.out / "times.json", json.dumps(self.times, indent=1))
+
+    # ---- training
+
+    def checkpointer(self, name=None):
+        """(checkpointer, save, resume) for the stage under way; the cost so far is part of the state."""
+        name = name or self.name
+        checkpointer = checkpoint.Checkpointer(self.out / name, LOGS, after=lambda: report.write(self.out))
+
+        def save(**parts):
+            checkpointer.save(**parts, cost=self.cost, seconds=time.time() - self.started, code=self.code)
+
+        def resume(**objects):
+            rest = checkpointer.resume(**objects)
+            self.cost, self.started, self.code = rest["cost"], time.time() - rest["seconds"], rest["code"]
+            changed = changed_files(self.code)
+            if changed:
+                checkpoint.print_flush(f"{name} resumes, but began before {', '.join(changed)} changed; "
+                                       f"to restart it: {self.how_to_restart(name)}")
+            return rest
+
+        return checkpointer, save, resume if checkpointer.resume else None
+
+    def how_to_restart(self, name):
+        if "/" in name:  # a method of the comparison
+            return f"remove {self.out / name}"
+        return f"--from {name}"
+
+    def prompt(self, example):
+        return self.tokenizer.encode_prompt(example["prompt"])
+
+    def sft(self, model, rows, config, pretraining=False):
+        """Trains on rows {"prompt", "completion"}; pretraining is the case without a mask."""
+        checkpointer, save, resume = self.checkpointer()
+        log = SFTLog(self, model)
+        examples = [sft.tokenize(row, self.tokenizer, pretraining) for row in rows]
+        print(sft.cut_warning(examples, config.row_length), end="", flush=True)
+        with checkpointer, checkpoint.save_bad_batch(self.out / self.name):
+            sft.train(model, examples, replace(config, seed=self.seed), log=log, save=save, resume=resume)
+        log.close()
+        return model
+
+    def rl(self, model, weights, config, examples=None, advantage_estimator=None, validate=True):
+        """GRPO with these rules as reward; the other rules are logged, with weight 0."""
+        config, scored_by = replace(config, seed=self.seed), rules()
+        if "coin" in weights:
+            scored_by["coin"] = coin
+        weights = {name: weights.get(name, 0.0) for name in scored_by}
+        checkpointer, save, resume = self.checkpointer()
+        log = RLLog(self, model, config, scored_by, weights)
+        with checkpointer, checkpoint.save_bad_batch(self.out / self.name):
+            if validate and resume is None:
+                log.before_training(model)
+            grpo.train(model, examples or self.source.problems,
+                       encode=self.prompt, decode=self.tokenizer.decode,
+                       generate=generate, end_ids=self.tokenizer.end_ids,
+                       rewards=scored_by, weights=weights, config=config,
+                       advantage_estimator=advantage_estimator,
+                       keep_group=getattr(advantage_estimator, "keep_group", None),
+                       validate=log.validate if validate else None, log=log, save=save, resume=resume)
+        log.close()
+        return model
+
+    # ---- sampling
+
+    def complete(self, model, examples, save_in=None, **settings):
+        """Texts and token counts of a model's completions of examples, sampled in the stage's precision for sampling.
+
+        save_in: the name of a stage that is nothing but sampling; its completions are saved there as they come.
+        """
+        defaults = {"samples": self.preset.samples, "seed": self.seed,
+                    "max_new_tokens": self.preset.zero.max_new_tokens}
+        config = evaluate.EvalConfig(**defaults | settings)
+        prompts = [self.prompt(example) for example in examples]
+        generator = torch.Generator(device=self.device).manual_seed(config.seed)
+        sample = self.sampler(model, generator)
+        if save_in is None:
+            return evaluate.complete(prompts, sample, self.tokenizer.decode, config)
+        checkpointer, save, resume = self.checkpointer(save_in)
+        with checkpointer:
+            done, log = checkpoint.kept_rows(self.out / save_in / "completions.jsonl", generator, save, resume)
+            return evaluate.complete(prompts, sample, self.tokenizer.decode, config, done, log)
+
+    def sampler(self, model, generator):
+        """A function of (prompts, **settings) that samples from the model and counts what it costs."""
+        model = grpo.cast_copy(model, self.preset.zero.dtype)
+
+        def sample(prompts, **settings):
+            result = generate(model, prompts, end_ids=self.tokenizer.end_ids, generator=generator, **settings)
+            self.spend(model, sampled=int(result[1].sum()) + sum(map(len, prompts)))
+            return result
+
+        return sample
+
+    def spend(self, model, trained=0, scored=0, sampled=0):
+        """Counts tokens and estimates FLOPs: 2 per parameter and token forward, 4 backward (attention left out)."""
+        parameters = sum(p.numel() for p in model.parameters())
+        self.cost["tokens"] += trained + sampled
+        self.cost["flops"] += parameters * (6.0 * trained + 2.0 * (scored + sampled))
+
+
+def machine(device):
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{torch.get_num_threads()} threads, {platform.machine()}"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"

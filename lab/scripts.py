@@ -1,0 +1,169 @@
+"""The scripts on model directories: of grpo.py and its variants, sft.py and evaluate.py.
+
+They get what they run as arguments, so that no file here imports the one that called it.
+"""
+
+from functools import partial
+
+import torch
+
+import rewards
+from data.math_answers import read_answer, read_end, read_expression
+from data.problems import read_problems, read_rows
+from lab import watch
+from lab.check_input import check_directory, check_example
+from lab.checkpoint import print_flush
+from lab.command import Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, prepare, saving
+from lab.graphs import with_graphs
+from model import generate, load, save
+from tokenizer import TEMPLATES, Tokenizer
+from variants.configs import METHODS, PUBLISHED
+
+PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py)"
+
+final_answer = partial(rewards.final_answer, read=read_answer, read_end=read_end)
+
+
+def rules():
+    """{name: rule} of rewards.py, which a caller may have extended, with the accuracies reading MATH's answers."""
+    return rewards.rules_with(read_answer, read_end, read_expression)
+
+
+def read_problem_set(path):
+    """The examples of a problem set. Raises ValueError with the file and line where no rule could read an answer."""
+    return read_problems(path, lambda example: check_example(example, read_answer))
+
+
+def add_template(parser):
+    parser.add_argument("--template", choices=TEMPLATES,
+                        help="the prompt template; default: the directory's own (tokenizer.py)")
+
+
+def open_model(dir, dtype=None, device=None, template=None):
+    """(model, tokenizer) of a directory, which is checked before anything is loaded."""
+    check_directory(dir, template)
+    return load(dir, device, dtype), Tokenizer(dir, template)
+
+
+def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, **defaults):
+    """The script of grpo.py, and of the variants that put another advantage estimator in place of the group advantages.
+
+    estimator_class(model, config, estimator_config's fields) makes what `train` takes as advantage_estimator;
+    `defaults` are the fields of config_class whose default the method changes.
+    """
+    parser = Parser(description=description)
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--data", required=True, help=PROBLEMS)
+    parser.add_argument("--out", required=True, help="where the trained model goes")
+    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rules(),
+                        help="default: %(default)s")
+    parser.add_argument("--config", choices=PUBLISHED | METHODS,
+                        help="a paper's settings (variants/configs.py) as defaults")
+    add_template(parser)
+    parser.add_fields(config_class)
+    if estimator_config is not None:
+        parser.add_fields(estimator_config)
+    add_speed(parser)
+    add_saving(parser)
+    published = (PUBLISHED | METHODS).get(parser.parse_args().config, {})
+    parser.set_defaults(**defaults | published)
+    args = parser.parse_args()  # a second time, with the defaults of the paper that --config names
+
+    with parser.one_line_errors(args.out):
+        config = fields_of(args, config_class)
+        examples = read_problem_set(args.data)
+        model, tokenizer = open_model(args.model, torch.float32, template=args.template)
+        prepare(model, args)
+        out = new_directory(args.out)
+        estimator, keep_group = None, None
+        if estimator_class is not None:
+            estimator = estimator_class(model, config, fields_of(args, estimator_config))
+            keep_group = getattr(estimator, "keep_group", None)
+        print("the loss says nothing here: its value is about 0 while it learns (a group's advantages sum to 0); "
+              "watch the reward, KL, clip fraction, entropy and gradient norm", flush=True)
+        with saving(out, args) as checkpointer:
+            train(model, examples,
+                  encode=lambda example: tokenizer.encode_prompt(example["prompt"]), decode=tokenizer.decode,
+                  generate=with_graphs(generate), end_ids=tokenizer.end_ids,
+                  rewards={name: rules()[name] for name in args.rewards}, config=config,
+                  advantage_estimator=estimator, keep_group=keep_group,
+                  log=Printer(config), save=checkpointer.save, resume=checkpointer.resume)
+            save(model, out, tokenizer)
+
+
+class Printer:
+    """The log of a script: a line per rollout, warnings, and now and then a sample."""
+
+    def __init__(self, config):
+        self.config, self.rows = config, []
+
+    def __call__(self, metrics, rollout):
+        self.rows.append(metrics)
+        print_flush(f"rollout {metrics['step']}/{self.config.rollouts}  reward {metrics['reward']:.3f}  "
+                    f"length {metrics['length']:.0f}  kl {metrics['kl']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
+                    f"entropy {metrics['entropy']:.2f}  grad norm {metrics['grad_norm']:.2f}")
+        for line in watch.new_warnings(self.rows):
+            print_flush(f"  {line}")
+        if (metrics["step"] - 1) % self.config.validate_every == 0:
+            print_flush(f"  {rollout.examples[0]['prompt']!r}")
+            print_flush(f"  {rollout.texts[0]!r}: {rollout.rewards[0, 0].item():.2f}")
+
+
+def step_line(m):
+    return f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"
+
+
+def fine_tune(config_class, tokenize, cut_warning, train):
+    """The script of sft.py."""
+    parser = Parser(description="Supervised fine-tuning of a model directory.")
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
+    parser.add_argument("--out", required=True, help="where the trained model goes")
+    add_template(parser)
+    parser.add_argument("--pretrain", action="store_true", help="put the loss on the prompt too")
+    parser.add_fields(config_class, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
+    add_speed(parser)
+    add_saving(parser)
+    args = parser.parse_args()
+    with parser.one_line_errors(args.out):
+        config, rows = fields_of(args, config_class), read_rows(args.data, ("prompt", "completion"))
+        model, tokenizer = open_model(args.model, torch.float32, template=args.template)
+        prepare(model, args)
+        out = new_directory(args.out)
+        examples = [tokenize(row, tokenizer, args.pretrain) for row in rows]
+        print(cut_warning(examples, config.row_length), end="")
+        with saving(out, args) as checkpointer:
+            train(model, examples, config, log=lambda metrics: print_flush(step_line(metrics)),
+                  save=checkpointer.save, resume=checkpointer.resume)
+            save(model, out, tokenizer)
+
+
+def measure_directory(config_class, complete, measure, summarise):
+    """The script of evaluate.py."""
+    parser = Parser(description="Measure a model directory on problems and requests.")
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--data", required=True, help=PROBLEMS)
+    add_template(parser)
+    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"), help="default %(default)s")
+    parser.add_fields(config_class)
+    args = parser.parse_args()
+    with parser.one_line_errors():
+        config, examples = fields_of(args, config_class), read_problem_set(args.data)
+        model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)
+        generator = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
+        sample = partial(with_graphs(generate), model, end_ids=tokenizer.end_ids, generator=generator)
+
+        def thinking_tokens(text):
+            return len(tokenizer.encode(rewards.split(text)[0]))
+
+        for kind in ("reasoning", "general", "safety"):
+            rows = [example for example in examples if example["kind"] == kind]
+            if not rows:
+                continue
+            prompts = [tokenizer.encode_prompt(example["prompt"]) for example in rows]
+            texts, counts = complete(prompts, sample, tokenizer.decode, config)
+            values = measure(rows, texts, counts, rules(), final_answer, rewards.thinks, thinking_tokens,
+                             ks=sorted({1, config.samples}))
+            print(f"{kind}: {len(rows)} rows, {config.samples} samples each")
+            for name, (mean, low, high) in summarise(values).items():
+                print(f"  {name:26} {mean:8.3f}  [{low:.3f}, {high:.3f}]")

@@ -1,0 +1,55 @@
+"""README.md and docs/ speak of files, functions and commands that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = re.compile(r"python (-m )?((?:lab|data|variants)[./]\w+(?:\.py)?|\w+\.py)")
+MADE_BY_THE_READER = {"sympy_grpo.py"}
+
+
+def names_of(file):
+    """The functions and classes that a file defines at its top level."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_readmes_algorithm_names_functions_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    steps = text.partition("## The algorithm")[2].partition("\n## ")[0]
+    named = set(re.findall(r"\(`(\w+)`", steps))
+    assert named >= {"rollout", "group_advantages", "policy_loss", "kl_divergence", "update", "train"}
+    assert named <= names_of("grpo.py") | names_of("rewards.py"), named
+    assert "stage_table" in names_of("pipeline.py")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "moved.md"], ids=lambda page: page.name)
+def test_every_command_runs_a_file_that_exists(page):
+    for module_flag, name in COMMANDS.findall(page.read_text(encoding="utf-8")):
+        file = name.replace(".", "/") + ".py" if module_flag else name
+        assert file in MADE_BY_THE_READER or (ROOT / file).exists(), f"python {module_flag}{name}"
+
+
+def test_every_command_that_moved_is_where_the_page_says():
+    text = (ROOT / "docs" / "moved.md").read_text(encoding="utf-8")
+    commands = text.partition("## Commands")[2].partition("\n## ")[0]
+    for row in re.findall(r"^\| `.*\|$", commands, re.MULTILINE):
+        (module_flag, name), = COMMANDS.findall(row.split(" | ")[1])
+        file = name.replace(".", "/") + ".py" if module_flag else name
+        assert (ROOT / file).exists(), row
+
+
+def test_the_readme_can_be_read_in_a_few_minutes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000

@@ -1,0 +1,163 @@
+"""PRIME: the advantage of each token from implicit process rewards, in place of GRPO's group advantages.
+
+What differs from grpo.py: a second language model, the process reward model, learns online to tell right completions
+from wrong ones, and rewards each token by beta log(pi_prm / pi_ref). Nobody labels a step; the outcome rule alone
+teaches. Sampling, clipped ratio and mini-batches are grpo.train's, with GRPOConfig(beta=0, mean="token"): PRIME has no
+KL term. PRIME (arXiv 2502.01456) algorithm 1, eq. 3-6. The authors' code departs: no beta in the reward, which is
+scaled, and the summed return is whitened.
+
+    prime = PRIME(model, config, PRIMEConfig())
+    grpo.train(..., config=config, advantage_estimator=prime, keep_group=prime.keep_group)
+    python -m variants.prime --model DIR --data FILE.jsonl --out DIR     # a problem set (data/problems.py)
+
+Shapes: N prompts, K completions each, B = N*K rows (prompt-major), T positions; position t predicts token t+1.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class PRIMEConfig:
+    prm_beta: float = 0.05     # PRIME: 0.05
+    prm_lr: float = 2e-4       # twice the policy's, as PRIME: 1e-6 and 5e-7
+    gamma: float = 1.0         # PRIME: 1
+    lowest: float = 0.2        # prompts are kept whose accuracy lies strictly between; PRIME: 0.2 and 0.8
+    highest: float = 0.8
+
+    def __post_init__(self):
+        for name in ("prm_beta", "prm_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma {self.gamma} is not between 0 and 1")
+        if not 0 <= self.lowest < self.highest <= 1:
+            raise ValueError(f"lowest {self.lowest} and highest {self.highest} must be 0 <= lowest < highest <= 1")
+
+
+# ------------------------------------------------------------------------------------------- the estimators
+
+def implicit_rewards(logprobs, ref_logprobs, mask, beta=0.05):
+    """r(y_t) = beta log(pi_prm / pi_ref) of each sampled token, 0 elsewhere. (B, T) each -> (B, T)   [eq. 3]"""
+    return torch.where(mask.bool(), beta * (logprobs - ref_logprobs), 0)
+
+
+def outcome_loss(process_rewards, outcomes, normaliser=None):
+    """Cross-entropy of sigma(r(y)), r(y) = sum_t r(y_t), with the outcome [eq. 4]. (B, T), outcomes (B,) in 0..1
+
+    Mean over the completions; normaliser: the whole update's number, where this is one micro-batch of several.
+    """
+    loss = F.binary_cross_entropy_with_logits(process_rewards.sum(1), outcomes, reduction="sum")
+    return loss / (normaliser or len(outcomes))
+
+
+def others_mean(x):
+    """The mean of the *other* completions of the group. (N, K) -> (N, K)"""
+    return (x.sum(1, keepdim=True) - x) / (x.shape[1] - 1)
+
+
+def prime_advantages(process_rewards, outcomes, mask, gamma=1.0):
+    """Returns of the process rewards and of the outcome, each against the group's other completions.   [eq. 5]
+
+    process_rewards, mask (B, T); outcomes (N, K) -> (B, T), 0 outside the mask.
+    """
+    process_rewards, mask = torch.where(mask.bool(), process_rewards, 0), mask.to(process_rewards.dtype)
+    mean_reward = process_rewards.sum(1) / mask.sum(1).clamp(min=1)  # (B,) per token: eq. 5 as printed omits / |y|
+    baseline = others_mean(mean_reward.view(outcomes.shape)).flatten()
+    centred = (process_rewards - baseline[:, None]) * mask
+    returns, following = torch.zeros_like(centred), 0.0
+    for t in reversed(range(centred.shape[1])):
+        following = centred[:, t] + gamma * following  # (B,)
+        returns[:, t] = following
+    of_outcome = (outcomes - others_mean(outcomes)).flatten()  # (B,)
+    return (returns + of_outcome[:, None]) * mask
+
+
+# ------------------------------------------------------------------------------------------- in grpo.train
+
+class PRIME:
+    """An advantage estimator for grpo.train: advantages of a rollout by a process reward model that learns on each."""
+
+    needs_reference = False  # grpo.train need not score one: the process reward model has its own
+
+    def __init__(self, model, config, prime=PRIMEConfig(), outcome="accuracy"):
+        """The policy, the process reward model and its reference start from `model`, whose weights should be fp32.
+
+        config: the run's GRPOConfig; outcome: the name of the rule, 0 or 1, that is the outcome.
+        """
+        self.config, self.prime, self.outcome = config, prime, outcome
+        self.prm = copy.deepcopy(model).eval()
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.prm.parameters(), lr=prime.prm_lr, betas=(0.9, 0.95))
+        self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_reference": self.reference}
+        self.metrics = {}
+
+    def outcomes(self, judged):
+        """Of a group (K,), or of a rollout (N, K)."""
+        if self.outcome not in judged.parts:
+            raise ValueError(f"the outcome {self.outcome!r} is none of the rules {', '.join(judged.parts)}")
+        return judged.parts[self.outcome]
+
+    def keep_group(self, group):
+        """The prompt filter: neither too easy nor too hard, by the group's accuracy."""
+        right = self.outcomes(group)
+        return self.prime.lowest < right.sum().item() / len(right) < self.prime.highest  # 1/5 in fp32 is above 0.2
+
+    def advantages(self, r):
+        """(B, T). Each completion is scored, then the reward model takes one Adam step on the outcomes   [algorithm 1]
+
+        The advantages use the rewards from before that step, so that one forward pass serves both. Not under no_grad.
+        """
+        outcomes = self.outcomes(r)
+        rewards, total = torch.zeros_like(r.old_logprobs), 0.0
+        for rows in micro_batches(range(len(r.ends)), r.ends, self.config.micro_batch_tokens):
+            with torch.no_grad():
+                ref_logprobs = self.logprobs(self.reference, r, rows)
+            logprobs = self.logprobs(self.prm, r, rows)
+            t = logprobs.shape[1]
+            of_tokens = implicit_rewards(logprobs, ref_logprobs, r.mask[rows, :t], self.prime.prm_beta)
+            loss = outcome_loss(of_tokens, outcomes.flatten()[rows], normaliser=len(r.ends))
+            loss.backward()
+            rewards[rows, :t] = of_tokens.detach()
+            total += loss.item()
+        predicted, right = rewards.sum(1) > 0, outcomes.flatten() > 0.5
+        self.metrics = {"prm_loss": total, "prm_accuracy": (predicted == right).float().mean().item()}
+        norm = torch.nn.utils.clip_grad_norm_(self.prm.parameters(), self.config.grad_clip)
+        if torch.isfinite(norm):  # Adam would keep a NaN for good
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return prime_advantages(rewards, outcomes, r.mask, self.prime.gamma)
+
+    def logprobs(self, model, r, rows):
+        """(len(rows), t) at the temperature of sampling; t is where the longest of these rows ends."""
+        c, end = self.config, max(r.ends[row] for row in rows)
+        ids, targets = r.ids[rows, :end - 1], r.ids[rows, 1:end]
+        with torch.autocast(ids.device.type, dtype=getattr(torch, c.dtype), enabled=c.dtype != "float32"):
+            logits = model(ids).flatten(0, 1)  # (len(rows) * t, V)
+        return -F.cross_entropy(logits.float() / c.temperature, targets.flatten(), reduction="none").view(ids.shape)
+
+    def learn(self, r, rows):
+        return self.metrics  # it has already learned
+
+
+def micro_batches(rows, ends, budget):
+    """Split row numbers, longest first, into batches of at most `budget` padded tokens; a longer row goes alone."""
+    rows = sorted(rows, key=lambda r: -ends[r])
+    while rows:
+        count = max(1, budget // ends[rows[0]])
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def main():
+    from grpo import GRPOConfig, train  # here, so that the algorithm imports without the rest of the project
+    from lab.scripts import reinforce
+    reinforce("PRIME on a model directory, with the rules of rewards.py.", train, GRPOConfig, PRIME, PRIMEConfig,
+              mean="token", beta=0.0)
+
+
+if __name__ == "__main__":
+    main()
