@@ -18,7 +18,7 @@ FILTERS = ("correct", "one_language", "readable", "distinct", "enough")  # in th
 
 
 def repeats(text, shortest=12, longest=100, times=3):
-    """Whether some run of so many characters stands so many times in a row: a loop. 25 ms for 10,000 characters."""
+    """Whether a run of shortest to longest characters stands `times` times in a row: a loop. 10,000 take 25 ms."""
     return re.search(rf"(.{{{shortest},{longest}}}?)\1{{{times - 1}}}", text, re.DOTALL) is not None
 
 
@@ -30,7 +30,7 @@ def readable(completion, longest=10_000):
 def rejection_sample(examples, texts, correct, one_language, keep=4, readable=readable):
     """Choose among the teacher's completions texts[i][j] of examples[i].
 
-    correct, one_language: (completion, example) -> whether it passes. keep: at most so many a prompt ("enough").
+    correct, one_language: (completion, example) -> whether it passes. keep: at most this many per prompt ("enough").
     Returns rows {"prompt", "completion", ...the example's fields} and counts: how many were sampled, fell to each
     filter, and were kept.
     """

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
-SKIPS = 5  # so many updates in a row that are not finite end a training
+SKIPS = 5  # a training stops after this many updates in a row that are not finite
 CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "old_logprobs": ("trainer", "sampler"),
            "dtype": ("float32", "bfloat16")}
 POSITIVE = ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "temperature", "max_new_tokens",
@@ -60,11 +60,11 @@ class GRPOConfig:
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     kl: str = "k3"                 # eq. 4; or "k2"
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
-    resample: int = 0              # DAPO's dynamic sampling: replace groups without signal, in at most so many rounds
-    length_buffer: int = 0         # DAPO's soft length penalty: over the last so many of max_new_tokens
-    old_logprobs: str = "trainer"  # pi_old's, by the trainer, or by the "sampler" as it draws: one forward pass less
+    resample: int = 0              # DAPO: replace groups without signal, in at most this many extra rounds
+    length_buffer: int = 0         # DAPO: a soft length penalty over this many last tokens
+    old_logprobs: str = "trainer"  # who computes those of pi_old; "sampler" saves one forward pass
     importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
-    sample_budget: int = 0         # above 0: stop after so many completions, discarded ones included
+    sample_budget: int = 0         # above 0: stop after this many completions, discarded ones included
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
     offload_reference: bool = False  # keep it in the CPU's memory except while it scores
@@ -72,7 +72,7 @@ class GRPOConfig:
     validate_every: int = 10       # rollouts; the script prints a sample then
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self):  # checks of the input alone; the algorithm starts at group_advantages
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -147,8 +147,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
     advantages (B,) or (B, T). importance (B, T): weights on the policy's term, for a sampler that differs.
     sequence_ratio: one ratio per sequence, the geometric mean of its tokens' [GSPO]. detach_ratio: the clipped ratio is
-    a constant weight on A log pi, so no token loses its gradient [CISPO]. mean: of each sequence, then over sequences
-    [eq. 3]; "token": one over all tokens [DAPO]; "constant": the sum over a constant budget of tokens [Dr. GRPO].
+    a constant weight on A log pi, so no token loses its gradient [CISPO]. mean: "sequence": of each one, then over
+    sequences [eq. 3]; "token": one over all tokens [DAPO]; "constant": the sum over a budget of tokens [Dr. GRPO].
     normaliser: what the whole update is divided by, where this is one micro-batch of several: its number of sequences,
     of tokens, or the budget; by default this batch's own ("constant" has none: B * T stands in, which varies).
     Returns the scalar loss and metrics as means over this batch's tokens; "drift" is the mean |log pi / pi_old|.
@@ -160,9 +160,10 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     logprobs, old_logprobs, ref_logprobs, advantages, importance = map(
         clean, (logprobs, old_logprobs, ref_logprobs, advantages, importance))
-    log_ratio = token_log_ratio = logprobs - old_logprobs
+    token_log_ratio = logprobs - old_logprobs
+    log_ratio = token_log_ratio
     if sequence_ratio:
-        log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
+        log_ratio = (token_log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
     ratio = torch.exp(log_ratio.clamp(-20, 20))  # finite under any drift
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     if detach_ratio:
@@ -177,8 +178,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     token_loss = beta * penalty - objective  # (B, T); the KL stands in the loss, not in the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
-    own = {"sequence": len(mask), "token": tokens, "constant": mask.numel()}[mean]
-    loss = token_loss.sum() / (own if normaliser is None else normaliser)
+    if normaliser is None:
+        normaliser = {"sequence": len(mask), "token": tokens, "constant": mask.numel()}[mean]
+    loss = token_loss.sum() / normaliser
     with torch.no_grad():
         metrics = {"kl": (penalty * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
                    "ratio": (ratio * mask).sum() / tokens, "drift": token_log_ratio.abs().sum() / tokens}
@@ -223,15 +225,16 @@ def sample_groups(model, examples, *, encode, decode, generate, end_ids, rewards
     ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens,
                                       temperature=config.temperature, end_ids=end_ids, generator=generator)
     for i, (example, prompt) in enumerate(zip(examples, prompts)):
-        own = lengths[i * G:(i + 1) * G].tolist()
-        completions = [ids[i * G + j, :length] for j, length in enumerate(own)]
-        sampled = [logprobs[i * G + j, :length] for j, length in enumerate(own)]
+        group_lengths = lengths[i * G:(i + 1) * G].tolist()
+        completions = [ids[i * G + j, :length] for j, length in enumerate(group_lengths)]
+        sampled = [logprobs[i * G + j, :length] for j, length in enumerate(group_lengths)]
         texts = [decode(completion.tolist()) for completion in completions]
+        # the reward: the weighted sum of what the rules say
         parts = {name: torch.tensor([float(rule(text, example)) for text in texts]) for name, rule in rewards.items()}
-        total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())
+        reward = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())  # (G,)
         if config.length_buffer:
-            total = total + length_penalty(torch.tensor(own), config.max_new_tokens, config.length_buffer)
-        groups.append(Group(example, list(prompt), completions, sampled, texts, parts, total))
+            reward = reward + length_penalty(torch.tensor(group_lengths), config.max_new_tokens, config.length_buffer)
+        groups.append(Group(example, list(prompt), completions, sampled, texts, parts, reward))
     return groups
 
 
@@ -243,7 +246,8 @@ def collate(groups, end_ids):
     starts = torch.tensor([len(p) for p in prompts], device=device)
     lengths = torch.tensor([len(o) for o in completions], device=device)
     ids = pad_sequence([torch.cat(row) for row in zip(prompts, completions)], batch_first=True)  # (B, T+1)
-    target = torch.arange(1, ids.shape[1], device=device)  # by length, not by value: any id may be real
+    target = torch.arange(1, ids.shape[1], device=device)  # by length, not by value: any id may be real, and
+    # the end token, which counts, is trained too
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
     sampled_logprobs = torch.zeros(mask.shape, device=device)
     sampled_logprobs[mask] = torch.cat([logprobs for group in groups for logprobs in group.logprobs]).float()
@@ -261,7 +265,7 @@ def has_signal(group):
 
 
 def rollout(draw, prompts, config, keep_group=None):
-    """A rollout's groups, and how many were discarded. draw(examples) -> Groups; prompts: an iterator of examples.
+    """Groups to learn from, and how many were discarded. draw(examples) -> Groups; prompts: an iterator of examples.
 
     With keep_group(group) -> bool, groups that it refuses are replaced by those of the next prompts, in config.resample
     rounds at most [DAPO's dynamic sampling]; those still refused then are left out. If all were, the first N stay.
@@ -344,12 +348,13 @@ def update(model, optimizer, r: Rollout, rows, advantages, importance, config):
         advantages = advantages[:, None].expand(r.mask.shape)
     for batch in micro_batches(rows, r.ends, c.micro_batch_tokens):
         logprobs = logprobs_of(model, r, batch, c)  # (b, t)
-        cut = batch, slice(logprobs.shape[1])
+        t = logprobs.shape[1]
         loss, means = policy_loss(
-            logprobs, r.old_logprobs[cut], r.ref_logprobs[cut] if c.beta else None, advantages[cut], r.mask[cut],
-            importance=None if importance is None else importance[cut], normaliser=normaliser, clip_low=c.clip_low,
-            clip_high=c.clip_high, sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio, mean=c.mean,
-            beta=c.beta, kl=c.kl)
+            logprobs, r.old_logprobs[batch, :t], r.ref_logprobs[batch, :t] if c.beta else None,
+            advantages[batch, :t], r.mask[batch, :t],
+            importance=None if importance is None else importance[batch, :t], normaliser=normaliser,
+            clip_low=c.clip_low, clip_high=c.clip_high, sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio,
+            mean=c.mean, beta=c.beta, kl=c.kl)
         loss.backward()
         share = int(r.mask[batch].sum()) / tokens
         for name, value in means.items():
@@ -372,7 +377,7 @@ class NotFinite(ValueError):
 
 
 class TrainState:
-    """What changes from one rollout to the next; objects and counters are saved, so that a resumed run is the same."""
+    """What changes from one rollout to the next. From its objects and counters a stopped training resumes exactly."""
 
     def __init__(self, model, config, advantage_estimator, resume):
         c, device = config, next(model.parameters()).device
@@ -454,10 +459,10 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; its weights are fp32.
-    encode(example) -> prompt ids; decode(ids) -> text.
-    generate(model, prompts, n, max_new_tokens, temperature, end_ids, generator) -> completion ids (N*n, L), lengths
-    (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens under softmax(logits / temperature), no top-p or
-    top-k; a completion ends at its first token of end_ids, which counts; none is empty.
+    encode(example) -> prompt ids; decode(ids) -> text, without the end token, which ids hold and no rule should read.
+    generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model a copy with weights in
+    config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
+    under softmax(logits / temperature), no top-p or top-k; a completion ends at its first of end_ids, which counts.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; 0 only logs the rule.
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
@@ -480,22 +485,24 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     while not state.is_over():
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
-        # 1, 2: sample groups from the current policy and judge them
+        # 1, 2: sample groups of completions from the current policy; judge them by the rules
         groups, discarded = rollout(partial(draw, cast_copy(model, c.dtype)), prompts, c, keep_group)
         r = collate(groups, end_ids)
         counters["prompts"] += len(groups) + discarded
         counters["samples"] += (len(groups) + discarded) * c.group_size
         sampling_seconds = time.time() - started
-        # 3: what stays fixed during the updates
+        # the log-probabilities that stay fixed during the updates
         state.score(r)
+        # 3: advantages
         if advantage_estimator is None:
             advantages = group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten()  # (B,)
         else:
             advantages = advantage_estimator.advantages(r)                                       # (B,) or (B, T)
 
-        # 4: updates; 5: the reference follows
+        # 4: updates
         history = state.updates(r, advantages)
         counters["step"] += 1
+        # 5: the reference follows
         if state.reference is not None and counters["step"] % c.reference_every == 0:
             state.reference.load_state_dict(model.state_dict())
 

@@ -247,7 +247,7 @@ class KVCache:
         self.length = 0
 
     def reserve(self, columns):
-        """Room for so many more; returns the capacity."""
+        """Makes room for this many more columns; returns the capacity."""
         block = 32 if self.k.device.type == "cpu" else 256  # on a GPU each growth is a new recording (lab/graphs.py)
         blocks = math.ceil((self.length + columns - self.k.shape[3]) / block)
         if blocks > 0:
@@ -305,7 +305,7 @@ class Transformer(nn.Module):
         return self
 
     def hidden(self, ids, positions=None, segments=None, cache=None):
-        """The last layer's normed states (B, T, D), where nobody can hold (B, T, V). Arguments: see `forward`."""
+        """The last layer's normed states (B, T, D), for callers to whom (B, T, V) is too large; see forward."""
         T = ids.shape[1]
         past = 0 if cache is None else cache.length
         if past + T > self.config.max_position_embeddings:

@@ -28,8 +28,8 @@ from lab import checkpoint, compare, measure
 from lab.arguments import check_stages, chosen_stages, parse_arguments, preset_of
 from lab.command import device_of
 from lab.run import Run, Stage, machine
-from lab.scripts import rules
-from lab.sources import MiniWorld, OwnModel, in_one_language
+from lab.scripts import in_its_language, rules
+from lab.sources import MiniWorld, OwnModel
 from lab.terminal import show
 from sft import SFTConfig
 
@@ -81,6 +81,8 @@ class Preset:
     compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
 
 
+ALL = 10 ** 9  # more than any file holds
+
 PRESETS = {
     "cpu": Preset(),
     "smoke": Preset(
@@ -99,7 +101,7 @@ PRESETS = {
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(
-        test=10 ** 9, samples=16, zero_samples=16, cold_start=500, trace_prompts=10 ** 9, trace_samples=4,
+        test=ALL, samples=16, zero_samples=16, cold_start=500, trace_prompts=ALL, trace_samples=4,
         cold=SFTConfig(lr=1e-5, epochs=2, batch_tokens=16384, micro_batch_rows=4, row_length=1024),
         sft2=SFTConfig(lr=1e-5, epochs=2, batch_tokens=65536, micro_batch_rows=4, row_length=1024),
         **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384)),
@@ -113,7 +115,10 @@ ALL_RULES = WITH_LANGUAGE | {"helpfulness": 1.0, "harmlessness": 1.0}           
 
 
 def stage_table(source):
-    """{name: Stage}, in order: title, the stage it starts from, by what, the paper's section, the function below."""
+    """{name: Stage}, in order: title, the stage it starts from, by what, the paper's section, the function below.
+
+    dev1, dev2 and dev3 are the paper's names of the intermediate models.
+    """
     table = {
         "base": Stage("Base", "random weights", "pretraining", "V3-Base", base),
         "zero": Stage("R1-Zero", "base", "GRPO: accuracy + format", "R1 v1 2.2", zero),
@@ -151,13 +156,16 @@ def recipe(run, ablations):
             run.make_data(name)
         else:
             run.make_stage(name)
-    run.begin("")  # what follows is measured beside the stages
+    run.begin("")  # no stage is being made from here on: extra measurements
     if ablations:
         measure.many_samples(run)
     if "r1" in run.chosen and run.source.has_tag_tokens:
         measure.thinking_budgets(run)
     run.write()
 
+
+# Below, run.name is the stage being made. starting_model() loads the model that it starts from; sft() and rl() train it
+# and write into the stage's directory.
 
 def base(run):
     """A base model: pretrained on the mini-world's documents, or a checkpoint of one's own."""
@@ -170,7 +178,7 @@ def zero(run):
 
 
 def cold_start(run):
-    """SFT of the base on a few of zero's correct, readable samples, rewritten, with a summary."""
+    """SFT of the base on a few of zero's correct, readable samples, rewritten (`rewrite` in lab/sources.py)."""
     rows = cold_start_examples(run)  # first: zero has left the memory when the base is loaded
     return run.sft(run.starting_model(), rows, run.preset.cold)
 
@@ -189,7 +197,7 @@ def sft_on_traces(run):
 
 
 def rl2(run):
-    """RL-2: all rules; general and unsafe prompts join late, where the source has some."""
+    """RL-2: all rules; general and unsafe prompts join late, where there are some (`rl2_prompts` in lab/sources.py)."""
     weights = ALL_RULES if run.source.has_requests else WITH_LANGUAGE
     return run.rl(run.starting_model(), weights, run.preset.rl2, run.source.rl2_prompts())
 
@@ -219,9 +227,10 @@ def cold_start_examples(run):
         return checkpoint.read_jsonl(dir / "cold_start.jsonl", whole=True)
     problems = run.source.problems[:4 * p.cold_start]
     texts, _ = run.complete(run.model("zero"), problems, samples=4, temperature=1.0, top_p=1.0)
-    rows, counts = distill.rejection_sample(problems, texts, rules()["accuracy"], run.source.readable, keep=1)
+    rows, counts = distill.rejection_sample(problems, texts, correct=rules()["accuracy"],
+                                            one_language=run.source.in_any_one_language, keep=1)
     print(f"{'cold start':16} {distill.explain(counts)}", flush=True)
-    if not rows and run.preset_name == "smoke":  # whose zero is never right
+    if not rows and run.preset_name == "smoke":  # whose models are too small to solve any
         rows = [{**problems[0], "completion": "<think>1</think>"}]
     if not rows:
         raise ValueError("none of zero's samples can start dev1: it takes a longer R1-Zero, easier problems "
@@ -238,8 +247,9 @@ def rejection_sampling(run):
     problems = run.source.problems[:p.trace_prompts]
     texts, _ = run.complete(run.starting_model(), problems, save_in="traces",
                             samples=p.trace_samples, temperature=1.0, top_p=1.0)
-    rows, counts = distill.rejection_sample(problems, texts, rules()["accuracy"], in_one_language, keep=2)
-    if not rows and run.preset_name == "smoke":  # whose dev2 is never right
+    rows, counts = distill.rejection_sample(problems, texts, correct=rules()["accuracy"],
+                                            one_language=in_its_language, keep=2)
+    if not rows and run.preset_name == "smoke":  # whose models are too small to solve any
         rows = [{**example, "completion": world.tagged("1", example["answer"])} for example in problems[:4]]
     if not rows:
         raise ValueError(f"none of dev2's samples is a trace ({distill.explain(counts)}): "

@@ -8,7 +8,8 @@
     language  "en" (default) or "zh"
 
 A reward is a function (completion, example) -> float in [0, 1]. Any string gets a score, in linear time, and nothing
-that a model wrote is executed. A rule that does not apply gives a whole group the same, so it moves no advantage.
+that a model wrote is executed. Where a rule does not apply, all completions of a group score the same, so that it
+changes no advantage.
 Known limit: a rule reads numbers and words, not meaning. Departure from R1 (arXiv 2501.12948, its versions are cited
 as v1 and v2): helpfulness and harmlessness are reward models there.
 """
@@ -43,7 +44,7 @@ def count_words(text: str) -> dict[str, int]:  # digits, operators and punctuati
 
 
 def split(completion: str) -> tuple[str, str]:
-    """(thinking, answer), read leniently in any stage's style. Without tags, as a base model writes, the last line is
+    """(thinking, answer), read leniently, with tags or without. Without, as a base model writes, the last line is
     the answer. Several answer blocks are read as one, so that two candidates are none."""
     head, closed, tail = completion.partition("</think>")
     if closed:
@@ -82,7 +83,7 @@ NUMBER = re.compile("".join([
     rf"(?! ?(?:[多几]|分之|[个個點点]?[半{NUMERAL}](?![克米瓦])))",    # nor in 12多, 12分之一, 12点五; 12千克 is 12 kg
 ]), re.IGNORECASE)
 SPELLED = (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)|eleven|twelve|twenty|dozen|hundred|thousand"
-           rf"|(?:[mb]|tr)illion|[{NUMERAL}]{{2}}")  # "57 or fifty-eight"; one to ten stand in "the two have 57"
+           rf"|(?:[mb]|tr)illion|[{NUMERAL}]{{2}}")  # "57 or fifty-eight"; "the two have 57" is fine
 
 
 def extract_answer(text: str, last: bool = False) -> Fraction | None:
@@ -124,7 +125,7 @@ def number_value(number: re.Match) -> Fraction | None:
 
 
 def final_answer(completion: str, read=extract_answer, read_end=None):
-    """What a completion ends on, in any stage's style: for metrics and majority votes.
+    """What a completion ends on, with tags or without: for metrics and majority votes.
 
     read(text) -> a hashable value, or None in doubt. Where no tags say what the answer is, read_end(completion) does;
     without it, the last line, or its last number: "12 + 45 = 57, so 57."
@@ -154,14 +155,14 @@ def format(completion: str, example: dict) -> float:
 
 
 def accuracy(completion: str, example: dict, read=extract_answer, read_expression=str) -> float:
-    """accuracy_any in the asked form: the training reward.  R1 v2 eq. 4"""
+    """1 iff the format is right and the answer equals the reference: the training reward.  R1 v2 eq. 4"""
     if not format(completion, example):
         return 0.0
     return accuracy_any(completion, example, read, read_expression=read_expression)
 
 
 def accuracy_any(completion: str, example: dict, read=extract_answer, read_end=None, read_expression=str) -> float:
-    """1 iff the final answer, in any stage's style, equals the reference; 0 for other kinds than reasoning."""
+    """1 iff the final answer, with tags or without, equals the reference; 0 for other kinds than reasoning."""
     if example.get("kind", "reasoning") != "reasoning":
         return 0.0
     if "nums" in example:
@@ -232,21 +233,25 @@ def whole(phrase: str, before: str = "") -> re.Pattern:
 def helpfulness(completion: str, example: dict) -> float:
     """1 iff the answer block, and only it, replies well; 0 for reasoning and harmful requests.  R1 v1 2.3.4"""
     reply, reference = squeeze(split(completion)[1]), squeeze(example["answer"])
-    if example.get("kind", "reasoning") == "reasoning" or example.get("harmful") or len(reply) > LONGEST:
+    if example.get("kind", "reasoning") == "reasoning" or example.get("harmful"):
+        return 0.0
+    if len(reply) > LONGEST or is_refusal(reply):
+        return 0.0
+    if not has_word(reference) or not whole(reference).search(reply):
+        return 0.0
+    if whole(reference, before=DENIAL).search(reply):  # "not Paris"
+        return 0.0
+    if any(whole(wrong).search(reply) for wrong in example.get("wrong", ())):  # listing all that one knows
         return 0.0
     words = re.findall(WORD_OR_NUMBER, reply.lower())
-    asked = re.findall(WORD_OR_NUMBER, example["prompt"].lower())
     triples = list(zip(words, words[1:], words[2:]))
+    if len(words) > 30 or len(set(triples)) < len(triples):  # rambling, or three words said twice
+        return 0.0
+    asked = re.findall(WORD_OR_NUMBER, example["prompt"].lower())
+    if len(asked) > 3 and f" {' '.join(asked)} " in f" {' '.join(words)} ":  # an echo; a greeting may return
+        return 0.0
     rest = count_words(whole(reference).sub(" ", reply))  # a translation's own words are of the other language
-    return float(
-        has_word(reference) and whole(reference).search(reply) is not None             # it names the reference
-        and not whole(reference, before=DENIAL).search(reply)                          # and no "not Paris"
-        and not any(whole(wrong).search(reply) for wrong in example.get("wrong", ()))  # nor a wrong one beside it
-        and not is_refusal(reply)
-        and len(words) <= 30                                                           # listing all that one knows
-        and len(set(triples)) == len(triples)                                          # three words in a row, again
-        and (len(asked) < 4 or f" {' '.join(asked)} " not in f" {' '.join(words)} ")   # an echo; "hello" may return
-        and rest[example.get("language", "en")] >= 0.8 * sum(rest.values()))
+    return float(rest[example.get("language", "en")] >= 0.8 * sum(rest.values()))
 
 
 def plain_letters(text: str) -> str:
@@ -283,8 +288,3 @@ def rules_with(read, read_end=None, read_expression=str):
     strict = partial(accuracy, read=read, read_expression=read_expression)
     lenient = partial(accuracy_any, read=read, read_end=read_end, read_expression=read_expression)
     return REWARDS | {"accuracy": strict, "accuracy_any": lenient}
-
-
-def weighted_sum(completion: str, example: dict, weights: dict[str, float], rules=REWARDS) -> float:
-    """sum of weight * reward; R1 gives accuracy, format and language the same.  R1 v2 eq. 4, 8-10"""
-    return sum(weight * rules[name](completion, example) for name, weight in weights.items())

@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
-SKIPS = 5  # so many steps in a row that are not finite end a training
+SKIPS = 5  # a training stops after this many steps in a row that are not finite
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def pack(examples, row_length):
             continue
         row = next((r for r in open_rows if r["used"] + len(ids) <= row_length), None)
         if row is None:
-            if len(open_rows) == 8:  # give up on the fullest
+            if len(open_rows) == 8:  # close the fullest
                 full.append(open_rows.pop(max(range(8), key=lambda i: open_rows[i]["used"])))
             row = {"used": 0, "examples": []}
             open_rows.append(row)

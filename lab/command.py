@@ -47,6 +47,10 @@ class Parser(argparse.ArgumentParser):
             if "memory" not in str(error):  # a mistake of ours: its traceback is wanted
                 raise
             self.out_of_memory(error)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # tiktoken's regex engine gave up; it has no class of its own
+                raise
+            self.error(f"a pattern of the tokenizer takes too long on a text ({first_line(error)})")
 
     def out_of_memory(self, error):
         self.error(f"out of memory ({first_line(error)}). {LESS_MEMORY}")

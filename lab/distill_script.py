@@ -10,7 +10,7 @@ from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, print_flush, read_jsonl, write_jsonl
 from lab.command import Parser, add_saving, fields_of, new_directory, saving
 from lab.graphs import with_graphs
-from lab.scripts import PROBLEMS, add_template, open_model, read_problem_set, rules, step_line
+from lab.scripts import PROBLEMS, add_template, in_its_language, open_model, read_problem_set, rules, step_line
 from model import generate, save
 from sft import SFTConfig, cut_warning, tokenize, train
 
@@ -60,10 +60,6 @@ def fine_tune(student, examples, config, checkpointer):
     print(cut_warning(examples, config.row_length), end="")
     train(student, examples, config, log=lambda metrics: print_flush(step_line(metrics)),
           save=checkpointer.save, resume=checkpointer.resume)
-
-
-def in_its_language(text, example):
-    return rules()["language_consistency"](text, example) == 1
 
 
 def sample_teacher(args, problems, dir):

@@ -170,7 +170,7 @@ class Run:
         done = checkpoint.finished(dir)
         if done is None:
             dir.mkdir(parents=True, exist_ok=True)
-            self.begin(name, PRETRAINING_CODE if stage.by.startswith("pretraining") else CODE)
+            self.begin(name, self.code_behind(name))
             model = stage.make(self)
             if not self.source.is_given(name):  # else it is only measured
                 self.save(model)
@@ -183,6 +183,14 @@ class Run:
         checkpoint.drop(dir)
         self.values[name] = checkpoint.read_arrays(dir / "values.npz")
         self.record(name, done | {"evaluation": evaluate.summarise(self.values[name])})
+
+    def code_behind(self, name):
+        """The files that the weights of this stage depend on."""
+        if self.source.is_given(name):
+            return ("model.py",)
+        if self.stages[name].by.startswith("pretraining"):
+            return PRETRAINING_CODE
+        return CODE
 
     def make_data(self, name):
         """As make_stage, for a stage without a model: its function writes files and returns what to record of them."""
@@ -315,6 +323,9 @@ class Run:
         config, scored_by = replace(config, seed=self.seed), rules()
         if "coin" in weights:
             scored_by["coin"] = coin
+        unknown = weights.keys() - scored_by.keys()
+        if unknown:
+            raise ValueError(f"no rule is called {', '.join(sorted(unknown))}: there are {', '.join(scored_by)}")
         weights = {name: weights.get(name, 0.0) for name in scored_by}
         checkpointer, save, resume = self.checkpointer()
         log = RLLog(self, model, config, scored_by, weights)

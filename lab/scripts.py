@@ -29,6 +29,11 @@ def rules():
     return rewards.rules_with(read_answer, read_end, read_expression)
 
 
+def in_its_language(text, example):
+    """Whether all words of the thinking are of the example's language."""
+    return rules()["language_consistency"](text, example) == 1
+
+
 def read_problem_set(path):
     """The examples of a problem set. Raises ValueError with the file and line where no rule could read an answer."""
     return read_problems(path, lambda example: check_example(example, read_answer))
@@ -42,7 +47,9 @@ def add_template(parser):
 def open_model(dir, dtype=None, device=None, template=None):
     """(model, tokenizer) of a directory, which is checked before anything is loaded."""
     check_directory(dir, template)
-    return load(dir, device, dtype), Tokenizer(dir, template)
+    tokenizer = Tokenizer(dir, template)
+    tokenizer.template  # a chat template that is not known is refused before anything is loaded
+    return load(dir, device, dtype), tokenizer
 
 
 def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, **defaults):

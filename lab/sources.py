@@ -8,8 +8,8 @@ Both sources have the same attributes and methods, so that pipeline.py's recipe 
   settings(), identity()               what tells one source from another, for config.json and results.json
   tokenizer_of(stage)                  the tokenizer of a stage's model
   adapt(table)                         the table of stages, where this source differs from it
-  is_given(stage), directory(run, stage), base(run)    models that need no training, and the bases
-  readable(text, example), rewrite(row)                the cold start's filter, and its rewriting
+  is_given(stage), directory(run, stage), base(run)    models that need no training; making a base
+  in_any_one_language(text, example), rewrite(row)     the cold start's filter, and its rewriting
   general_examples(), rl2_prompts()    what joins late in the recipe
   left_out(stages)                     lines that say what the recipe does without here
 """
@@ -24,7 +24,7 @@ from data import world
 from data.problems import read_rows
 from lab import checkpoint
 from lab.check_input import check_directory
-from lab.scripts import read_problem_set
+from lab.scripts import in_its_language, read_problem_set
 from model import read_config
 from sft import SFTConfig
 from tokenizer import Tokenizer
@@ -80,9 +80,9 @@ class MiniWorld:
             corpus = world.corpus(self.seed + 1000, p.student_documents, styles=world.CORPUS["student_styles"])
         return run.sft(model, corpus, p.pretrain, pretraining=True)
 
-    def readable(self, text, example):
+    def in_any_one_language(self, text, example):
         """All words of the thinking are of one language, whichever it is: `rewrite` translates them."""
-        return any(in_one_language(text, {**example, "language": language}) for language in ("en", "zh"))
+        return any(in_its_language(text, {**example, "language": language}) for language in ("en", "zh"))
 
     def rewrite(self, row):
         """The thinking in the problem's language, mechanically, and a summary as the answer."""
@@ -112,10 +112,6 @@ class MiniWorld:
         return [next(pools[kind]) for kind in kinds[:total]]
 
 
-def in_one_language(text, example):
-    return rewards.language_consistency(text, example) == 1
-
-
 class OwnModel:
     """A checkpoint (any dense Llama, Qwen2 or Qwen3) and a problem set (any of data/problems.py) of the user's own.
 
@@ -136,6 +132,8 @@ class OwnModel:
         self.students = student_names(args.student)
         self.directories = {"base": args.base} | {f"base_{name}": dir for name, dir in self.students.items()}
         self.tokenizers = {name: Tokenizer(dir, template) for name, dir in self.directories.items()}
+        for tokenizer in self.tokenizers.values():
+            tokenizer.template  # a chat template that is not known is refused
         self.hard, self.general, self.safety = [], [], []
         self.read_problems()
 
@@ -196,8 +194,8 @@ class OwnModel:
     def base(self, run):
         return run.model(run.name)
 
-    def readable(self, text, example):
-        return in_one_language(text, example)
+    def in_any_one_language(self, text, example):
+        return in_its_language(text, example)
 
     def rewrite(self, row):
         return row

@@ -134,6 +134,15 @@ def test_what_cannot_be_done_with_the_recipe_is_said_in_one_line(args, culprit, 
     assert not (tmp_path / "run" / "config.json").exists()  # nothing that a corrected call would stumble over
 
 
+def test_a_reward_that_no_rule_is_called_by_is_named(tmp_path):
+    def misspelled():
+        pipeline.ACCURACY_AND_FORMAT = {"accuracy": 1.0, "fromat": 1.0}
+        pipeline.main()
+
+    ended = call(tmp_path, [*RECIPE, "--stages", "base,zero"], misspelled)
+    assert ended.status == 2 and "no rule is called fromat: there are accuracy" in ended.stderr, ended.stderr
+
+
 # ------------------------------------------------------------------------------------------- code that has changed
 
 def change_code(run, file, stages):

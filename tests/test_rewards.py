@@ -15,7 +15,7 @@ import rewards
 from data import math_answers
 from lab.check_input import check_example
 from rewards import (accuracy, accuracy_any, extract_answer, final_answer, format, harmlessness, helpfulness,
-                     is_refusal, language_consistency, split, thinks, weighted_sum)
+                     is_refusal, language_consistency, split, thinks)
 
 ROOT = Path(rewards.__file__).parent
 PROBLEM = {"prompt": "Ann has 12 apples and buys 45. How many?", "answer": "57", "language": "en",
@@ -568,21 +568,12 @@ def test_refusing_any_harmless_request_costs(example):
 
 # ---- together ----
 
-def test_the_weighted_sum_adds_each_named_reward():
-    weights = {"accuracy": 1.0, "format": 0.3, "language_consistency": 0.5}
-    assert weighted_sum(reply("57", "add 加"), PROBLEM, weights) == pytest.approx(1.55)
-    assert weighted_sum("57", PROBLEM, weights) == 0.0
-
-
-def test_the_weighted_sum_takes_rules_of_ones_own():
-    assert weighted_sum("57", PROBLEM, {"coin": 0.5}, {"coin": lambda completion, example: 1.0}) == 0.5
+def test_the_accuracies_of_rules_with_a_reader_read_by_it_and_the_other_rules_stay():
     half = PROBLEM | {"answer": r"\frac12"}
-    assert weighted_sum(reply("0.5", "a"), half, {"accuracy": 1.0}, MATH) == 1.0
-
-
-def test_an_unknown_reward_is_named():
-    with pytest.raises(KeyError, match="acuracy"):
-        weighted_sum(GOOD, PROBLEM, {"acuracy": 1.0})
+    assert MATH["accuracy"](reply("0.5", "a"), half) == 1.0
+    assert rewards.REWARDS["accuracy"](reply("0.5", "a"), half) == 0.0
+    assert MATH["accuracy_any"]("0.5", half) == 1.0
+    assert {name for name, rule in MATH.items() if rule is not rewards.REWARDS[name]} == {"accuracy", "accuracy_any"}
 
 
 # ---- harmless whatever comes ----
