@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import grpo
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +56,29 @@ def test_every_command_that_moved_is_where_the_page_says():
 def test_the_readme_can_be_read_in_a_few_minutes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000
+
+
+def test_the_generate_that_the_documents_give_trains_a_module_of_ones_own():
+    text = (ROOT / "docs" / "own_model.md").read_text(encoding="utf-8")
+    block, = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def generate(" in code]
+    names = {"torch": torch}
+    exec(block, names)  # our own document
+
+    class Table(torch.nn.Module):
+        """The next token depends on this one."""
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Embedding(8, 8)
+
+        def forward(self, ids):
+            return self.logits(ids)
+
+    rows = []
+    config = grpo.GRPOConfig(rollouts=30, prompts_per_rollout=2, group_size=16, lr=0.3, warmup=1, max_new_tokens=5,
+                             dtype="float32")
+    grpo.train(Table(), [[1, 2], [4]], encode=list, decode=lambda ids: [id for id in ids if id != 3],
+               generate=names["generate"], end_ids=[3], config=config,
+               rewards={"sevens": lambda ids, example: ids.count(7) / 5},
+               log=lambda metrics, rollout: rows.append(metrics))
+    assert rows[0]["reward"] < 0.3 and rows[-1]["reward"] > 0.6
+    assert rows[0]["sampler_gap"] < 1e-5  # its log-probabilities are those of the loss
