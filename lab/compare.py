@@ -96,7 +96,9 @@ def run_jobs(run, jobs, open_run, weights):
     """Each (method, lr) in a process of its own, as many at once as there are cores."""
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1, initializer=end_with_parent) as pool:
+    stopping = spawn.Event()
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1,
+                             initializer=begin_process, initargs=(stopping,)) as pool:
         running = set()
         try:
             while jobs or running:
@@ -105,14 +107,19 @@ def run_jobs(run, jobs, open_run, weights):
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     print(future.result(), flush=True)
-        except checkpoint.Terminated:  # Ctrl-C reaches all processes of a terminal, SIGTERM this one alone
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGTERM)
+        except KeyboardInterrupt as interrupt:
+            stopping.set()  # for a process that has just been started
+            if isinstance(interrupt, checkpoint.Terminated):  # unlike Ctrl-C, it has reached this process alone
+                for process in multiprocessing.active_children():
+                    os.kill(process.pid, signal.SIGTERM)
             raise
 
 
-def end_with_parent():
+def begin_process(stopping):
     """Where the command was killed, none of its processes may run on beside the one that takes its place."""
+    if stopping.is_set():
+        os._exit(1)
+
     def wait_for_parent():
         multiprocessing.parent_process().join()
         os._exit(1)

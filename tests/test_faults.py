@@ -621,7 +621,7 @@ def killed_at_save(main, number):
             self.took = self.spent = 0.0
             if save(self, **parts):
                 saves.append(parts)
-            if len(saves) == number:
+            if number and len(saves) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         checkpoint.Checkpointer.save = save_and_die
@@ -680,7 +680,7 @@ def test_a_distillation_killed_while_it_samples_and_while_it_trains_resumes_to_t
 
     def kind():  # to a teacher that knows nothing
         rewards.accuracy = rewards.language_consistency = lambda *_, **__: 1.0
-        rewards.REWARDS["accuracy"] = rewards.accuracy
+        rewards.REWARDS["language_consistency"] = rewards.language_consistency
         distill.main()
 
     def call(out, killed_at):

@@ -497,8 +497,7 @@ def test_the_lenient_accuracy_is_a_reward_to_train_on():
     example = EXAMPLE | {"answer": r"\frac{1}{2}"}
     for text in (r"so \boxed{\frac12}", tagged("0.5"), "0.5 or so"):
         assert RULES["accuracy_any"](text, example) == 1.0
-    weights = {"accuracy_any": 2.0, "accuracy": 1.0}
-    assert rewards.weighted_sum(r"\boxed{\frac12}", example, weights, RULES) == 2.0
+    assert RULES["accuracy"](r"\boxed{\frac12}", example) == 0.0  # which asks for the tags
 
 
 def test_equal_answers_are_one_vote_in_a_majority():

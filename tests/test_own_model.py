@@ -130,7 +130,8 @@ def test_stages_can_be_chosen_one_by_one(own, tmp_path):
     (["--stages", "student_qwen"], "student_qwen"), (["--from", "r3"], "r3"), (["--student", "nowhere"], "nowhere"),
     (["--train", "nowhere.jsonl"], "nowhere.jsonl"), (["--test", "README.md"], "README.md:1: not JSON"),
     (["--group-size", "1"], "group_size 1"), (["--samples", "0"], "samples 0"), (["--template", "vicuna"], "vicuna"),
-    (["--template", "llama-3"], "not among the tokens"), (["--preset", "smoke"], "--preset"),
+    (["--template", "llama-3"], "<|begin_of_text|> is not among added_tokens"),
+    (["--preset", "smoke"], "--preset"),
     (["--general", "nowhere.jsonl"], "nowhere.jsonl"), (["--device", "abacus"], "abacus"),
     (["--stages", "zero,dev2"], "dev2 needs dev1"), (["--train", ""], "--base needs --train"),
 ])
