@@ -25,6 +25,11 @@ def test_each_filter_catches_its_case(text, filter):
     assert len(rows) == (filter == "kept")
 
 
+def test_ten_thousand_characters_are_readable_and_one_more_is_not():
+    text = " ".join(map(str, range(3000)))
+    assert readable(text[:10_000]) and not readable(text[:10_001])
+
+
 def test_a_completion_falls_to_the_first_filter_that_it_does_not_pass():
     assert sample("六 ``` 七")[1]["correct"] == 1 and sample("五 5 ```")[1]["one_language"] == 1
 
@@ -49,9 +54,8 @@ def test_the_counts_add_up():
     rng = random.Random(0)
     texts = [[rng.choice(["5 a", "5 b", "5 c", "6", "5 三", "5```"]) for _ in range(20)] for _ in range(30)]
     rows, counts = rejection_sample([EXAMPLE] * 30, texts, lambda t, e: "5" in t, lambda t, e: t.isascii(), keep=2)
-    assert counts["sampled"] == 600 == sum(counts[name] for name in FILTERS) + counts["kept"] and counts["kept"] == len(
-        rows
-    )
+    assert counts["sampled"] == 600 == sum(counts[name] for name in FILTERS) + counts["kept"]
+    assert counts["kept"] == len(rows)
     assert all(counts[name] for name in FILTERS)
 
 

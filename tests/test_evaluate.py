@@ -164,10 +164,23 @@ def test_a_completion_that_ended_exactly_at_the_budget_does_not_go_on(tokenizer)
 
 
 def test_a_completion_that_ended_amid_its_thinking_is_not_helped_to_an_answer(tokenizer):
-    assert (
-        budgeted(tokenizer, 20, lambda prompt, j: "7</answer>" if "</think>" in prompt else "<think>0123")
-        == [["<think>0123"] * 2] * 2
-    )
+    def reply(prompt, j):
+        return "7</answer>" if "</think>" in prompt else "<think>0123"
+
+    assert budgeted(tokenizer, 20, reply) == [["<think>0123"] * 2] * 2
+
+
+def test_each_completion_is_continued_from_its_own_prompt(tokenizer):
+    def reply(prompt, j):
+        question, _, said = prompt.partition("?")
+        return f"{question}</answer>" if "</think>" in said else THOUGHT
+
+    expected = [f"<think>0123</think><answer>{name}</answer>" for name in ("a", "bb")]
+    assert budgeted(tokenizer, 11, reply) == [[text] * 2 for text in expected]
+
+
+def test_by_default_it_samples_as_r1_is_evaluated():
+    assert (EvalConfig().temperature, EvalConfig().top_p) == (0.6, 0.95)
 
 
 def test_an_answer_under_way_at_the_budget_is_finished(tokenizer):

@@ -50,9 +50,10 @@ def weights_of(model):
 
 
 def reinforce(model, **changes):
-    """Three rollouts of two updates; the sampler's log-probabilities are NaN in the rollouts of `broken`."""
+    """Rollouts, by default 3, of two updates; the sampler's log-probabilities are NaN in the rollouts of `broken`."""
     broken, calls, history = changes.pop("broken"), [], []
-    config = grpo.GRPOConfig(rollouts=3, prompts_per_rollout=2, group_size=4, minibatches=2, lr=1e-3, warmup=0,
+    rollouts = changes.pop("rollouts", 3)
+    config = grpo.GRPOConfig(rollouts=rollouts, prompts_per_rollout=2, group_size=4, minibatches=2, lr=1e-3, warmup=0,
                              max_new_tokens=6, old_logprobs="sampler", dtype="float32")
 
     def generate(model, prompts, **settings):
@@ -85,6 +86,11 @@ def test_five_rl_updates_in_a_row_that_are_not_finite_end_the_run_with_their_bat
         reinforce(model, broken={1, 2, 3})
     assert torch.equal(weights_of(model), before)
     assert caught.value.batch["old_logprobs"].isnan().any() and len(caught.value.batch["ids"]) == 4
+
+
+def test_updates_that_are_not_finite_but_not_in_a_row_end_nothing(tiny):
+    history = reinforce(tiny(), broken={1, 2, 4, 5}, rollouts=5)
+    assert [metrics["skipped"] for metrics, _ in history] == [2, 2, 0, 2, 2]
 
 
 def test_an_sft_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(tiny, monkeypatch):

@@ -931,6 +931,15 @@ def weights_of(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def test_its_optimizer_is_adam_with_betas_of_09_and_095_and_no_decay(tiny):
+    states = []
+    config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=2, group_size=2, minibatches=1, max_new_tokens=3)
+    run(tiny(), config, save=lambda **state: states.append(state))
+    group, = states[0]["optimizer"].param_groups
+    assert type(states[0]["optimizer"]) is torch.optim.Adam
+    assert group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0
+
+
 @pytest.mark.parametrize("fields", [{}, {"mean": "token", "scale_by_std": False, "beta": 0.0},
                                     *({**METHODS[name], "scale_by_std": name in ("GRPO", "DAPO", "GSPO", "CISPO"),
                                        "leave_one_out": name == "RLOO"} for name in METHODS if name != "PPO")],

@@ -886,3 +886,15 @@ def test_a_long_run_of_spaces_or_tags_is_shown_at_once():
     assert visible("x" + "</think>" * 5000 + " " * 50_000) == "x\n"
     assert visible("<" * 50_000, last=False) == ""
     assert time.process_time() - started < 2
+
+
+def test_new_weights_are_normal_and_smaller_where_they_write_into_the_residual_stream():
+    """0.02 at width 768, as 1/sqrt(width); divided by sqrt(2 layers) in the projections that add to the stream."""
+    config = Config(vocab_size=64, hidden_size=192, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            assert (weight == 1).all()
+            continue
+        std = 0.04 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.04
+        assert abs(weight.std().item() / std - 1) < 0.05 and abs(weight.mean().item()) < std / 20, name

@@ -444,6 +444,12 @@ def test_four_words_in_five_must_be_of_the_language():
     assert helpfulness(reply("It most surely is Paris 了"), CAPITAL) == 1.0
 
 
+def test_thirty_words_are_a_reply_and_one_more_is_a_list_of_all_that_one_knows():
+    words = [f"word{chr(97 + i)}" for i in range(26)] + ["one", "two", "three"]  # and Paris
+    assert helpfulness(reply(" ".join(["Paris", *words])), CAPITAL) == 1.0
+    assert helpfulness(reply(" ".join(["Paris", *words, "four"])), CAPITAL) == 0.0
+
+
 def test_the_words_of_a_translation_are_neutral():
     assert helpfulness(reply("苹果"), TRANSLATE) == helpfulness(reply("You say 苹果."), TRANSLATE) == 1.0
     chinese = {"prompt": "苹果用英语怎么说？", "answer": "apple", "language": "zh", "kind": "general"}

@@ -169,6 +169,10 @@ def test_micro_batches_change_neither_loss_nor_gradient(tiny):
             assert [m[name] for m in history] == pytest.approx([m[name] for m in histories[0]], rel=1e-4)
 
 
+def test_by_default_weights_decay_by_a_tenth_of_the_rate():
+    assert SFTConfig().weight_decay == 0.1
+
+
 def test_weight_decay_falls_on_matrices_only(tiny):
     groups = sft.make_optimizer(tiny(), 1e-3, weight_decay=0.1).param_groups
     decayed = {p.dim() for g in groups for p in g["params"] if g["weight_decay"] == 0.1}
