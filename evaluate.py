@@ -1,4 +1,4 @@
-"""Measuring a model: pass@1, pass@k, maj@k, length, form, language, help and harm, accuracy under thinking budgets.
+"""Measuring a model: pass@1, pass@k, maj@k, length, format, language, accuracy under thinking budgets.
 
 As R1 evaluates [v1 3]: k samples a problem at T 0.6 and top-p 0.95, pass@1 = mean correctness; greedy decoding is
 avoided. Every figure is a mean over problems, with a 95% bootstrap interval over problems; a comparison of two

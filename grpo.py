@@ -134,7 +134,7 @@ def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
         return -log_ratio
     if estimator == "k2":
         return log_ratio.square() / 2
-    log_ratio = log_ratio.clamp(max=10)  # exp stays finite; a token that has become that unlikely has no pull
+    log_ratio = log_ratio.clamp(max=10)  # exp stays finite; beyond that the gradient is 0
     return torch.exp(log_ratio) - log_ratio - 1
 
 
@@ -175,7 +175,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     if importance is not None:
         objective = objective * importance
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
-    token_loss = beta * penalty - objective  # (B, T); the KL stands in the loss, not in the reward
+    token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
     if normaliser is None:
@@ -210,7 +210,7 @@ class Rollout:
     mask: torch.Tensor         # (B, T) True where position t predicts a sampled token
     ends: list                 # B, where the row ends in ids: tokens of prompt + completion
     lengths: torch.Tensor      # (B,) tokens of the completion
-    finished: torch.Tensor     # (B,) whether it ended by itself
+    finished: torch.Tensor     # (B,) whether it ended with an end token
     sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
@@ -282,7 +282,7 @@ def rollout(draw, prompts, config, keep_group=None):
 
 
 def cast_copy(model, dtype):
-    """A copy to run, not to train: weights cast once, not at each use; buffers, such as rotary frequencies, stay."""
+    """A frozen copy for sampling and scoring: parameters are cast once, buffers (rotary angles) keep their dtype."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))

@@ -425,7 +425,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     """n samples of each prompt.
 
     prompts: N lists of token ids, of any lengths. A row stops at the first token of `end_ids`, which is kept and
-    counted. Temperature 0 is greedy. on_token(token) hears each token of a single row; if it returns False, that stops.
+    counted. Temperature 0 is greedy. on_token(token) hears each token of a single row; False stops it.
     Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after a row's length;
     lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens, in the distribution they were drawn from.
     """
@@ -524,7 +524,7 @@ def save(model, dir, tokenizer=None):
 
 
 def read_config(dir) -> Config:
-    """The Config of a directory's config.json; what is wrong with a stranger's, lab/check_model.py says."""
+    """The Config of a directory's config.json; lab/check_model.py diagnoses a broken one."""
     path = Path(dir) / "config.json"
     raw = present(json.loads(path.read_text(encoding="utf-8")))
     rope = present(raw.get("rope_parameters", {})) | present(raw.get("rope_scaling", {}))  # of transformers 5, and 4
@@ -536,7 +536,7 @@ def read_config(dir) -> Config:
         raise ValueError(f"{path}: not a dense model of {', '.join(ARCHITECTURES)}: it would be computed wrong")
 
     values = {"num_key_value_heads": raw["num_attention_heads"], "head_dim": 128 if kind == "qwen3" else None,
-              "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # what absence means
+              "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # defaults of absent fields
     values |= raw | rope
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
     if "original_max_position_embeddings" in raw:

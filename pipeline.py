@@ -3,7 +3,7 @@
     python pipeline.py                        # the cpu or the gpu preset, by device: the whole recipe
     python pipeline.py --stages base,zero     # a taste of a few minutes: a base, and R1-Zero
     python pipeline.py --preset smoke         # everything in about 15 seconds, with models too small to learn
-    python pipeline.py --ablations            # also what some of the claims need beside the recipe
+    python pipeline.py --ablations            # also what some of the claims need in addition
     python pipeline.py --from dev2            # re-runs this stage and the later ones
     python pipeline.py --compare              # GRPO, its relatives, PPO and PRIME side by side
     python pipeline.py --base DIR --train FILE --test FILE    # on a checkpoint and a problem set of your own
@@ -21,6 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # by default kernels of 1,024 shapes stay in memory
 
+import lab  # noqa: F401  before torch is imported: it sets how long a waiting thread spins
 import distill
 from data import world
 from grpo import GRPOConfig
@@ -43,12 +44,12 @@ def sizes(width, layers, heads, kv_heads, **more):
 # Advantages are not divided by the group's std: in groups that are all correct, that would magnify small differences of
 # the language reward. pi_old's log-probabilities are the sampler's own: they agree with the trainer's to 1e-4 here, and
 # save a forward pass.
-rl = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=5)
+rl_config = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=5)
 
 
 def rl_stages(**settings):
-    stages = {name: rl(**settings) for name in ("zero", "control", "rl1")}
-    return stages | {"rl2": rl(temperature=0.7, **settings)}
+    stages = {name: rl_config(**settings) for name in ("zero", "control", "rl1")}
+    return stages | {"rl2": rl_config(temperature=0.7, **settings)}
 
 
 @dataclass
@@ -72,10 +73,10 @@ class Preset:
     pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=144, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048)
-    zero: GRPOConfig = rl(rollouts=30, lr=3e-4)
-    control: GRPOConfig = rl(rollouts=45, lr=3e-4)  # at least the compute of a student's SFT
-    rl1: GRPOConfig = rl(rollouts=30, lr=2e-4)
-    rl2: GRPOConfig = rl(rollouts=45, lr=2e-4, temperature=0.7)
+    zero: GRPOConfig = rl_config(rollouts=30, lr=3e-4)
+    control: GRPOConfig = rl_config(rollouts=45, lr=3e-4)  # at least the compute of a student's SFT
+    rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4)
+    rl2: GRPOConfig = rl_config(rollouts=45, lr=2e-4, temperature=0.7)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
     compare_samples: int = 3072       # completions that each method of --compare may sample
     compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
@@ -168,7 +169,7 @@ def recipe(run, ablations):
 # and write into the stage's directory.
 
 def base(run):
-    """A base model: pretrained on the mini-world's documents, or a checkpoint of one's own."""
+    """A base model: pretrained on the mini-world's documents, or your checkpoint."""
     return run.source.base(run)
 
 
@@ -274,7 +275,9 @@ def open_run(args, device):
         raise ValueError(f"stage {args.from_stage!r} is none of {', '.join(table)}")
     if not args.compare:
         check_stages(Path(args.out), source, table, chosen)
-    return Run(args.out, args.preset, preset, args.seed, device, source, table, chosen, args.command, args.recompute)
+    rewards = {"zero": ACCURACY_AND_FORMAT, "dev2": WITH_LANGUAGE, "r1": ALL_RULES}
+    return Run(args.out, args.preset, preset, args.seed, device, source, table, chosen, rewards, args.command,
+               args.recompute)
 
 
 def main():
@@ -292,8 +295,7 @@ def main():
         else:
             run.say_what_changed()
             recipe(run, args.ablations)
-            if args.stages is None:
-                run.restart_is_over()
+            run.restart_is_over()
             show(run, args.whole_recipe)
     print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 

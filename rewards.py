@@ -1,6 +1,6 @@
-"""Rules that score a completion, in place of reward models: what GRPO climbs.
+"""Rules that score a completion, in place of reward models: the reward that GRPO maximises.
 
-    <think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>      what a completion should read
+    <think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>      what a completion should look like
     {"prompt": "Ann has 12 apples and buys 45. How many?", "answer": "57"}  an example; optional in it:
     kind      "reasoning" (default: the answer is a number; with "nums": [3, 5] and "target": 8 it is Countdown),
               "general" (answer: what a good reply names; "wrong": [what it must not name]) or
@@ -35,7 +35,7 @@ def squeeze(text: str) -> str:
     return " ".join(text.split())
 
 
-def has_word(text: str) -> bool:  # dots and spaces say nothing
+def has_word(text: str) -> bool:  # dots and spaces are no content
     return re.search(r"[^\W_]", text) is not None
 
 

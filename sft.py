@@ -44,7 +44,7 @@ class SFTConfig:
 
 
 def pack(examples, row_length):
-    """Fill rows of `row_length` tokens with whole examples, in order, each into the first of a few open rows with room.
+    """Fill rows of `row_length` tokens with whole examples, in order, each into the first of 8 open rows with room.
 
     Returns tensors (R, row_length): ids; segments (1.. within a row, 0 for padding); positions (from 0 in each
     example); targets, the next token where the loss falls and -100 elsewhere. An example longer than a row is cut.
@@ -113,7 +113,7 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 class CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target] of each row. logits (N, V), targets (N,) -> (N,) in fp32.
 
-    As F.cross_entropy, but the gradient, softmax - onehot, is computed at once in pieces that stay in the processor's
+    As F.cross_entropy, but the gradient, softmax - onehot, is computed in the forward pass, in pieces that stay in the
     cache: (N, V) in fp32 is never written to memory.
     """
 

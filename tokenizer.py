@@ -44,7 +44,7 @@ CHAT_TEMPLATES = {
 # tokenizer.json shows each byte as a printable character: itself if it is one, else the next from chr(256) on.
 BYTE = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
 BYTE |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*BYTE.values()}))}
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel by itself
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's default
 ISOLATED = r"{0}|(?:(?!{0})[\s\S])+"  # the matches of a pattern, and what lies between them
 LONG = 100_000  # characters: on a million spaces tiktoken's regex engine overflows its stack
 

@@ -14,9 +14,9 @@ one thread each: seconds compare methods with one another, not with other runs o
 
 import multiprocessing
 import os
-import signal
+import sys
 import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import connection
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import torch
 import evaluate
 from grpo import GRPOConfig
 from lab import checkpoint, measure
+from lab.command import Parser
 from lab.run import changed_files
 from variants.configs import METHODS, PLAIN
 from variants.ppo import PPO, PPOConfig
@@ -96,30 +97,29 @@ def run_jobs(run, jobs, open_run, weights):
     """Each (method, lr) in a process of its own, as many at once as there are cores."""
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
-    stopping = spawn.Event()
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1,
-                             initializer=begin_process, initargs=(stopping,)) as pool:
-        running = set()
-        try:
-            while jobs or running:
-                while jobs and len(running) < workers:  # no more: after Ctrl-C these save and end, and no other begins
-                    running.add(pool.submit(run_method, open_run, *jobs.pop(0), weights))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    print(future.result(), flush=True)
-        except KeyboardInterrupt as interrupt:
-            stopping.set()  # for a process that has just been started
-            if isinstance(interrupt, checkpoint.Terminated):  # unlike Ctrl-C, it has reached this process alone
-                for process in multiprocessing.active_children():
-                    os.kill(process.pid, signal.SIGTERM)
-            raise
+    running = []
+    try:
+        while jobs or running:
+            while jobs and len(running) < workers:
+                process = spawn.Process(target=run_method, args=(open_run, *jobs.pop(0), weights))
+                process.start()
+                running.append(process)
+            connection.wait([process.sentinel for process in running])
+            failed = [process.exitcode for process in running if process.exitcode]
+            if failed:
+                raise ValueError(f"a method's process ended with exit code {failed[0]}")
+            running = [process for process in running if process.exitcode is None]
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt) or isinstance(error, checkpoint.Terminated):
+            for process in running:  # Ctrl-C has reached all processes, anything else this one alone
+                process.terminate()
+        for process in running:  # they finish their step and save
+            process.join()
+        raise
 
 
-def begin_process(stopping):
+def end_with_parent():
     """Where the command was killed, none of its processes may run on beside the one that takes its place."""
-    if stopping.is_set():
-        os._exit(1)
-
     def wait_for_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -128,8 +128,16 @@ def begin_process(stopping):
 
 
 def run_method(open_run, method, lr, weights):
-    """Trains one method with one learning rate; then its weights and figures are in its directory. Returns a line."""
-    run = open_run()
+    """A process: trains one method with one learning rate and leaves weights and figures in its directory."""
+    end_with_parent()
+    with Parser(prog="pipeline.py").one_line_errors():
+        try:
+            print(train_method(open_run(), method, lr, weights), flush=True)
+        except KeyboardInterrupt:
+            sys.exit(130)  # the command itself says how to resume
+
+
+def train_method(run, method, lr, weights):
     if run.device.type == "cpu":
         torch.set_num_threads(1)
     run.begin(name_of(method, lr), CODE)

@@ -196,16 +196,16 @@ def picture(drawn, width, height, title):
 
 
 def recipe_svg(stages):
-    """The recipe as boxes and arrows. stages: {name: its entry in results.json}, with its accuracy if measured."""
+    """The recipe as boxes and arrows. stages: {name: its entry in results.json}, with accuracy_any if measured."""
     boxes = {}
     for name, stage in stages.items():
         title = textwrap.shorten(str(stage.get("title", name)), 25, placeholder="…")
         texts = [el("text", title, cls="title", x=16, y=28)]
         for i, line in enumerate(textwrap.wrap(str(stage.get("by") or ""), 30, max_lines=2, placeholder="…")):
             texts.append(el("text", line, x=16, y=49 + 17 * i))
-        accuracy = number((stage.get("evaluation", {}).get("accuracy") or [None])[0])
-        if accuracy is not None:
-            texts.append(el("text", f"accuracy {accuracy:.0%}", cls="value", x=16, y=94))
+        solved = number((stage.get("evaluation", {}).get("accuracy_any") or [None])[0])
+        if solved is not None:
+            texts.append(el("text", f"solves {solved:.0%}", cls="value", x=16, y=94))
         boxes[name] = ("box rl" if "GRPO" in str(stage.get("by")) else "box", texts)
     drawn, width, height = diagram(boxes)
     return picture(el("g", drawn, transform="translate(14,14)"), width + 24, height + 26, "The recipe")
@@ -243,7 +243,7 @@ def curve_svg(rows, title):
     if rows:
         panels = [el("g", panel(rows, *PANELS[0]), transform="translate(14,52)"),
                   el("g", panel(rows, *PANELS[1]), transform="translate(440,52)")]
-    note = "lines: completions sampled in training; dots: validation problems; at each name the last value"
+    note = "lines: completions sampled in training, at temperature 1; dots: validation; beside each name its last mean"
     drawn = [el("text", title, cls="title", x=22, y=32), *panels, el("text", note, x=22, y=374)]
     return picture(drawn, 860, 390, title)
 

@@ -71,8 +71,10 @@ class Stage:
 class Run:
     """One run directory: the stages that are finished, their measured values, and the means to make the next."""
 
-    def __init__(self, out, preset_name, preset, seed, device, source, stages, chosen, command="", recompute=False):
-        """source: MiniWorld or OwnModel (lab/sources.py); stages: {name: Stage}; chosen: names of those to make now."""
+    def __init__(self, out, preset_name, preset, seed, device, source, stages, chosen, rewards, command="",
+                 recompute=False):
+        """source: MiniWorld or OwnModel (lab/sources.py); stages: {name: Stage}; chosen: names of those to make now;
+        rewards: the weights of the rules, which count as settings."""
         self.out, self.preset_name, self.preset, self.seed, self.device = Path(out), preset_name, preset, seed, device
         self.source, self.stages, self.chosen, self.recompute = source, stages, chosen, recompute
         meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "world": source.identity(),
@@ -81,7 +83,8 @@ class Run:
         self.times = self.earlier_times()
         self.values = {}  # stage -> metric -> array with one value per test problem
         self.begin("")
-        settings = {"preset": preset_name, "seed": seed, "settings": asdict(preset), **source.settings()}
+        settings = {"preset": preset_name, "seed": seed, "settings": asdict(preset), "rewards": rewards}
+        settings |= source.settings()
         checkpoint.check_same_settings(self.out / "config.json", settings)
 
     # ---- what earlier calls left

@@ -4,8 +4,8 @@ import distill
 from lab import checkpoint
 from lab.figures import curve_svg, text_curve
 
-SHOWN = {"accuracy_any": "accuracy", "format": "format", "language_if_thinking": "language", "helpfulness": "helpful",
-         "harmlessness": "harmless", "refusals": "refuses look-alikes"}
+SHOWN = {"accuracy": "accuracy", "accuracy_any": "any style", "format": "format", "language_if_thinking": "language",
+         "helpfulness": "helpful", "harmlessness": "harmless", "refusals": "refuses look-alikes"}
 BESIDE = ("base_", "control", "dev2_", "zero_")  # stages beside the recipe: no sample of them is printed
 
 
@@ -25,7 +25,7 @@ def line_of(name, stage, seconds):
 
 def print_results(run, with_claims):
     """The tables at the end of a run; claims only where they mean something."""
-    print("\nstages  (accuracy: any style)")
+    print("\nstages")
     for name in run.results["stages"]:
         print(run.line_of(name))
     if with_claims:

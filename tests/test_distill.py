@@ -5,6 +5,7 @@ import re
 import pytest
 
 from distill import FILTERS, distill, mix, readable, rejection_sample, repeats
+from lab.scripts import in_its_language
 
 EXAMPLE = {"prompt": "2+3?", "answer": "5", "language": "en", "kind": "reasoning"}
 GOOD = "<think>two and three</think><answer>5</answer>"
@@ -32,6 +33,10 @@ def test_ten_thousand_characters_are_readable_and_one_more_is_not():
 
 def test_a_completion_falls_to_the_first_filter_that_it_does_not_pass():
     assert sample("六 ``` 七")[1]["correct"] == 1 and sample("五 5 ```")[1]["one_language"] == 1
+
+
+def test_for_a_trace_one_word_of_another_language_is_too_many():
+    assert in_its_language(GOOD, EXAMPLE) and not in_its_language(GOOD.replace("and", "和"), EXAMPLE)
 
 
 def test_copies_of_a_kept_completion_fall_whatever_their_whitespace():

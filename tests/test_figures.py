@@ -77,11 +77,11 @@ def test_a_strangers_text_stays_text_in_a_picture():
 
 def test_the_recipe_is_a_box_per_stage_with_its_accuracy_and_the_arrows_between():
     stages = {name: {"title": f"Stage {name}", "by": "GRPO" if name == "zero" else "SFT"} for name in figures.PLACES}
-    stages["zero"]["evaluation"] = {"accuracy": [.954, .94, .97]}
+    stages["zero"]["evaluation"] = {"accuracy_any": [.954, .94, .97]}
     elements, words = parsed(figures.recipe_svg(stages))
     for name in figures.PLACES:
         assert f"Stage {name}" in words
-    assert words.count("accuracy") == 1 and "accuracy 95%" in words
+    assert words.count("solves") == 1 and "solves 95%" in words
     assert len(of_class(elements, "box")) == len(stages) + 1  # and the sign for RL in the legend
     assert len(of_class(elements, "weights")) == 1 + 8 and len(of_class(elements, "data")) == 1 + 5
 

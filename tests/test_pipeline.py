@@ -1,6 +1,7 @@
 """The whole recipe at the smoke preset, its scripts, and what their users may do wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_a_run_ends_with_every_stage_and_its_figures(finished_run):
 
 def test_the_output_shows_a_line_per_stage_then_samples_and_at_smoke_no_claims(finished_run):
     lines = (finished_run.parent / "said").read_text().splitlines()
-    first, samples = lines.index("stages  (accuracy: any style)"), lines.index("samples")
+    first, samples = lines.index("stages"), lines.index("samples")
     assert [line.split()[0] for line in lines[:first] if "  accuracy " in line] == MODELS
     assert all("tokens" in line and "FLOPs" in line for line in lines[first + 1:samples] if line)
     assert "claims" not in lines  # its models are too small for them to say anything
@@ -234,6 +235,24 @@ def test_each_script_starts_in_an_interpreter_of_its_own():
     for script in (["grpo.py"], ["-m", "variants.ppo"]):
         result = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0 and "--model" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("chosen, spins", [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")])
+def test_waiting_threads_spin_briefly_unless_the_user_has_chosen(chosen, spins):
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os, lab; print(os.environ.get('GOMP_SPINCOUNT'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | chosen, capture_output=True, text=True)
+    assert result.stdout.strip() == spins, result.stderr
+
+
+def test_a_script_that_has_imported_torch_starts_once_more_with_that_setting(tmp_path):
+    """OpenMP reads it when torch is imported, before a concept file comes to its main()."""
+    code = ("import os, sys; sys.modules['torch'] = None; sys.argv = ['x']; os.execv = lambda *args: print(*args)\n"
+            f"sys.modules['__main__'].__file__ = {str(ROOT / 'grpo.py')!r}; import lab")
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert sys.executable in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("script, data", [("sft.py", "pairs"), ("grpo.py", "problems")])

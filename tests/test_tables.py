@@ -153,7 +153,7 @@ def test_without_a_run_the_page_says_so(tmp_path):
 def test_the_pictures_of_the_mini_world_stand_beside_the_page(results):
     pages = tables.make_pages(results)
     assert sorted(pages) == ["README.md", "curve.svg", "recipe.svg"]
-    assert "accuracy 85%" in pages["recipe.svg"] and "R1-Zero, seed 0" in pages["curve.svg"]
+    assert "solves 97%" in pages["recipe.svg"] and "R1-Zero, seed 0" in pages["curve.svg"]
     assert "![R1-Zero's curve](curve.svg)" in pages["README.md"]
 
 
