@@ -1,4 +1,4 @@
-"""What every command checks before anything is loaded: one line that names what is wrong with a stranger's file.
+"""What every command checks before anything is loaded: one line that names what is wrong with an untrusted file.
 
 check_directory(dir): a model directory; check_tokenizer.py and check_model.py diagnose its parts.
 check_example(example, read): a row of a problem set.

@@ -1,4 +1,4 @@
-"""Diagnoses a stranger's model directory before anything of it is loaded.
+"""Diagnoses an untrusted model directory before anything of it is loaded.
 
 `check_model(dir)` passes over what model.py can load: a dense Llama, Qwen2 or Qwen3 whose tensors are those that its
 config.json describes. Else it raises a ValueError of one line, which names the file and the field or tensor. It reads
@@ -207,7 +207,7 @@ def tensor_shapes(c):
 
 
 def weight_files(dir):
-    """The file that names the weights, to be blamed for a missing tensor, and the safetensors files."""
+    """The file that names the weights, to name where a tensor is missing, and the safetensors files."""
     single, index = dir / "model.safetensors", dir / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         return single, [single]

@@ -8,7 +8,7 @@ counted), with at least 4 updates per rollout, so that clipping acts, at the lea
 problems in the search (Preset.compare_lr). Two controls separate learning from elicitation: random rewards, and the
 format reward alone.
 
-Each run has a process of its own, so that its memory is its own; as many at once as there are cores (on CUDA one), with
+Each run has its own process, so that its memory is its own; as many at once as there are cores (on CUDA one), with
 one thread each: seconds compare methods with one another, not with other runs of the machine.
 """
 

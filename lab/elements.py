@@ -1,6 +1,6 @@
 """Elements of HTML and SVG, and figures in words, for report.py, figures.py and tables.py.
 
-A stranger's text (what a model wrote, what a file says) is escaped where it enters an element.
+Untrusted text (what a model wrote, what a file says) is escaped where it enters an element.
 """
 
 import html
@@ -12,7 +12,7 @@ STRANGE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 class Markup(str):
-    """Elements of our own making. Any other string is a stranger's, and escaped when it enters an element."""
+    """Elements of our own making. Any other string is untrusted, and escaped when it enters an element."""
 
 
 def escape(value):

@@ -87,7 +87,7 @@ def score_many(run, name):
 
 
 def thinking_budgets(run, budgets=(8, 24, 48, 96)):
-    """r1's accuracy with its thinking cut at each budget of tokens; and, apart, lengthened once by "Wait" [s1]."""
+    """r1's accuracy with its thinking cut at each budget of tokens; and, separately, lengthened once by "Wait" [s1]."""
     model = run.model("r1")
     for budget in budgets:
         run.extra(f"budget_{budget}", partial(accuracy_within, run, model, budget))

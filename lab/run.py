@@ -112,7 +112,7 @@ class Run:
         return results
 
     def earlier_times(self):
-        """times.json: in a file of its own, so that everything else is the same at each run."""
+        """times.json: in a separate file, so that everything else is the same at each run."""
         path = self.out / "times.json"
         times = {"date": str(date.today()), "stages": {}}
         if path.exists():

@@ -115,7 +115,7 @@ class MiniWorld:
 class OwnModel:
     """A checkpoint (any dense Llama, Qwen2 or Qwen3) and a problem set (any of data/problems.py) of the user's own.
 
-    The base and the students are given, not trained. What a real set has no data for is left out, and the run says so:
+    The base and the students are provided, not trained. What a set has no data for is left out, and the run says so:
     general and unsafe requests (but --general brings examples for SFT-2), and the translation of the cold start.
     """
 

@@ -90,7 +90,7 @@ def evaluations(runs, part="stages"):
 # ------------------------------------------------------------------------------------------- Markdown
 
 def markdown(value):
-    """A stranger's text within a table's cell."""
+    """Untrusted text within a table's cell."""
     text = " ".join(str(value).split())
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 

@@ -43,7 +43,7 @@ def print_results(run, with_claims):
 
 
 def show(run, whole_recipe):
-    """What the call ends with. whole_recipe: the command that goes on from here to the other stages."""
+    """What the call ends with. whole_recipe: the command that continues with the other stages."""
     if run.chosen == ["base", "zero"]:
         show_taste(run, whole_recipe)
     else:
@@ -51,7 +51,7 @@ def show(run, whole_recipe):
 
 
 def show_taste(run, whole_recipe):
-    """After base and R1-Zero alone: the curve, one problem before and after, and how to go on."""
+    """After base and R1-Zero alone: the curve, one problem before and after, and how to continue."""
     rows = checkpoint.read_jsonl(run.out / "zero" / "metrics.jsonl")
     checkpoint.atomic_write(run.out / "curve.svg", curve_svg(rows, "R1-Zero"))
     print("\nR1-Zero, over its rollouts")

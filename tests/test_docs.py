@@ -1,6 +1,7 @@
 """README.md and docs/ speak of files, functions and commands that exist."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -82,3 +83,44 @@ def test_the_generate_that_the_documents_give_trains_a_module_of_ones_own():
                log=lambda metrics, rollout: rows.append(metrics))
     assert rows[0]["reward"] < 0.3 and rows[-1]["reward"] > 0.5
     assert rows[0]["sampler_gap"] < 1e-5  # its log-probabilities are those of the loss
+
+
+def rows_of(text, heading):
+    """The cells of each table row below a heading, without bold."""
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.replace("**", "").strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_readmes_figures_are_those_of_the_committed_run():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "results" / "world" / "seed-0" / "results.json").read_text(encoding="utf-8"))
+
+    def percent(stage, metric):
+        return f"{100 * results['stages'][stage]['evaluation'][metric][0]:.0f}"
+
+    rows = {row[0]: row[1:] for row in rows_of(text, "Results")}
+    for name in ("base", "zero", "dev1", "dev2", "dev3", "r1", "student, Qwen"):
+        stage = "student_qwen" if name == "student, Qwen" else name
+        metrics = ("accuracy_any", "accuracy", "language_if_thinking", "helpfulness", "harmlessness")
+        assert rows[name] == [percent(stage, metric) for metric in metrics], name
+    promise = " ".join(text.partition("\n![")[0].split())
+    for stage in ("base", "zero", "r1"):
+        assert f"solves {percent(stage, 'accuracy_any')}%" in promise
+    assert f"stays at {percent('control_qwen', 'accuracy_any')}%" in text
+    claims = {claim["number"]: claim for claim in results["claims"]}
+    for number in ("1", "2", "3", "4", "5", "6", "8", "9", "10", "12"):
+        claim = claims["10 qwen" if number == "10" else number]
+        figure = f"{claim['ours']:+.1f} [{claim['low']:+.1f}, {claim['high']:+.1f}]"
+        assert rows[number][1].removesuffix(" tokens") == figure and rows[number][2] == claim["verdict"], number
+
+
+def test_the_readmes_problem_and_answers_are_of_the_committed_run():
+    text = "".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    samples = [json.loads(line) for line in
+               (ROOT / "results" / "world" / "seed-0" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = [row for row in samples if "".join(row["prompt"].split()) in text]
+    assert {row["stage"] for row in shown} >= {"base", "zero", "r1"}
+    for row in shown:
+        if row["stage"] in ("base", "zero", "r1"):
+            assert "".join(row["completion"].split()) in text, row["stage"]
