@@ -237,11 +237,13 @@ def test_each_script_starts_in_an_interpreter_of_its_own():
         assert result.returncode == 0 and "--model" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("chosen, spins", [
-    ({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")])
-def test_waiting_threads_spin_briefly_unless_the_user_has_chosen(chosen, spins):
+@pytest.mark.parametrize("load, chosen, spins", [
+    (2.0, {}, "1000"), (0.3, {}, "None"), (2.0, {"GOMP_SPINCOUNT": "5"}, "5"),
+    (2.0, {"OMP_WAIT_POLICY": "PASSIVE"}, "None")])
+def test_on_a_busy_machine_waiting_threads_spin_briefly_unless_the_user_has_chosen(load, chosen, spins):
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    code = "import os, lab; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = (f"import os; os.getloadavg = lambda: ({load}, 0, 0)\n"
+            "import lab; print(os.environ.get('GOMP_SPINCOUNT'))")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | chosen, capture_output=True, text=True)
     assert result.stdout.strip() == spins, result.stderr
 
@@ -249,6 +251,7 @@ def test_waiting_threads_spin_briefly_unless_the_user_has_chosen(chosen, spins):
 def test_a_script_that_has_imported_torch_starts_once_more_with_that_setting(tmp_path):
     """OpenMP reads it when torch is imported, before a concept file comes to its main()."""
     code = ("import os, sys; sys.modules['torch'] = None; sys.argv = ['x']; os.execv = lambda *args: print(*args)\n"
+            "os.getloadavg = lambda: (2.0, 0, 0)\n"
             f"sys.modules['__main__'].__file__ = {str(ROOT / 'grpo.py')!r}; import lab")
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True)
