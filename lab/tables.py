@@ -298,11 +298,11 @@ def without_paths(text):
 
 
 def samples_to_keep(path):
-    """The first two test problems and the first request of each other kind and purpose."""
+    """The first four test problems and the first request of each other kind and purpose."""
     kept = {}
     for row in read_objects(path):
         kind = (row.get("kind"), row.get("harmful"))
-        most = 2 if row.get("kind", "reasoning") == "reasoning" else 1
+        most = 4 if row.get("kind", "reasoning") == "reasoning" else 1
         if len(kept.setdefault(kind, [])) < most:
             kept[kind].append({key: row.get(key) for key in ("prompt", "answer", "completion")})
     return [row for rows in kept.values() for row in rows]

@@ -113,7 +113,7 @@ def test_the_health_of_r1_zero_is_shown_at_rollouts_1_5_10_and_so_on(results):
 def test_each_kept_problem_is_answered_by_one_stage_after_the_other(results):
     text = tables.make_pages(results)["README.md"]
     samples = text[text.index("### Samples"):]
-    assert samples.count("```text") == 3  # two problems and a general request
+    assert samples.count("```text") == 5  # four problems and a general request
     answers = "\n".join(f"{stage:16} {stage} says 2" for stage in STAGES)
     assert f"1+1?   (2)\n\n{answers}\n" in samples
     assert "I am ⏎ R1." in samples
