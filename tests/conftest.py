@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,28 @@ def seeded():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
 
 
+def pytest_collection_finish(session):
+    """The run that many tests look at begins at once, on the other core."""
+    if session.config.option.collectonly:
+        return
+    if any("finished_run" in item.fixturenames for item in session.items):
+        from runs import RECIPE, begin
+        folder = Path(tempfile.mkdtemp())
+        session.config.begun_run = folder, begin(folder, RECIPE)
+
+
+def pytest_unconfigure(config):
+    folder, child = getattr(config, "begun_run", (None, None))
+    if folder is not None:
+        child.__exit__()
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
+def finished_run(request):
     """A run of the whole recipe at the smoke preset, not to be changed; what it printed stands in `said` beside it."""
-    from runs import RECIPE, call
-    folder = tmp_path_factory.mktemp("finished")
-    ended = call(folder, RECIPE)
+    folder, child = request.config.begun_run
+    ended = child.wait(280)
     assert ended.status == 0, ended.stderr
     (folder / "said").write_text(ended.stdout)
     return folder / "run"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,11 +111,13 @@ def test_base_and_zero_are_a_taste_that_ends_with_the_curve_and_a_problem_before
     assert (tmp_path / "run" / "curve.svg").read_text().startswith("<svg")
 
 
-def test_the_other_stages_go_on_from_the_taste_to_the_same_end(tmp_path, finished_run):
-    for stages in ("base,zero", "dev1,dev2,traces", "students,controls", "dev3,r1"):
-        ended = call(tmp_path, [*RECIPE, "--stages", stages])
+def test_stages_chosen_one_after_the_other_come_to_the_same_end(copy_of_run, finished_run):
+    for stage in ("dev3", "r1", "base_llama", "student_llama"):
+        shutil.rmtree(copy_of_run / stage)
+    for stages in ("base_llama,student_llama", "dev3,r1"):
+        ended = call(copy_of_run.parent, [*RECIPE, "--stages", stages])
         assert ended.status == 0, ended.stderr
-    found, undisturbed = content(tmp_path / "run"), content(finished_run)
+    found, undisturbed = content(copy_of_run), content(finished_run)
     weights = [name for name in undisturbed if name.endswith((".safetensors", "samples.jsonl", "metrics.jsonl"))]
     assert [name for name in weights if found[name] != undisturbed[name]] == []
 
