@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 SPINS = "GOMP_SPINCOUNT", "1000"  # read by OpenMP when torch is imported
 CHOSEN_BY_THE_USER = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 BUSY = 1.0  # processes that have been running in the last minute; without any, long spinning is a fifth faster
@@ -20,7 +21,7 @@ def wait_patiently():
     name, value = SPINS
     os.environ[name] = value
     program = getattr(sys.modules["__main__"], "__file__", None)
-    is_our_script = program is not None and Path(program).resolve().parent == Path(__file__).resolve().parent.parent
+    is_our_script = program is not None and Path(program).resolve().parent in (ROOT, ROOT / "variants")
     if is_our_script and "torch" in sys.modules:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

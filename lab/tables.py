@@ -122,9 +122,17 @@ def spread(entries, metric):
     return f"{sum(means) / len(means):.0f} ({min(means):.0f}–{max(means):.0f})"
 
 
+def measured_in(entries):
+    """The metrics that any of the evaluations has."""
+    metrics = set()
+    for found in entries.values():
+        metrics.update(*found)
+    return metrics
+
+
 def metric_table(first, entries, metrics):
     """entries: {name: evaluations}. One row per name, one column per metric that any of them has."""
-    measured = {metric for found in entries.values() for entry in found for metric in entry}
+    measured = measured_in(entries)
     metrics = [metric for metric in metrics if metric in measured]
     rows = []
     for name, found in entries.items():
@@ -140,10 +148,14 @@ def commands(runs):
     """How each run was made."""
     lines = []
     for run in runs:
-        meta, facts = run["meta"], [f"`{run['meta'].get('command', '')}`"]
-        facts += [markdown(meta["machine"])] if "machine" in meta else []
-        facts += [markdown(run["times"]["date"])] if "date" in run["times"] else []
-        facts += [f"code of commit {markdown(run['kept']['commit'])}"] if "commit" in run["kept"] else []
+        meta = run["meta"]
+        facts = [f"`{meta.get('command', '')}`"]
+        if "machine" in meta:
+            facts.append(markdown(meta["machine"]))
+        if "date" in run["times"]:
+            facts.append(markdown(run["times"]["date"]))
+        if "commit" in run["kept"]:
+            facts.append(f"code of commit {markdown(run['kept']['commit'])}")
         lines.append(f"- {run['name']}: {', '.join(facts)}")
     return "\n".join(lines) + "\n"
 
@@ -151,7 +163,7 @@ def commands(runs):
 def parts_table(runs):
     """Accuracy in any style by level and language, and of several samples."""
     entries = evaluations(runs)
-    metrics = {metric for found in entries.values() for entry in found for metric in entry}
+    metrics = measured_in(entries)
     by_part = sorted(metric for metric in metrics if metric.startswith("accuracy_any_") and "thinking" not in metric)
     votes = [metric for metric in metrics if re.fullmatch(r"(pass|maj)@\d+", metric) and not metric.endswith("@1")]
     votes.sort(key=lambda metric: (int(metric.split("@")[1]), metric))

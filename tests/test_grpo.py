@@ -24,10 +24,10 @@ from lab import checkpoint
 import grpo
 import model as model_module
 from grpo import GRPOConfig, group_advantages, kl_divergence, policy_loss, token_logprobs
+from sevens import END, MANY_ENDS, share_of_sevens, train_on_sevens as run
 
 ROOT = Path(__file__).parent.parent
 
-END = 3
 MEANS = ("sequence", "token", "constant")
 
 
@@ -619,18 +619,11 @@ def small(**fields):
                              max_new_tokens=6, dtype="float32", grad_clip=1e9) | fields)
 
 
-def share_of_sevens(text, example):
-    return text.split().count("7") / max(1, len(text.split()))
-
-
 def roll(model, config, prompts, generate, rules={"sevens": share_of_sevens}, weights={}, end_ids=(END,)):
     groups = grpo.sample_groups(model, prompts, encode=list, decode=lambda ids: " ".join(map(str, ids)),
                                 generate=generate, end_ids=end_ids, rewards=rules, weights=weights, config=config,
                                 generator=torch.Generator().manual_seed(0))
     return grpo.collate(groups, end_ids)
-
-
-MANY_ENDS = (END, 6, 9, 11, 14)  # so that lengths differ, whatever a seed draws
 
 
 def sharp(tiny, seed=0):
@@ -905,27 +898,6 @@ def test_micro_batches_hold_every_row_once_and_at_most_the_budget(budget):
 
 
 # ------------------------------------------------------------------------------------------- the loop
-
-def run(model, config, **arguments):
-    """Trains to sample token 7; returns the metrics of each rollout without the times."""
-    history = []
-    arguments = (
-        dict(log=lambda metrics, r: history.append({k: v for k, v in metrics.items() if "seconds" not in k}))
-        | arguments
-    )
-    arguments = (
-        dict(
-            encode=list,
-            decode=lambda ids: " ".join(map(str, ids)),
-            generate=model_module.generate,
-            end_ids=[END],
-            rewards={"sevens": share_of_sevens},
-        )
-        | arguments
-    )
-    grpo.train(model, [[1, 2], [4, 5, 6], [8]], config=config, **arguments)
-    return history
-
 
 def weights_of(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])

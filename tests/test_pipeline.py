@@ -251,11 +251,12 @@ def test_on_a_busy_machine_waiting_threads_spin_briefly_unless_the_user_has_chos
     assert result.stdout.strip() == spins, result.stderr
 
 
-def test_a_script_that_has_imported_torch_starts_once_more_with_that_setting(tmp_path):
+@pytest.mark.parametrize("script", ["grpo.py", "variants/ppo.py"])
+def test_a_script_that_has_imported_torch_starts_once_more_with_that_setting(script):
     """OpenMP reads it when torch is imported, before a concept file comes to its main()."""
     code = ("import os, sys; sys.modules['torch'] = None; sys.argv = ['x']; os.execv = lambda *args: print(*args)\n"
             "os.getloadavg = lambda: (2.0, 0, 0)\n"
-            f"sys.modules['__main__'].__file__ = {str(ROOT / 'grpo.py')!r}; import lab")
+            f"sys.modules['__main__'].__file__ = {str(ROOT / script)!r}; import lab")
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True)
     assert sys.executable in result.stdout, result.stderr

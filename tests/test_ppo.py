@@ -13,12 +13,11 @@ import torch
 from lab import checkpoint
 import grpo
 import model as model_module
+from sevens import MANY_ENDS, share_of_sevens, train_on_sevens
 from variants import ppo as ppo_module
 from variants.ppo import PPO, Critic, PPOConfig, explained_variance, gae, micro_batches, value_loss, whiten
 
 ROOT = Path(__file__).resolve().parent.parent
-END = 3
-MANY_ENDS = (END, 6, 9, 11, 14)  # so that lengths differ, whatever a seed draws
 
 
 # ------------------------------------------------------------------------------------------- generalized advantages
@@ -167,10 +166,6 @@ def test_micro_batches_of_the_value_loss_add_up_with_the_whole_updates_normalise
 def small(**fields):
     return grpo.GRPOConfig(**dict(rollouts=3, prompts_per_rollout=2, group_size=6, minibatches=2, lr=1e-2, warmup=1,
                                   beta=0.0, mean="token", max_new_tokens=8, dtype="float32", grad_clip=1e9) | fields)
-
-
-def share_of_sevens(text, example):
-    return text.split().count("7") / max(1, len(text.split()))
 
 
 def sharp(tiny, seed=0):
@@ -498,24 +493,9 @@ def test_a_critic_with_dropout_takes_nothing_from_the_global_random_state_either
 
 # ------------------------------------------------------------------------------------------- inside the loop
 
-def run(model, config, settings=PPOConfig(critic_lr=0.01), **arguments):
+def run(model, config, settings=PPOConfig(critic_lr=0.01), estimator=None, **arguments):
     """Trains to sample token 7 with a critic; the metrics of each rollout without the times."""
-    history = []
-    estimator = arguments.pop("estimator", None) or PPO(model, config, settings)
-    log = lambda metrics, r: history.append({k: v for k, v in metrics.items() if "seconds" not in k})
-    arguments = dict(log=log) | arguments
-    arguments = (
-        dict(
-            encode=list,
-            decode=lambda ids: " ".join(map(str, ids)),
-            generate=model_module.generate,
-            end_ids=[END],
-            rewards={"sevens": share_of_sevens},
-        )
-        | arguments
-    )
-    grpo.train(model, [[1, 2], [4, 5, 6], [8]], config=config, advantage_estimator=estimator, **arguments)
-    return history
+    return train_on_sevens(model, config, advantage_estimator=estimator or PPO(model, config, settings), **arguments)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lam": 0.95}, {"kl_in_reward": 0.01}, {"whiten": False}], ids=str)

@@ -15,6 +15,7 @@ import torch
 from lab import checkpoint
 import grpo
 import model as model_module
+from sevens import MANY_ENDS, train_on_sevens
 from variants import prime as prime_module
 from variants.prime import (
     PRIME,
@@ -27,8 +28,6 @@ from variants.prime import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-END = 3
-MANY_ENDS = (END, 6, 9, 11, 14)  # so that lengths differ, whatever a seed draws
 
 
 # ------------------------------------------------------------------------------------------- equations 3 and 4
@@ -434,25 +433,11 @@ def holds_a_seven(text, example):
     return float("7" in text.split())
 
 
-def run(model, config, settings=FAST, **arguments):
+def run(model, config, settings=FAST, estimator=None, **arguments):
     """Trains to sample token 7; the metrics of each rollout without the times."""
-    history = []
-    estimator = arguments.pop("estimator", None) or PRIME(model, config, settings)
-    log = lambda metrics, r: history.append({k: v for k, v in metrics.items() if "seconds" not in k})
-    arguments = dict(log=log) | arguments
-    arguments = (
-        dict(
-            encode=list,
-            decode=lambda ids: " ".join(map(str, ids)),
-            generate=model_module.generate,
-            end_ids=[END],
-            rewards={"accuracy": holds_a_seven},
-            keep_group=estimator.keep_group,
-        )
-        | arguments
-    )
-    grpo.train(model, [[1, 2], [4, 5, 6], [8]], config=config, advantage_estimator=estimator, **arguments)
-    return history
+    estimator = estimator or PRIME(model, config, settings)
+    arguments = dict(rewards={"accuracy": holds_a_seven}, keep_group=estimator.keep_group) | arguments
+    return train_on_sevens(model, config, advantage_estimator=estimator, **arguments)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
