@@ -23,14 +23,6 @@ class EvalConfig:
     batch_rows: int = 512       # completions sampled at once
     seed: int = 0
 
-    def __post_init__(self):
-        if self.samples < 1:
-            raise ValueError(f"samples {self.samples} must be positive")
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is not above 0 and at most 1")
-
 
 def pass_at_k(n, c, k):
     """The chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased."""

@@ -3,14 +3,14 @@
 DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One rollout:
 
   1. sample G completions of each prompt from the current policy, which is pi_old until the next rollout
-  2. judge each by rules: reward = sum of weight * rule (plus DAPO's length penalty, if asked for)
+  2. judge each by rules: reward = sum of weight * rule
   3. advantage of a completion = its reward minus its group's mean (divided by the group's std)
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
 The loss's value is about 0 while it learns (a group's advantages sum to 0): watch reward, KL (a sawtooth: the
 reference moves), clip fraction, entropy and gradient norm. A truncated completion keeps its reward and its gradient
-(the papers do not say; DAPO masks or penalises it). The sampled end token has its gradient too.
+(the papers do not say; DAPO masks or penalises it: variants/dapo.py). The sampled end token has its gradient too.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
 
@@ -32,11 +32,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
-SKIPS = 5  # a training stops after this many updates in a row that are not finite
-CHOICES = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "old_logprobs": ("trainer", "sampler"),
-           "dtype": ("float32", "bfloat16")}
-POSITIVE = ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "temperature", "max_new_tokens",
-            "reference_every", "grad_clip", "micro_batch_tokens", "validate_every")
 
 
 @dataclass(frozen=True)
@@ -60,11 +55,8 @@ class GRPOConfig:
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     kl: str = "k3"                 # eq. 4; or "k2"
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
-    resample: int = 0              # DAPO: replace groups without signal, in at most this many extra rounds
-    length_buffer: int = 0         # DAPO: a soft length penalty over this many last tokens
     old_logprobs: str = "trainer"  # who computes those of pi_old; "sampler" saves one forward pass
     importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
-    sample_budget: int = 0         # above 0: stop after this many completions, discarded ones included
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
     offload_reference: bool = False  # keep it in the CPU's memory except while it scores
@@ -72,25 +64,12 @@ class GRPOConfig:
     validate_every: int = 10       # rollouts; the script prints a sample then
     seed: int = 0
 
-    def __post_init__(self):  # checks of the input alone; the algorithm starts at group_advantages
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
-        for name, value in vars(self).items():
-            if name not in CHOICES and not value >= 0:  # NaN is refused too
-                raise ValueError(f"{name} {value} must not be negative")
-        for name in POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        if self.group_size < 2:
-            raise ValueError(f"group_size {self.group_size}: the advantage compares completions, so it takes 2 or more")
-        if self.minibatches > self.prompts_per_rollout * self.group_size:
-            raise ValueError(f"minibatches {self.minibatches} exceed the completions of a rollout")
-        if self.length_buffer > self.max_new_tokens:
-            raise ValueError(f"length_buffer {self.length_buffer} exceeds max_new_tokens {self.max_new_tokens}")
-        if self.importance_cap and self.old_logprobs == "sampler":
-            raise ValueError(f"importance_cap {self.importance_cap} compares sampler and trainer: "
-                             "it needs old_logprobs trainer")
+    def __post_init__(self):  # a misspelled choice would be computed as another; ranges: lab/check_input.py
+        choices = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "dtype": ("float32", "bfloat16"),
+                   "old_logprobs": ("trainer", "sampler")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
 
 
 def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
@@ -106,11 +85,6 @@ def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
     if scale_by_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
     return advantages
-
-
-def length_penalty(lengths, max_length, buffer):
-    """DAPO's soft penalty: 0 up to max_length - buffer tokens, then linearly down to -1 at max_length. (B,) -> (B,)"""
-    return -((lengths - (max_length - buffer)) / buffer).clamp(0, 1)
 
 
 def token_logprobs(logits, ids, temperature=1.0):
@@ -139,18 +113,14 @@ def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
 
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2,
-                sequence_ratio=False, detach_ratio=False, mean="sequence", beta=0.001, kl="k3", importance=None,
-                normaliser=None):
+                sequence_ratio=False, detach_ratio=False, mean="sequence", beta=0.001, kl="k3", normaliser=None):
     """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL]. Its relatives: variants/configs.py.
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
-    advantages (B,) or (B, T). importance (B, T): weights on the policy's term, for a sampler that differs.
-    sequence_ratio: one ratio per sequence, the geometric mean of its tokens' [GSPO]. detach_ratio: the clipped ratio is
-    a constant weight on A log pi, so no token loses its gradient [CISPO]. mean: "sequence": of each one, then over
-    sequences [eq. 3]; "token": one over all tokens [DAPO]; "constant": the sum over a budget of tokens [Dr. GRPO].
-    normaliser: what the whole update is divided by, where this is one micro-batch of several: its number of sequences,
-    of tokens, or the budget; by default this batch's own ("constant" has none: B * T stands in, which varies).
+    advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: what the whole update is divided by, where
+    this is one micro-batch of several: by `mean` its number of sequences, of tokens, or a constant budget of tokens; by
+    default this batch's own ("constant" has none: B * T stands in, which varies).
     Returns the scalar loss and metrics as means over this batch's tokens; "drift" is the mean |log pi / pi_old|.
     """
     def clean(x):  # padding may hold anything, even inf, and inf * 0 is NaN
@@ -158,8 +128,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
 
     lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    logprobs, old_logprobs, ref_logprobs, advantages, importance = map(
-        clean, (logprobs, old_logprobs, ref_logprobs, advantages, importance))
+    logprobs, old_logprobs, ref_logprobs, advantages = map(clean, (logprobs, old_logprobs, ref_logprobs, advantages))
     token_log_ratio = logprobs - old_logprobs
     log_ratio = token_log_ratio
     if sequence_ratio:
@@ -172,8 +141,6 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     else:
         objective = torch.min(ratio * advantages, clipped * advantages)  # the clip can only lower it, for any A
         clip_decides = clipped * advantages < ratio * advantages
-    if importance is not None:
-        objective = objective * importance
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
@@ -190,24 +157,12 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
 
 
 @dataclass
-class Group:
-    """The G completions of one prompt and what they earned."""
-    example: dict
-    prompt: list               # ids
-    completions: list          # G tensors of ids
-    logprobs: list             # G tensors, the sampler's own
-    texts: list                # G completions, decoded
-    parts: dict                # rule -> (G,) scores, unweighted
-    rewards: torch.Tensor      # (G,)
-
-
-@dataclass
 class Rollout:
     """The groups of one rollout as tensors; row i*G + j is completion j of prompt i."""
     examples: list             # N examples
     texts: list                # B completions, decoded
     ids: torch.Tensor          # (B, T+1) prompt + completion, right-padded
-    mask: torch.Tensor         # (B, T) True where position t predicts a sampled token
+    mask: torch.Tensor         # (B, T) True where position t predicts a sampled token, the end token included
     ends: list                 # B, where the row ends in ids: tokens of prompt + completion
     lengths: torch.Tensor      # (B,) tokens of the completion
     finished: torch.Tensor     # (B,) whether it ended with an end token
@@ -219,66 +174,39 @@ class Rollout:
 
 
 @torch.no_grad()
-def sample_groups(model, examples, *, encode, decode, generate, end_ids, rewards, weights, config, generator):
-    """config.group_size completions of each example, judged: a list of Groups. Arguments as in `train`."""
-    G, groups, prompts = config.group_size, [], [encode(example) for example in examples]
+def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weights, config, generator):
+    """config.group_size completions of each example, sampled and judged. Arguments as in `train`."""
+    G, prompts = config.group_size, [encode(example) for example in examples]
     ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens,
                                       temperature=config.temperature, end_ids=end_ids, generator=generator)
-    for i, (example, prompt) in enumerate(zip(examples, prompts)):
-        group_lengths = lengths[i * G:(i + 1) * G].tolist()
-        completions = [ids[i * G + j, :length] for j, length in enumerate(group_lengths)]
-        sampled = [logprobs[i * G + j, :length] for j, length in enumerate(group_lengths)]
-        texts = [decode(completion.tolist()) for completion in completions]
-        # the reward: the weighted sum of what the rules say
-        parts = {name: torch.tensor([float(rule(text, example)) for text in texts]) for name, rule in rewards.items()}
-        reward = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())  # (G,)
-        if config.length_buffer:
-            reward = reward + length_penalty(torch.tensor(group_lengths), config.max_new_tokens, config.length_buffer)
-        groups.append(Group(example, list(prompt), completions, sampled, texts, parts, reward))
-    return groups
+    device = ids.device
+    completions = [row[:length] for row, length in zip(ids, lengths.tolist())]
+    texts = [decode(completion.tolist()) for completion in completions]
 
+    # the reward: the weighted sum of what the rules say
+    examples_of_rows = [example for example in examples for _ in range(G)]
+    parts = {}
+    for name, rule in rewards.items():
+        scores = [float(rule(text, example)) for text, example in zip(texts, examples_of_rows)]
+        parts[name] = torch.tensor(scores, device=device).view(-1, G)
+    total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())  # (N, G)
 
-def collate(groups, end_ids):
-    """A list of Groups as one Rollout."""
-    completions = [completion for group in groups for completion in group.completions]
-    device = completions[0].device
-    prompts = [torch.tensor(group.prompt, device=device) for group in groups for _ in group.completions]
-    starts = torch.tensor([len(p) for p in prompts], device=device)
-    lengths = torch.tensor([len(o) for o in completions], device=device)
-    ids = pad_sequence([torch.cat(row) for row in zip(prompts, completions)], batch_first=True)  # (B, T+1)
-    target = torch.arange(1, ids.shape[1], device=device)  # by length, not by value: any id may be real, and
-    # the end token, which counts, is trained too
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(G)  # (B,)
+    prompts_of_rows = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(G)]
+    rows = pad_sequence([torch.cat(row) for row in zip(prompts_of_rows, completions)], batch_first=True)  # (B, T+1)
+    target = torch.arange(1, rows.shape[1], device=device)  # by length, not by value: any id may be real
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
     sampled_logprobs = torch.zeros(mask.shape, device=device)
-    sampled_logprobs[mask] = torch.cat([logprobs for group in groups for logprobs in group.logprobs]).float()
+    sampled_logprobs[mask] = torch.cat([row[:length] for row, length in zip(logprobs, lengths.tolist())]).float()
+    last_tokens = torch.stack([completion[-1] for completion in completions])
     return Rollout(
-        examples=[group.example for group in groups], texts=[text for group in groups for text in group.texts],
-        ids=ids, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths, sampled_logprobs=sampled_logprobs,
-        finished=torch.isin(torch.stack([o[-1] for o in completions]), torch.tensor(list(end_ids), device=device)),
-        parts={name: torch.stack([group.parts[name] for group in groups]).to(device) for name in groups[0].parts},
-        rewards=torch.stack([group.rewards for group in groups]).to(device))
+        examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
+        finished=torch.isin(last_tokens, torch.tensor(list(end_ids), device=device)),
+        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total)
 
 
-def has_signal(group):
-    """Whether a group's rewards differ: equal ones have no advantage. All rules count; DAPO looks at correctness."""
-    return bool(group.rewards.max() - group.rewards.min() > 1e-6)
-
-
-def rollout(draw, prompts, config, keep_group=None):
-    """Groups to learn from, and how many were discarded. draw(examples) -> Groups; prompts: an iterator of examples.
-
-    With keep_group(group) -> bool, groups that it refuses are replaced by those of the next prompts, in config.resample
-    rounds at most [DAPO's dynamic sampling]; those still refused then are left out. If all were, the first N stay.
-    """
-    N, drawn, kept = config.prompts_per_rollout, [], []
-    for _ in range(1 + config.resample):
-        new = draw([next(prompts) for _ in range(N - len(kept))])
-        drawn += new
-        kept += [group for group in new if keep_group is None or keep_group(group)]
-        if len(kept) == N:
-            break
-    kept = kept or drawn[:N]
-    return kept, len(drawn) - len(kept)
+def next_prompts(draw, prompts, count):
+    return draw([next(prompts) for _ in range(count)]), 0
 
 
 def cast_copy(model, dtype):
@@ -339,22 +267,18 @@ def all_logprobs(model, r: Rollout, config):
     return out
 
 
-def update(model, optimizer, r: Rollout, rows, advantages, importance, config):
+def update(model, optimizer, r: Rollout, rows, advantages, config):
     """One Adam step on these rows of a rollout; its metrics."""
     c, metrics = config, defaultdict(float)
     tokens = int(r.mask[rows].sum())  # of the whole update, before micro-batches
     normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
-    if advantages.dim() == 1:  # one per completion: the same at each of its tokens
-        advantages = advantages[:, None].expand(r.mask.shape)
     for batch in micro_batches(rows, r.ends, c.micro_batch_tokens):
         logprobs = logprobs_of(model, r, batch, c)  # (b, t)
         t = logprobs.shape[1]
         loss, means = policy_loss(
             logprobs, r.old_logprobs[batch, :t], r.ref_logprobs[batch, :t] if c.beta else None,
-            advantages[batch, :t], r.mask[batch, :t],
-            importance=None if importance is None else importance[batch, :t], normaliser=normaliser,
-            clip_low=c.clip_low, clip_high=c.clip_high, sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio,
-            mean=c.mean, beta=c.beta, kl=c.kl)
+            advantages[batch, :t], r.mask[batch, :t], clip_low=c.clip_low, clip_high=c.clip_high, mean=c.mean,
+            sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio, beta=c.beta, kl=c.kl, normaliser=normaliser)
         loss.backward()
         share = int(r.mask[batch].sum()) / tokens
         for name, value in means.items():
@@ -368,25 +292,16 @@ def update(model, optimizer, r: Rollout, rows, advantages, importance, config):
     return metrics
 
 
-class NotFinite(ValueError):
-    """SKIPS updates in a row were skipped. `batch`: tensors of the last one, to be saved for a look."""
-
-    def __init__(self, step, batch):
-        super().__init__(f"rollout {step}: {SKIPS} updates in a row had a loss or gradient that is not finite")
-        self.batch = batch
-
-
 class TrainState:
     """What changes from one rollout to the next. From its objects and counters a stopped training resumes exactly."""
 
     def __init__(self, model, config, advantage_estimator, resume):
         c, device = config, next(model.parameters()).device
         self.model, self.config, self.advantage_estimator, self.reference = model, config, advantage_estimator, None
-        betas = (0.9, 0.95)  # not published
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, betas=betas, fused=True)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, betas=(0.9, 0.95), fused=True)  # not published
         self.generator = torch.Generator(device=device).manual_seed(c.seed)
         self.shuffler = torch.Generator().manual_seed(c.seed)
-        self.counters = dict.fromkeys(("step", "updates", "prompts", "samples", "skips"), 0)
+        self.counters = dict.fromkeys(("step", "updates", "prompts", "samples"), 0)
         self.objects = dict(model=model, optimizer=self.optimizer, generator=self.generator, shuffler=self.shuffler)
         if c.beta > 0 or getattr(advantage_estimator, "needs_reference", False):
             self.reference = cast_copy(model, c.dtype).to("cpu" if c.offload_reference else device)
@@ -396,36 +311,29 @@ class TrainState:
             saved = resume(**self.objects)
             self.counters = {name: saved[name] for name in self.counters}
 
-    def is_over(self):
-        spent = 0 < self.config.sample_budget <= self.counters["samples"]
-        return spent or self.counters["step"] >= self.config.rollouts
-
     def score(self, r: Rollout):
         """Sets the rollout's log-probabilities under pi_old and the reference."""
-        c = self.config
         r.old_logprobs = r.sampled_logprobs  # the ratio then starts at 1 up to the sampler gap
-        if c.old_logprobs == "trainer":  # by the forward pass that trains: up to rounding
-            r.old_logprobs = all_logprobs(self.model, r, c)
+        if self.config.old_logprobs == "trainer":  # by the forward pass that trains: up to rounding
+            r.old_logprobs = all_logprobs(self.model, r, self.config)
         if self.reference is not None:
-            r.ref_logprobs = all_logprobs(self.reference.to(r.ids.device), r, c)
-            self.reference.to("cpu" if c.offload_reference else r.ids.device)
+            r.ref_logprobs = all_logprobs(self.reference.to(r.ids.device), r, self.config)
+            self.reference.to("cpu" if self.config.offload_reference else r.ids.device)
 
     def updates(self, r: Rollout, advantages):
         """The metrics of each update on the rollout; a completion is in one mini-batch per inner epoch."""
-        c, counters, history, importance = self.config, self.counters, [], None
+        c, counters, history = self.config, self.counters, []
+        if advantages.dim() == 1:  # one per completion: the same at each of its tokens
+            advantages = advantages[:, None].expand(r.mask.shape)
         if c.importance_cap:
-            importance = torch.exp(r.old_logprobs - r.sampled_logprobs).clamp(max=c.importance_cap)
+            advantages = advantages * torch.exp(r.old_logprobs - r.sampled_logprobs).clamp(max=c.importance_cap)
         for _ in range(c.inner_epochs):
             shuffled = torch.randperm(len(r.texts), generator=self.shuffler)
             for rows in shuffled.tensor_split(min(c.minibatches, len(shuffled))):
                 counters["updates"] += 1
                 for group in self.optimizer.param_groups:
                     group["lr"] = c.lr * min(1.0, counters["updates"] / max(1, c.warmup))
-                metrics = update(self.model, self.optimizer, r, rows.tolist(), advantages, importance, c)
-                counters["skips"] = counters["skips"] + 1 if metrics["skipped"] else 0
-                if counters["skips"] == SKIPS:
-                    batch = {"ids": r.ids, "mask": r.mask, "advantages": advantages, "old_logprobs": r.old_logprobs}
-                    raise NotFinite(counters["step"] + 1, {name: tensor[rows] for name, tensor in batch.items()})
+                metrics = update(self.model, self.optimizer, r, rows.tolist(), advantages, c)
                 if self.advantage_estimator is not None and not metrics["skipped"]:
                     metrics |= self.advantage_estimator.learn(r, rows.tolist())
                 history.append(metrics)
@@ -443,8 +351,7 @@ def rollout_metrics(r: Rollout, history, config):
         "group_std": r.rewards.std(1).mean().item(),
         "no_signal": (spread <= 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
         "entropy": -(r.old_logprobs.sum() / tokens).item(),   # the mean of -log p over samples estimates it
-        # mean |log p by the sampler - by the trainer|, healthy below 0.01
-        "sampler_gap": ((r.sampled_logprobs - r.old_logprobs).abs().sum() / tokens).item()}
+        "sampler_gap": ((r.sampled_logprobs - r.old_logprobs).abs().sum() / tokens).item()}  # healthy below 0.01
     if config.old_logprobs == "sampler":  # then the first update's forward pass tells: the weights had not moved
         metrics["sampler_gap"] = history[0]["drift"]
     metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
@@ -455,7 +362,7 @@ def rollout_metrics(r: Rollout, history, config):
 
 
 def train(model, examples, *, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None,
-          advantage_estimator=None, keep_group=None, validate=None, log=None, save=None, resume=None):
+          advantage_estimator=None, sample=next_prompts, validate=None, log=None, save=None, resume=None):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; its weights are fp32.
@@ -467,29 +374,26 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
     optimizer or generator} to be saved with the run, and needs_reference, whether it reads rollout.ref_logprobs.
-    keep_group(group) -> whether to learn from it; by default all, and with config.resample those with a signal.
+    sample(draw, prompts, N) -> the Rollout to learn from, and how many of the prompts drawn for it were left out
+    (variants/dapo.py); draw(examples) -> a Rollout, prompts: an iterator of examples.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) and save(**state) come after
     each rollout; resume(**objects) puts such a state back into the objects and returns the counters.
     """
     c, weights, metrics = config, weights or {}, {}
-    if not examples or not rewards or weights.keys() - rewards.keys():
-        raise ValueError(f"{len(examples)} examples, rewards {[*rewards]}, weights for {[*weights]}: there must be "
-                         "examples and rewards, and weights of those rewards only")
-    if keep_group is None and c.resample:
-        keep_group = has_signal
+    if weights.keys() - rewards.keys():
+        raise ValueError(f"weights for {[*weights]}, but the rewards are {[*rewards]}")
     state = TrainState(model, c, advantage_estimator, resume)
     counters = state.counters
     prompts = (examples[i % len(examples)] for i in itertools.count(counters["prompts"]))
-    draw = partial(sample_groups, encode=encode, decode=decode, generate=generate, end_ids=end_ids, rewards=rewards,
+    draw = partial(rollout, encode=encode, decode=decode, generate=generate, end_ids=end_ids, rewards=rewards,
                    weights=weights, config=c, generator=state.generator)
-    while not state.is_over():
+    while counters["step"] < c.rollouts:
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         # 1, 2: sample groups of completions from the current policy; judge them by the rules
-        groups, discarded = rollout(partial(draw, cast_copy(model, c.dtype)), prompts, c, keep_group)
-        r = collate(groups, end_ids)
-        counters["prompts"] += len(groups) + discarded
-        counters["samples"] += (len(groups) + discarded) * c.group_size
+        r, discarded = sample(partial(draw, cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
+        counters["prompts"] += len(r.examples) + discarded
+        counters["samples"] += (len(r.examples) + discarded) * c.group_size
         sampling_seconds = time.time() - started
         # the log-probabilities that stay fixed during the updates
         state.score(r)
@@ -498,7 +402,6 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
             advantages = group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten()  # (B,)
         else:
             advantages = advantage_estimator.advantages(r)                                       # (B,) or (B, T)
-
         # 4: updates
         history = state.updates(r, advantages)
         counters["step"] += 1
@@ -509,7 +412,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         metrics = rollout_metrics(r, history, c) | {
             "step": counters["step"], "samples": counters["samples"], "discarded": discarded,
             "seconds": time.time() - started, "sampling_seconds": sampling_seconds}
-        if validate is not None and (counters["step"] % c.validate_every == 0 or state.is_over()):
+        if validate is not None and (counters["step"] % c.validate_every == 0 or counters["step"] == c.rollouts):
             metrics |= {f"validation_{name}": value for name, value in validate(model).items()}
         if log is not None:
             log(metrics, r)

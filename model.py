@@ -12,8 +12,6 @@ Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/val
 import copy
 import json
 import math
-import os
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,7 +20,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -30,7 +27,6 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 @dataclass
 class Config:
     """The fields of config.json that the computation depends on, under Hugging Face's names."""
-
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -43,52 +39,20 @@ class Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     model_type: str = "llama"  # decides the qkv bias (qwen2) and the q/k norm (qwen3)
-    rope_scaling: dict | None = None  # {"rope_type": "linear", "llama3" or "yarn", "factor": ...}, for a longer context
+    rope_scaling: dict | None = None  # for a longer context: variants/rope_scaling.py
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.model_type not in ARCHITECTURES:
             raise ValueError(f"model_type {self.model_type!r} is not supported, only {', '.join(ARCHITECTURES)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
 
 
-# ------------------------------------------------------------------------------------------- norm and positions
+# ------------------------------------------------------------------------------------------- layers
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x, weight, eps):
     """x / sqrt(mean x^2 + eps) * weight, over the last dimension."""
-    normalised = Normalise.apply(x, eps) if torch.is_grad_enabled() else x * inverse_rms(x, eps)
-    return normalised * weight.to(x.dtype)
-
-
-def inverse_rms(x, eps):
-    wide = torch.promote_types(x.dtype, torch.float32)  # bf16 squares lose too much
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
-
-
-class Normalise(torch.autograd.Function):
-    """y = x s with s = inverse_rms(x). Its gradient s (g - y mean(y g)) by hand takes half of autograd's passes."""
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        scale = inverse_rms(x, eps)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        y, scale = ctx.saved_tensors
-        return torch.addcmul(g, y, (y * g).mean(-1, keepdim=True), value=-1).mul_(scale), None
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotate(x, cos, sin):
@@ -98,56 +62,17 @@ def rotate(x, cos, sin):
 
 
 def rope_frequencies(c: Config):
-    """The angle per position of each of the d/2 pairs, and a factor for cos and sin; rope_scaling slows them."""
+    """The angle per position of each of the d/2 pairs, and a factor for cos and sin, which only some scalings have."""
+    if c.rope_scaling is not None:
+        raise ValueError(f"{c.rope_scaling}: load(..., rope=...) takes variants/rope_scaling.py's frequencies for it")
     pair = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
-    frequency = c.rope_theta ** -pair  # (d/2,)
-    scaling = c.rope_scaling or {"rope_type": "default"}
-    if scaling["rope_type"] == "default":
-        return frequency, 1.0
-    factor = scaling["factor"]
-    first_context = scaling.get("original_max_position_embeddings", c.max_position_embeddings)
-    if scaling["rope_type"] == "linear":
-        return frequency / factor, 1.0
-    if scaling["rope_type"] == "llama3":  # by a pair's turns within the first context
-        turns = first_context * frequency / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return kept * frequency + (1 - kept) * frequency / factor, 1.0
-    if scaling["rope_type"] == "yarn":
-        slowed, scale = yarn(c, scaling, factor, first_context)
-        return (1 - slowed) * frequency + slowed * frequency / factor, scale
-    raise ValueError(f"rope scaling {scaling['rope_type']!r} is not supported: linear, llama3 and yarn are")
+    return c.rope_theta ** -pair, 1.0
 
-
-def yarn(c: Config, scaling, factor, first_context):
-    """How much each pair is slowed (d/2,), 0 to 1, and the factor for cos and sin (arXiv 2309.00071)."""
-    def pair_that_turns(times):  # its index, a fraction; within the first context
-        return c.head_dim * math.log(first_context / (times * 2 * math.pi)) / (2 * math.log(c.rope_theta))
-
-    def attention_scale(weight):
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
-    low, high = pair_that_turns(scaling.get("beta_fast", 32)), pair_that_turns(scaling.get("beta_slow", 1))
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, c.head_dim - 1)
-    width = 0.001 if high == low else high - low
-    pair = torch.arange(c.head_dim // 2, dtype=torch.float32, device="cpu")
-    slowed = ((pair - low) / width).clamp(0, 1)
-    scale = attention_scale(1)
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        scale = attention_scale(scaling["mscale"]) / attention_scale(scaling["mscale_all_dim"])
-    return slowed, scaling.get("attention_factor", scale)
-
-
-# ------------------------------------------------------------------------------------------- attention and MLP
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.heads = c.num_attention_heads
-        self.kv_heads = c.num_key_value_heads
-        self.head_dim = c.head_dim
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         outputs = (self.heads + 2 * self.kv_heads) * c.head_dim  # one matrix: three small products are slower
         self.qkv_proj = nn.Linear(c.hidden_size, outputs, bias=c.model_type == "qwen2")
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
@@ -158,52 +83,17 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
         H, K = self.heads, self.kv_heads
-        qkv = self.qkv_proj(x).view(B, T, H + 2 * K, self.head_dim)  # (B, T, H + 2K, d)
-        qk, v = qkv.split((H + K, K), dim=2)  # q and k stay side by side: half the operations
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * K, self.head_dim)
+        q, k, v = qkv.split((H, K, K), dim=2)             # (B, T, H, d), (B, T, K, d), (B, T, K, d)
         if hasattr(self, "q_norm"):
-            weight = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))  # (H + K, d)
-            qk = rms_norm(qk, weight, self.q_norm.eps)
-        q, k = rotate(qk, cos, sin).transpose(1, 2).split((H, K), dim=1)  # (B, H, T, d), (B, K, T, d)
-        v = v.transpose(1, 2)                                             # (B, K, T, d)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), (B, K, T, d), (B, K, T, d)
         if cache is not None:
-            k, v = cache.update(layer, k, v)                              # (B, K, S, d)
-        y = attend(q, k, v, mask)                                         # (B, H, T, d)
+            k, v = cache.update(layer, k, v)              # (B, K, S, d)
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))                          # (B, H, S, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-
-def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(d) + mask) v: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
-
-    mask (B, 1, T, S): 0 where a query may look and -inf elsewhere, or None for plain causal attention.
-    """
-    B, H, T, d = q.shape
-    K, S = k.shape[1:3]
-    on_cpu = q.device.type == "cpu"
-    if on_cpu and T * S <= 2 ** 18:
-        return attend_on_cpu(q, k, v, mask)
-    if T == 1:  # one new token: a group's query heads become the queries of its one key/value head
-        q = q.reshape(B, K, H // K, d)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, d)
-    with torch.autocast(q.device.type, enabled=False):
-        k = k.repeat_interleave(H // K, dim=1)  # (B, H, S, d)
-        v = v.repeat_interleave(H // K, dim=1)
-        wide = torch.float32 if on_cpu else q.dtype  # bf16's backward is 5x slower on a CPU
-        if mask is not None:
-            mask = mask.to(wide)
-        y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask, is_causal=mask is None)
-        return y.to(q.dtype)
-
-
-def attend_on_cpu(q, k, v, mask):
-    """The same by hand: for short rows half the time of the CPU's fused kernel."""
-    B, H, T, d = q.shape
-    K, S = k.shape[1:3]
-    if mask is None:
-        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    q = (q * d ** -0.5).reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
-    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
-    weights = scores.add_(mask).softmax(-1)
-    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
 
 
 class MLP(nn.Module):
@@ -230,8 +120,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ------------------------------------------------------------------------------------------- the model
-
 class KVCache:
     """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
 
@@ -243,8 +131,7 @@ class KVCache:
         shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, 0, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=start.device)
         self.v = torch.zeros(shape, dtype=dtype, device=start.device)
-        self.start = start
-        self.length = 0
+        self.start, self.length = start, 0
 
     def reserve(self, columns):
         """Makes room for this many more columns; returns the capacity."""
@@ -273,10 +160,9 @@ class KVCache:
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, rope=rope_frequencies):
         super().__init__()
-        self.config = config
-        self.recompute = False  # True: a layer keeps its input only and runs again in the backward pass; a third slower
+        self.config, self.rope = config, rope
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -286,9 +172,8 @@ class Transformer(nn.Module):
         self.make_angles(self.lm_head.weight.device)
 
     def make_angles(self, device):
-        frequency, scale = rope_frequencies(self.config)
-        position = torch.arange(self.config.max_position_embeddings, device=device).float()
-        angle = torch.outer(position, frequency.to(device))
+        frequency, scale = self.rope(self.config)
+        angle = torch.arange(self.config.max_position_embeddings, device=device).float().outer(frequency.to(device))
         cos, sin = angle.cos() * scale, angle.sin() * scale
         self.register_buffer("cos", torch.cat((cos, cos), dim=1), persistent=False)   # (max positions, d)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
@@ -330,15 +215,9 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         cos = self.cos[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         sin = self.sin[positions][:, :, None].to(x.dtype)
-        mask = None
-        if seen is not None:
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
-        recompute = self.recompute and cache is None and torch.is_grad_enabled()
+        mask = None if seen is None else seen[:, None]     # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
-            if recompute:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, cache, i)
+            x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -367,27 +246,16 @@ def nucleus(logits, temperature, top_p):
     if top_p >= 1:
         return p, None
     # sorting all V is slow: take the 8 likeliest, then 8 times as many for the rows where these fall short of top_p
-    V = p.shape[1]
-    k = min(8, V)
+    V, k = p.shape[1], min(8, p.shape[1])
     top, tokens = p.topk(k)
-    short = (top.sum(-1) < top_p).nonzero()[:, 0]
-    while k < V and len(short):
+    while k < V and (short := top.sum(-1) < top_p).any():
         more = min(8 * k, V) - k
         top, tokens = F.pad(top, (0, more)), F.pad(tokens, (0, more))
         k += more
         top[short], tokens[short] = p[short].topk(k)
-        short = (top.sum(-1) < top_p).nonzero()[:, 0]
     likelier = top.cumsum(-1) - top  # the mass before each candidate
     top = top.masked_fill(likelier >= top_p, 0)
     return top / top.sum(-1, keepdim=True), tokens
-
-
-def sampling_logprobs(logits, temperature=1.0, top_p=1.0):
-    """The sampling distribution as log-probabilities of all tokens, (B, V)."""
-    p, tokens = nucleus(logits, temperature, top_p)
-    if tokens is not None:
-        p = torch.zeros_like(logits, dtype=p.dtype).scatter_add(-1, tokens, p)
-    return p.log()
 
 
 def sample(logits, temperature, top_p, generator):
@@ -409,10 +277,8 @@ def prefill(model, prompts):
     context = model.config.max_position_embeddings
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
-    if min(lengths) == 0:
-        raise ValueError(f"prompt {lengths.index(0)} is empty")
-    if longest >= context:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of {context}")
+    if not 0 < min(lengths) <= longest < context:
+        raise ValueError(f"prompts of {min(lengths)} to {longest} tokens do not fit the context of {context}")
     start = torch.tensor([longest - length for length in lengths], device=device)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     cache = KVCache(model.config, start, model.embed_tokens.weight.dtype)
@@ -420,12 +286,11 @@ def prefill(model, prompts):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None,
-             on_token=None):
+def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None):
     """n samples of each prompt.
 
     prompts: N lists of token ids, of any lengths. A row stops at the first token of `end_ids`, which is kept and
-    counted. Temperature 0 is greedy. on_token(token) hears each token of a single row; False stops it.
+    counted. Temperature 0 is greedy.
     Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after a row's length;
     lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens, in the distribution they were drawn from.
     """
@@ -448,9 +313,6 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
         going = active[~done]
         ids[going, t] = token[~done]
         logprobs[going, t] = logprob[~done]
-        if on_token is not None and on_token(token.item()) is False:
-            lengths[:] = t + 1
-            break
         ended = torch.isin(token, ends) & ~done
         lengths[active[ended]] = t + 1
         done |= ended
@@ -471,10 +333,9 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 # ------------------------------------------------------------------------------------------- weights in and out
 
 def hf_tensors(model):
-    """{our parameter: {Hugging Face's name: our rows of it}}: qkv_proj and gate_up_proj are several tensors there."""
+    """{Hugging Face's name: our rows of it}: qkv_proj and gate_up_proj are several tensors there."""
     c = model.config
-    q_rows = c.num_attention_heads * c.head_dim
-    kv_rows = c.num_key_value_heads * c.head_dim
+    q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {"qkv_proj": {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
              "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}}
     tensors = {}
@@ -482,15 +343,15 @@ def hf_tensors(model):
         full_name = name if name == "lm_head.weight" else f"model.{name}"
         matrix = name.split(".")[-2]  # layers.0.self_attn.qkv_proj.weight -> qkv_proj
         if matrix in fused:
-            parts = parameter.split(list(fused[matrix].values()))
-            tensors[name] = {full_name.replace(matrix, part): rows for part, rows in zip(fused[matrix], parts)}
+            for part, rows in zip(fused[matrix], parameter.split(list(fused[matrix].values()))):
+                tensors[full_name.replace(matrix, part)] = rows
         else:
-            tensors[name] = {full_name: parameter}
+            tensors[full_name] = parameter
     return tensors
 
 
 def save(model, dir, tokenizer=None):
-    """Writes a model directory that `transformers` opens too. A kill leaves each file whole, old or new."""
+    """Writes a model directory that `transformers` opens too."""
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
     if tokenizer:
@@ -503,103 +364,66 @@ def save(model, dir, tokenizer=None):
         "attention_bias": kind == "qwen2", "mlp_bias": False, "use_sliding_window": False,
         "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
     sampling = end | {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
-    weights = {name: rows.detach().cpu().contiguous()
-               for parts in hf_tensors(model).values() for name, rows in parts.items()}
-    aside = dir / "saving.tmp"  # whole files are renamed out of it; the next save removes what a kill left
-    if aside.is_symlink():
-        aside.unlink()  # not followed
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        save_file(weights, aside / "model.safetensors", {"format": "pt"})
-        (aside / "generation_config.json").write_text(json.dumps(sampling))
-        (aside / "config.json").write_text(json.dumps(config, indent=2))
-        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # safetensors: readable by the owner alone
-        for name in ("model.safetensors", "generation_config.json", "config.json"):
-            with open(aside / name, "rb") as file:
-                os.fsync(file.fileno())  # whole on the disk before it has its name
-            os.replace(aside / name, dir / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    weights = {name: rows.detach().cpu().contiguous() for name, rows in hf_tensors(model).items()}
+    save_file(weights, dir / "model.safetensors", {"format": "pt"})
+    (dir / "generation_config.json").write_text(json.dumps(sampling))
+    (dir / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def without_none(fields):
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_config(dir) -> Config:
     """The Config of a directory's config.json; lab/check_model.py diagnoses a broken one."""
-    path = Path(dir) / "config.json"
-    raw = present(json.loads(path.read_text(encoding="utf-8")))
-    rope = present(raw.get("rope_parameters", {})) | present(raw.get("rope_scaling", {}))  # of transformers 5, and 4
+    raw = json.loads(Path(dir, "config.json").read_text(encoding="utf-8"), object_hook=without_none)
+    rope = raw.get("rope_parameters", {}) | raw.get("rope_scaling", {})  # of transformers 5, and 4
     kind = raw["model_type"]
     if (raw.get("use_sliding_window") or set(raw.get("layer_types", [])) - {"full_attention"}
             or raw.get("mlp_bias") or (raw.get("attention_bias") and kind != "qwen2")
             or raw.get("hidden_act", "silu") not in ("silu", "swish")
             or raw.get("quantization_config") or rope.get("partial_rotary_factor", 1) != 1):
-        raise ValueError(f"{path}: not a dense model of {', '.join(ARCHITECTURES)}: it would be computed wrong")
+        raise ValueError(f"{dir}: not a dense model of {', '.join(ARCHITECTURES)}: it would be computed wrong")
 
-    values = {"num_key_value_heads": raw["num_attention_heads"], "head_dim": 128 if kind == "qwen3" else None,
-              "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # defaults of absent fields
-    values |= raw | rope
+    absent = {"num_key_value_heads": raw["num_attention_heads"], "head_dim": 128 if kind == "qwen3" else None,
+              "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    values = absent | raw | rope
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
     if "original_max_position_embeddings" in raw:
         scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     scaling["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    values["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+    values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     return Config(**{field.name: values[field.name] for field in fields(Config)})
 
 
-def present(raw):
-    return {name: value for name, value in raw.items() if value is not None}
-
-
-def tensor_files(dir):
-    """{tensor: the safetensors file that holds it}."""
-    paths = [dir / "model.safetensors"]
-    if not paths[0].exists():
-        index = json.loads((dir / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        paths = {dir / name for name in index["weight_map"].values()}
-    return {name: path for path in paths for name in safe_open(path, "pt").keys()}
-
-
 @torch.no_grad()
-def load(dir, device=None, dtype=None) -> Transformer:
-    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (for training, float32).
-
-    Tensors go to the device and dtype in pieces of up to 16 MB: the peak of memory is little above the weights.
-    """
+def load(dir, device=None, dtype=None, rope=rope_frequencies) -> Transformer:
+    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (for training, float32);
+    rope: what stands in place of rope_frequencies (variants/rope_scaling.py)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shards = sorted(Path(dir).glob("model*.safetensors"))
+    files = {name: path for path in shards for name in safe_open(path, "pt").keys()}
     with torch.device("meta"):  # no memory and no random numbers for what is replaced
-        model = Transformer(read_config(dir))
-    files = tensor_files(Path(dir))
-    empty = {}
-    for name, parts in hf_tensors(model).items():
-        for part, rows in parts.items():
-            if part not in files:
-                raise ValueError(f"{dir}: tensor {part} is missing")
-            stored = safe_open(files[part], "pt").get_slice(part)
-            if stored.get_shape() != list(rows.shape):
-                raise ValueError(f"{files[part]}: tensor {part} is {stored.get_shape()}, not {list(rows.shape)}")
-        empty[name] = torch.empty_like(model.get_parameter(name), device=device, dtype=dtype or stored[:0].dtype)
-    model.load_state_dict(empty, strict=False, assign=True)
+        model = Transformer(read_config(dir), rope)
+    first = "model.embed_tokens.weight"
+    dtype = dtype or safe_open(files[first], "pt").get_slice(first)[:0].dtype
+    model.to(dtype).to_empty(device=device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    for parts in hf_tensors(model).values():
-        for part, rows in parts.items():
-            piece = max(1, 2 ** 22 // rows[0].numel())
-            for i in range(0, len(rows), piece):  # opened for each piece: what was read leaves memory
-                rows[i:i + piece] = safe_open(files[part], "pt").get_slice(part)[i:i + piece]
+    for name, rows in hf_tensors(model).items():
+        shape = safe_open(files[name], "pt").get_slice(name).get_shape()
+        if shape != list(rows.shape):
+            raise ValueError(f"{files[name]}: tensor {name} is {shape}, not {list(rows.shape)}")
+        piece = max(1, 2 ** 22 // rows[0].numel())  # rows of 16 MB: the peak of memory is little above the weights
+        for i in range(0, len(rows), piece):        # opened for each piece: what was read leaves memory
+            rows[i:i + piece] = safe_open(files[name], "pt").get_slice(name)[i:i + piece]
     model.make_angles("cpu")
     return model.to(device)
 
 
 def main():
-    from lab import chat
-    from lab.check_input import check_directory
-    from tokenizer import Tokenizer
-    parser, args = chat.parse_args()
-    try:
-        check_directory(args.dir)
-        chat.chat(load(args.dir, args.device), Tokenizer(args.dir), generate, args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    from lab import chat  # here, so that the model imports without the rest of the project
+    chat.main(load, prefill, sample)
 
 
 if __name__ == "__main__":

@@ -13,24 +13,21 @@ stage, results.json and report.html, which can be watched while it grows. Read `
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # by default kernels of 1,024 shapes stay in memory
-
 import lab  # noqa: F401  before torch is imported: it sets how long a waiting thread spins
 import distill
 from data import world
 from grpo import GRPOConfig
-from lab import checkpoint, compare, measure
-from lab.arguments import check_stages, chosen_stages, parse_arguments, preset_of
+from lab import ablations, checkpoint, compare, measure
+from lab.arguments import chosen_stages, parse_arguments, preset_of
 from lab.command import device_of
 from lab.run import Run, Stage, machine
 from lab.scripts import in_its_language, rules
-from lab.sources import MiniWorld, OwnModel
+from lab.sources import open_source
 from lab.terminal import show
 from sft import SFTConfig
 
@@ -139,13 +136,7 @@ def stage_table(source):
                                      needs="traces"),
             f"control_{name}": Stage(f"Control, {name}", small, "GRPO alone", "R1 v1 4.1", control),
         }
-    table |= {  # for claims: RL-1 without the language reward, and RL that cannot learn to reason
-        "dev2_no_language": Stage("RL-1, no language", "dev1", "GRPO: accuracy + format", "R1 v2 B.6",
-                                  rl1_without_language),
-        "zero_random": Stage("RL, random reward", "base", "GRPO: a coin", "", random_reward),
-        "zero_format": Stage("RL, format alone", "base", "GRPO: format", "", format_alone),
-    }
-    return source.adapt(table)
+    return source.adapt(table | ablations.stages(ACCURACY_AND_FORMAT))
 
 
 def recipe(run, ablations):
@@ -208,18 +199,6 @@ def control(run):
     return run.rl(run.starting_model(), ACCURACY_AND_FORMAT, run.preset.control)
 
 
-def rl1_without_language(run):
-    return run.rl(run.starting_model(), ACCURACY_AND_FORMAT, run.preset.rl1)
-
-
-def random_reward(run):
-    return run.rl(run.starting_model(), {"coin": 1.0}, run.preset.zero)
-
-
-def format_alone(run):
-    return run.rl(run.starting_model(), {"format": 1.0}, run.preset.zero)
-
-
 def cold_start_examples(run):
     """About 200 of zero's correct, readable samples, rewritten by the source; written once to cold_start.jsonl."""
     dir, p = run.out / "dev1", run.preset
@@ -263,18 +242,9 @@ def rejection_sampling(run):
 
 def open_run(args, device):
     """The run that the command line describes. All that is wrong with a user's files shows here."""
-    preset = preset_of(args, PRESETS)
-    if args.base:
-        source = OwnModel(args, preset)
-        preset = source.fit(preset)
-    else:
-        source = MiniWorld(preset, args.seed)
+    source, preset = open_source(args, preset_of(args, PRESETS))
     table = stage_table(source)
-    chosen = chosen_stages(args.stages, table, source, args.ablations)
-    if args.from_stage is not None and args.from_stage not in table:
-        raise ValueError(f"stage {args.from_stage!r} is none of {', '.join(table)}")
-    if not args.compare:
-        check_stages(Path(args.out), source, table, chosen)
+    chosen = chosen_stages(args, table, source)
     rewards = {"zero": ACCURACY_AND_FORMAT, "dev2": WITH_LANGUAGE, "r1": ALL_RULES}
     return Run(args.out, args.preset, preset, args.seed, device, source, table, chosen, rewards, args.command,
                args.recompute)

@@ -15,7 +15,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
-SKIPS = 5  # a training stops after this many steps in a row that are not finite
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,8 @@ class SFTConfig:
     weight_decay: float = 0.1   # on matrices only
     betas: tuple = (0.9, 0.95)
     grad_clip: float = 1.0
-    dtype: str = "bfloat16"     # of the forward pass; weights, gradients and Adam stay fp32
+    dtype: str = "bfloat16"     # or "float32": of the forward pass; weights, gradients and Adam stay fp32
     seed: int = 0
-
-    def __post_init__(self):
-        for name in ("lr", "epochs", "micro_batch_rows", "row_length", "grad_clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {self.dtype!r} is none of float32, bfloat16")
-        if self.batch_tokens < self.row_length:
-            raise ValueError(f"batch_tokens {self.batch_tokens} is less than one row of {self.row_length}")
 
 
 def pack(examples, row_length):
@@ -85,12 +75,6 @@ def pack_epochs(examples, c: SFTConfig):
         mixed = torch.randperm(len(packed[0]), generator=torch.Generator().manual_seed(c.seed))  # full rows came first
         epochs.append([x[mixed] for x in packed])
     return [torch.cat(parts) for parts in zip(*epochs)]
-
-
-def cut_warning(examples, row_length):
-    """A line on examples longer than a row, which lose their end and the end token with it; "" if there are none."""
-    cut = sum(len(ids) > row_length for ids, _ in examples)
-    return f"{cut} of {len(examples)} examples are longer than row_length {row_length} and are cut\n" if cut else ""
 
 
 def learning_rate(step, steps, c: SFTConfig):
@@ -157,20 +141,12 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
         return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)  # computed again in backward
 
 
-class NotFinite(ValueError):
-    """SKIPS steps in a row were skipped. `batch`: tensors of the last one, to be saved for a look."""
-
-    def __init__(self, step, batch):
-        super().__init__(f"step {step}: {SKIPS} steps in a row had a loss or gradient that is not finite")
-        self.batch = batch
-
-
 def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics.
 
-    log(metrics) is called each step. save(model=..., optimizer=..., step=...) is offered the state after each step;
-    resume(model=..., optimizer=...) puts such a state back and returns {"step": ..., "skips": ...}.
-    A step whose loss or gradient is not finite is skipped; after SKIPS in a row NotFinite is raised.
+    log(metrics, batch) is called each step, batch: its rows as `pack` gives them. save(model=..., optimizer=...,
+    step=...) is offered the state after each step; resume(model=..., optimizer=...) puts such a state back and returns
+    {"step": ...}. A step whose loss or gradient is not finite is skipped.
     Raises ValueError when there is no example, or none with a token to learn.
     """
     c, device = config, next(model.parameters()).device
@@ -180,10 +156,9 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
     data = pack_epochs(examples, c)
     rows_a_step = max(1, c.batch_tokens // c.row_length)
     steps = math.ceil(len(data[0]) / rows_a_step)
-    step, skips, metrics = 0, 0, {}
+    step, metrics = 0, {}
     if resume is not None:
-        counters = resume(model=model, optimizer=optimizer)
-        step, skips = counters["step"], counters["skips"]
+        step = resume(model=model, optimizer=optimizer)["step"]
     model.train()
     while step < steps:
         started = time.time()
@@ -198,19 +173,18 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
         lr = learning_rate(step, steps, c)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        skips = 0 if math.isfinite(total + grad_norm) else skips + 1  # Adam would keep a NaN for good
-        if not skips:
+        is_finite = math.isfinite(total + grad_norm)
+        if is_finite:  # Adam would keep a NaN for good
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if skips == SKIPS:
-            raise NotFinite(step, dict(zip(("ids", "segments", "positions", "targets"), batch)))
         metrics = {"step": step, "steps": steps, "loss": total, "lr": lr, "grad_norm": grad_norm,
-                   "tokens": int((batch[1] > 0).sum()), "skipped": float(skips > 0), "seconds": time.time() - started}
+                   "tokens": int((batch[1] > 0).sum()), "skipped": float(not is_finite),
+                   "seconds": time.time() - started}
         if log is not None:
-            log(metrics)
+            log(metrics, batch)
         if save is not None:
-            save(model=model, optimizer=optimizer, step=step, skips=skips)
+            save(model=model, optimizer=optimizer, step=step)
     return metrics
 
 
@@ -223,7 +197,7 @@ def tokenize(row, tokenizer, pretrain=False):
 
 def main():
     from lab.scripts import fine_tune  # here, so that the training imports without the rest of the project
-    fine_tune(SFTConfig, tokenize, cut_warning, train)
+    fine_tune(SFTConfig, tokenize, train)
 
 
 if __name__ == "__main__":

@@ -263,27 +263,13 @@ class Tokenizer:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
         Path(dir).mkdir(parents=True, exist_ok=True)
         for name, content in (("tokenizer.json", self.spec), ("tokenizer_config.json", config)):
-            temporary = Path(dir, f"{name}.tmp")  # written first, then renamed: the file is whole, or it is not there
-            temporary.unlink(missing_ok=True)  # a killed call's; no link in its place is followed
-            try:
-                temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(Path(dir, name))
-            finally:
-                temporary.unlink(missing_ok=True)  # where the disk is full
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            Path(dir, name).write_text(text, encoding="utf-8")
 
 
 def main():
-    from lab.check_tokenizer import check_tokenizer
-    from lab.command import Parser
-    parser = Parser(description="Shows the tokens of a text, one per line.")
-    parser.add_argument("dir", help="a directory with a tokenizer.json")
-    parser.add_argument("text")
-    args = parser.parse_args()
-    with parser.one_line_errors():
-        check_tokenizer(args.dir)
-        tokenizer = Tokenizer(args.dir)
-        for id in tokenizer.encode(args.text):
-            print(id, tokenizer.encoding.decode_single_token_bytes(id))
+    from lab import show_tokens  # here, so that the rest imports without the project
+    show_tokens.main(Tokenizer)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 
 from grpo import GRPOConfig
 from lab import checkpoint
+from lab.check_input import check_settings
 from lab.command import Parser, fast_dtype
 from lab.scripts import PROBLEMS
 from sft import SFTConfig
@@ -139,6 +140,8 @@ def preset_of(args, presets):
             raise ValueError(f"{name} {counts[field]} must be positive")
     if "samples" in counts:
         counts["zero_samples"] = counts["samples"]
+    for config in stages.values():
+        check_settings(config)
     return in_dtype(replace(preset, **stages, **counts), args.dtype or fast_dtype(args.device))
 
 
@@ -153,8 +156,18 @@ def in_dtype(preset, dtype):
     return replace(preset, **{name: replace(stage, dtype=dtype) for name, stage in stages.items()})
 
 
-def chosen_stages(names, table, source, ablations):
-    """The names of the stages to make, in the table's order. names: the option --stages, or None. Raises ValueError."""
+def chosen_stages(args, table, source):
+    """The names of the stages to make, in the table's order. Raises ValueError for a stage that cannot be made."""
+    if args.from_stage is not None and args.from_stage not in table:
+        raise ValueError(f"stage {args.from_stage!r} is none of {', '.join(table)}")
+    chosen = named_stages(args.stages, table, source, args.ablations)
+    if not args.compare:
+        check_stages(Path(args.out), source, table, chosen)
+    return chosen
+
+
+def named_stages(names, table, source, ablations):
+    """names: the option --stages, or None: the whole recipe."""
     groups = {"students": [f"{kind}_{name}" for name in source.students for kind in ("base", "student")],
               "controls": [f"control_{name}" for name in source.students]}
     if ablations:

@@ -7,10 +7,14 @@
 import re
 import sys
 from contextlib import suppress
+from functools import partial
 
 import torch
 
+from lab.check_input import check_directory
 from lab.command import Parser, device_of
+from tokenizer import Tokenizer
+from variants.rope_scaling import scaled_frequencies
 
 TAG = "</?(?:think|answer)>"
 PART_OF_TAG = "<[/a-z]*"
@@ -43,7 +47,30 @@ def parse_args():
     return parser, args
 
 
-def chat(model, tokenizer, generate, args):
+def main(load, prefill, sample):
+    """model.py's script, which gives its functions."""
+    parser, args = parse_args()
+    try:
+        check_directory(args.dir)
+        model = load(args.dir, args.device, rope=scaled_frequencies)
+        chat(model, Tokenizer(args.dir), partial(stream, prefill, sample, model), args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+@torch.no_grad()
+def stream(prefill, sample, model, prompt, args, end_ids, generator):
+    """The tokens of one answer as they are drawn; the end token too."""
+    logits, cache = prefill(model, [prompt])
+    for _ in range(min(args.max_new_tokens, model.config.max_position_embeddings - cache.length)):
+        token, _ = sample(logits, args.temperature, args.top_p, generator)
+        yield token.item()
+        if token.item() in end_ids:
+            return
+        logits = model(token[:, None], cache=cache)[:, -1]
+
+
+def chat(model, tokenizer, answer_tokens, args):
     """Answers args.prompt, or what is typed until Ctrl-D or "exit". Ctrl-C ends an answer; then it asks again."""
     generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(args.seed)
     context = model.config.max_position_embeddings
@@ -61,8 +88,8 @@ def chat(model, tokenizer, generate, args):
             question = tokenizer.encode_prompt(text, later=bool(turns))
             while turns and len(sum(turns, question)) > context - room:
                 turns.pop(0)
-            generate(model, [sum(turns, []) + question], 1, args.max_new_tokens, args.temperature, args.top_p,
-                     tokenizer.end_ids, generator, on_token=answer.add)
+            for token in answer_tokens(sum(turns, []) + question, args, tokenizer.end_ids, generator):
+                answer.add(token)
         answer.finish()
         if question:
             said = [id for id in answer.ids if id not in tokenizer.end_ids]

@@ -2,6 +2,7 @@
 
 check_directory(dir): a model directory; check_tokenizer.py and check_model.py diagnose its parts.
 check_example(example, read): a row of a problem set.
+check_settings(config): what a user has set of a GRPOConfig, SFTConfig or EvalConfig.
 """
 
 import json
@@ -54,6 +55,59 @@ def check_example(example: dict, read) -> None:
     has_word = re.search(r"[^\W_]", example["answer"])
     if not has_word and (kind == "general" or harmful):
         raise ValueError(f"the reference answer {example['answer']!r} holds no word")
+
+
+RL_POSITIVE = ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "temperature", "max_new_tokens",
+               "reference_every", "grad_clip", "micro_batch_tokens", "validate_every")
+SFT_POSITIVE = ("lr", "epochs", "micro_batch_rows", "row_length", "grad_clip")
+
+
+def check_settings(config) -> None:
+    """Raises ValueError with the setting and its value; dataclasses other than these three check themselves."""
+    kind = type(config).__name__  # not by import: their scripts import this file
+    if kind == "GRPOConfig":
+        check_rl(config)
+    if kind == "EvalConfig":
+        check_evaluation(config)
+    if kind == "SFTConfig":
+        check_positive(config, SFT_POSITIVE)
+        if config.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {config.dtype!r} is none of float32, bfloat16")
+        if config.batch_tokens < config.row_length:
+            raise ValueError(f"batch_tokens {config.batch_tokens} is less than one row of {config.row_length}")
+
+
+def check_evaluation(c) -> None:
+    check_positive(c, ("samples",))
+    if not c.temperature >= 0:
+        raise ValueError(f"temperature {c.temperature} must not be negative")
+    if not 0 < c.top_p <= 1:
+        raise ValueError(f"top_p {c.top_p} is not above 0 and at most 1")
+
+
+def check_positive(config, names) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:  # NaN is refused too
+            raise ValueError(f"{name} {getattr(config, name)} must be positive")
+
+
+def check_rl(c) -> None:
+    for name, value in vars(c).items():
+        if not isinstance(value, str) and not value >= 0:
+            raise ValueError(f"{name} {value} must not be negative")
+    check_positive(c, RL_POSITIVE)
+    if c.group_size < 2:
+        raise ValueError(f"group_size {c.group_size}: the advantage compares completions, so it takes 2 or more")
+    if c.minibatches > c.prompts_per_rollout * c.group_size:
+        raise ValueError(f"minibatches {c.minibatches} exceed the completions of a rollout")
+    if c.importance_cap and c.old_logprobs == "sampler":
+        raise ValueError(f"importance_cap {c.importance_cap} compares sampler and trainer: "
+                         "it needs old_logprobs trainer")
+
+
+def check_length_buffer(dapo, c) -> None:
+    if dapo.length_buffer > c.max_new_tokens:
+        raise ValueError(f"length_buffer {dapo.length_buffer} exceeds max_new_tokens {c.max_new_tokens}")
 
 
 def check_countdown(example: dict) -> None:

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 STATE, DONE = "state.safetensors", "DONE"
 DISK = 5e8  # bytes per second, assumed until a state has been saved and its time is known
 SHARE = 0.02  # of the time that saving may take
+SKIPS = 5  # a training ends after this many updates in a row that are not finite
 RESTARTS = "without it the training starts again from the beginning"
 MADE_AGAIN = "if it is deleted, it is made again"
 MADE_AGAIN_WITH_DONE = f"if it is deleted, with {DONE} beside it if there is one, it is made again"
@@ -82,6 +83,26 @@ def _write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[st
             os.replace(folder / temporary.name, temporary)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_directory(dir: str | Path, write):
+    """write(aside) fills a directory; its files then come into `dir`, each whole, a config.json last."""
+    dir = Path(dir)
+    dir.mkdir(parents=True, exist_ok=True)
+    aside = dir / "saving.tmp"
+    if aside.is_symlink():
+        aside.unlink()  # not followed
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed writer left
+    aside.mkdir()
+    try:
+        write(aside)
+        paths = sorted(aside.iterdir(), key=lambda path: (path.name == "config.json", path.name))
+        for path in paths:
+            shutil.copymode(paths[-1], path)  # safetensors makes files that their owner alone can read
+            _flush(path)  # whole on the disk before it has its name
+            os.replace(path, dir / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]):
@@ -471,21 +492,41 @@ def _is_finite(module: Module) -> bool:
     return all(p.isfinite().all() for p in module.parameters())  # not buffers: a mask may hold minus infinity
 
 
-@contextmanager
-def save_bad_batch(dir: str | Path):
-    """When a training ends by sft.NotFinite or grpo.NotFinite: saves its batch, and names the last good state."""
-    try:
-        yield
-    except ValueError as error:
-        if not hasattr(error, "batch"):
-            raise
-        path, state = Path(dir) / "not_finite.safetensors", Path(dir) / STATE
-        _write_tensors(path, {name: t.cpu().contiguous() for name, t in error.batch.items()})
+class FiniteGuard:
+    """Ends a training that does not recover: updates that are not finite are skipped, but not SKIPS and more in a row.
+
+    check(metrics, updates, batch) is called after each step, which made so many updates. Raises ValueError when none of
+    the last ones was finite; the batch, {name: tensor}, is saved for a look.
+    """
+
+    def __init__(self, dir: str | Path):
+        self.dir, self.skipped = Path(dir), 0
+
+    def check(self, metrics: dict, updates: int, batch: dict[str, Tensor]):
+        if metrics["skipped"] < updates:
+            self.skipped = 0
+            return
+        self.skipped += updates
+        if self.skipped < SKIPS:
+            return
+        path, state = self.dir / "not_finite.safetensors", self.dir / STATE
+        _write_tensors(path, {name: t.cpu().clone() for name, t in batch.items()})  # two may be one tensor
         last = f"the last good state is {state}"
         if not state.exists():
             last = "there is no good state yet, so the training starts again from the beginning"
-        raise ValueError(f"{error}. Its batch: {path}; {last}. The usual fix: a lower learning rate or float32, "
-                         "with another --out") from None
+        raise ValueError(f"step {metrics['step']}: {self.skipped} updates in a row had a loss or gradient that is not "
+                         f"finite. The batch: {path}; {last}. The usual fix: a lower learning rate or float32, "
+                         "with another --out")
+
+    def check_sft(self, metrics: dict, batch: list[Tensor]):
+        """After a step of sft.train."""
+        self.check(metrics, 1, dict(zip(("ids", "segments", "positions", "targets"), batch)))
+
+    def check_rl(self, metrics: dict, rollout, config):
+        """After a rollout of grpo.train."""
+        updates = config.inner_epochs * min(config.minibatches, len(rollout.texts))
+        names = ("ids", "mask", "rewards", "old_logprobs", "sampled_logprobs")
+        self.check(metrics, updates, {name: getattr(rollout, name) for name in names})
 
 
 @contextmanager

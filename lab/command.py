@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lab.checkpoint import (Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm, lock,
-                            save_bad_batch)
+from lab.check_input import check_settings
+from lab.checkpoint import Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm, lock
 
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
 LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference; "
@@ -75,7 +75,9 @@ def first_line(error):
 def fields_of(args, config_class):
     """The dataclass that the options describe. It raises ValueError where one of them is out of range."""
     names = config_class.__dataclass_fields__
-    return config_class(**{name: value for name, value in vars(args).items() if name in names})
+    config = config_class(**{name: value for name, value in vars(args).items() if name in names})
+    check_settings(config)
+    return config
 
 
 # ------------------------------------------------------------------------------------------- device and precision
@@ -101,16 +103,6 @@ def fast_dtype(device=None):
 def processor_has(feature):
     check = getattr(torch.cpu, f"_is_{feature}_supported", None)  # not in every version of torch
     return check is not None and check()
-
-
-def prepare(model, args):
-    """Does what add_speed's options ask for, and prints the precision in which the model is trained."""
-    model.recompute = args.recompute
-    if args.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
-    compiled = ", compiled" if args.compile else ""
-    print(f"{args.dtype} on {next(model.parameters()).device}{compiled}", flush=True)
 
 
 def add_speed(parser):
@@ -152,7 +144,7 @@ def saving(out, args):
     with lock(out):
         check_same_settings(out / "settings.json", settings)
         try:
-            with Checkpointer(out, every=args.save_every) as checkpointer, save_bad_batch(out):
+            with Checkpointer(out, every=args.save_every) as checkpointer:
                 yield checkpointer
         except KeyboardInterrupt:
             if not (out / "config.json").exists():  # a model's last file: the signal came too late to stop anything

@@ -22,11 +22,13 @@ import numpy as np
 import torch
 
 import evaluate
+import grpo
 from grpo import GRPOConfig
 from lab import checkpoint, measure
 from lab.command import Parser
 from lab.run import changed_files
-from variants.configs import METHODS, PLAIN
+from variants.configs import METHODS, PLAIN, SAMPLING
+from variants.dapo import DAPO, DAPOConfig
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
 
@@ -36,7 +38,7 @@ SIZES = ("prompts_per_rollout", "group_size", "minibatches", "max_new_tokens", "
 CLIPPED = dict(mean="token", beta=0.0)  # the loss of PPO and PRIME: the clipped ratio over all tokens
 # What a result depends on.
 CODE = ("model.py", "sft.py", "grpo.py", "rewards.py", "data/math_answers.py", "data/world.py",
-        "variants/ppo.py", "variants/prime.py", "variants/configs.py", "lab/compare.py")
+        "variants/ppo.py", "variants/prime.py", "variants/dapo.py", "variants/configs.py", "lab/compare.py")
 
 
 def ppo(lam):
@@ -61,11 +63,14 @@ class RejectionFineTuning:
 ENTRIES = {name: (settings, None) for name, settings in METHODS.items() if name != "reinforce"} | {
     "ppo_0.95": (CLIPPED, ppo(lam=0.95)),
     "ppo_1.0": (CLIPPED, ppo(lam=1.0)),
-    "prime": (CLIPPED | dict(resample=3), prime),
+    "prime": (CLIPPED, prime),
     "online_rft": (PLAIN | dict(mean="token"), lambda model, config: RejectionFineTuning()),
     "random": (METHODS["grpo"], None),
     "format": (METHODS["grpo"], None),
 }
+
+
+RESAMPLE = {"dapo": SAMPLING["dapo"]["resample"], "prime": 3}  # rounds in which refused groups are replaced
 
 
 def compare(run, open_run, weights):
@@ -143,10 +148,15 @@ def train_method(run, method, lr, weights):
     run.begin(name_of(method, lr), CODE)
     settings, make_estimator = ENTRIES[method]
     sizes = {field: getattr(run.preset.zero, field) for field in SIZES}
-    config = GRPOConfig(**sizes | settings, lr=lr, sample_budget=run.preset.compare_samples, rollouts=10 ** 6)
+    config = GRPOConfig(**sizes | settings, lr=lr, rollouts=10 ** 6)
     model = run.model("base")
     estimator = make_estimator(model, config) if make_estimator else None
-    run.rl(model, CONTROLS.get(method, weights), config, advantage_estimator=estimator, validate=False)
+    sample = grpo.next_prompts
+    if method in RESAMPLE:
+        dapo = DAPOConfig(resample=RESAMPLE[method])
+        sample = DAPO(dapo, config.max_new_tokens, getattr(estimator, "keep", None)).sample
+    run.rl(model, CONTROLS.get(method, weights), config, validate=False, sample_budget=run.preset.compare_samples,
+           advantage_estimator=estimator, sample=sample)
     run.save(model)
     problems = run.source.validation
     texts, counts = run.complete(model, problems)

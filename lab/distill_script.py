@@ -7,12 +7,13 @@ import torch
 from data.problems import read_rows
 from evaluate import EvalConfig, complete
 from lab.check_input import check_directory
-from lab.checkpoint import Checkpointer, drop, kept_rows, print_flush, read_jsonl, write_jsonl
+from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
 from lab.command import Parser, add_saving, fields_of, new_directory, saving
 from lab.graphs import with_graphs
-from lab.scripts import PROBLEMS, add_template, in_its_language, open_model, read_problem_set, rules, step_line
-from model import generate, save
-from sft import SFTConfig, cut_warning, tokenize, train
+from lab.scripts import (PROBLEMS, StepPrinter, add_template, cut_warning, in_its_language, open_model,
+                         read_problem_set, rules, save_model)
+from model import generate
+from sft import SFTConfig, tokenize, train
 
 
 def parse():
@@ -53,12 +54,12 @@ def run(rejection_sample, explain, distill):
             student, tokenizer = open_model(args.student, torch.float32, template=args.template)
             distill(student, traces, general, encode=partial(tokenize, tokenizer=tokenizer),
                     train=partial(fine_tune, config=config, checkpointer=checkpointer))
-            save(student, out, tokenizer)
+            save_model(student, out, tokenizer)
 
 
 def fine_tune(student, examples, config, checkpointer):
     print(cut_warning(examples, config.row_length), end="")
-    train(student, examples, config, log=lambda metrics: print_flush(step_line(metrics)),
+    train(student, examples, config, log=StepPrinter(checkpointer.dir),
           save=checkpointer.save, resume=checkpointer.resume)
 
 

@@ -23,11 +23,16 @@ def applies(rule, example):
     return rule not in APPLIES or APPLIES[rule](example)
 
 
+class BudgetSpent(Exception):
+    """As many completions were sampled as a training may have."""
+
+
 class StageLog:
     """The files and the bar of one stage."""
 
     def __init__(self, run, model):
         self.run, self.model, self.dir = run, model, run.out / run.name
+        self.guard = checkpoint.FiniteGuard(self.dir)
         self.bar = None
 
     def write_metrics(self, metrics):
@@ -56,7 +61,7 @@ class StageLog:
 
 
 class SFTLog(StageLog):
-    def __call__(self, metrics):
+    def __call__(self, metrics, batch):
         step = metrics["step"]
         self.run.spend(self.model, trained=metrics["tokens"])
         self.show(metrics, metrics["steps"], "loss", "grad_norm")
@@ -64,12 +69,13 @@ class SFTLog(StageLog):
             self.warn(step, f"step {step}: not finite and skipped: a lower lr, or float32")
         if step % 10 == 0 or step == metrics["steps"] or metrics["skipped"]:
             self.write_metrics(metrics)
+        self.guard.check_sft(metrics, batch)
 
 
 class RLLog(StageLog):
-    def __init__(self, run, model, config, rules, weights):
+    def __init__(self, run, model, config, rules, weights, sample_budget=None):
         super().__init__(run, model)
-        self.config, self.rules, self.weights = config, rules, weights
+        self.config, self.rules, self.weights, self.sample_budget = config, rules, weights, sample_budget
         self.rows = []    # metrics of all rollouts so far
         self.latest = []  # the latest completion of each validation problem
 
@@ -88,6 +94,9 @@ class RLLog(StageLog):
             self.write_watched(step)
         if step == 1 or step % self.config.validate_every == 0:
             self.write_samples(step, rollout)
+        self.guard.check_rl(metrics, rollout, self.config)
+        if self.sample_budget is not None and metrics["samples"] >= self.sample_budget:
+            raise BudgetSpent
 
     def count_cost(self, rollout):
         prompts = sum(len(self.run.prompt(example)) for example in rollout.examples) * self.config.group_size

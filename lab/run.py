@@ -10,8 +10,10 @@ import re
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +25,11 @@ import sft
 from lab import checkpoint, claims, measure, report
 from lab.check_input import check_directory
 from lab.graphs import with_graphs
-from lab.logs import RLLog, SFTLog
-from lab.scripts import rules
+from lab.layers import fast_on_cpu, recompute
+from lab.logs import BudgetSpent, RLLog, SFTLog
+from lab.scripts import cut_warning, rules
 from lab.terminal import line_of
+from variants.rope_scaling import scaled_frequencies
 
 ROOT = Path(__file__).resolve().parent.parent
 generate = with_graphs(transformer.generate)  # on a GPU a decoding step is one launch
@@ -227,13 +231,11 @@ class Run:
         """The model of a finished stage, or an own one. float32: it may be trained."""
         dir = self.source.directory(self, stage)
         check_directory(dir)
-        model = transformer.load(dir, self.device, torch.float32)
-        model.recompute = self.recompute
-        return model
+        return self.prepared(transformer.load(dir, self.device, torch.float32, rope=scaled_frequencies))
 
     def save(self, model):
         """Writes the model of the stage under way."""
-        transformer.save(model, self.out / self.name, self.tokenizer)
+        checkpoint.save_directory(self.out / self.name, partial(transformer.save, model, tokenizer=self.tokenizer))
 
     def new_model(self, sizes):
         """A Transformer with random weights."""
@@ -241,9 +243,12 @@ class Run:
         vocab_size, context = self.tokenizer.vocab_size, self.preset.context
         config = transformer.Config(vocab_size=vocab_size, max_position_embeddings=context, **sizes)
         generator = torch.Generator().manual_seed(self.seed)
-        model = transformer.Transformer(config).init_weights(generator).to(self.device)
-        model.recompute = self.recompute
-        return model
+        return self.prepared(transformer.Transformer(config).init_weights(generator).to(self.device))
+
+    def prepared(self, model):
+        if self.recompute:
+            recompute(model)
+        return fast_on_cpu(model)
 
     def say_what_changed(self):
         """One line if the code of finished stages has changed: the first such stage, and how to re-run from there."""
@@ -315,14 +320,17 @@ class Run:
         checkpointer, save, resume = self.checkpointer()
         log = SFTLog(self, model)
         examples = [sft.tokenize(row, self.tokenizer, pretraining) for row in rows]
-        print(sft.cut_warning(examples, config.row_length), end="", flush=True)
-        with checkpointer, checkpoint.save_bad_batch(self.out / self.name):
+        print(cut_warning(examples, config.row_length), end="", flush=True)
+        with checkpointer:
             sft.train(model, examples, replace(config, seed=self.seed), log=log, save=save, resume=resume)
         log.close()
         return model
 
-    def rl(self, model, weights, config, examples=None, advantage_estimator=None, validate=True):
-        """GRPO with these rules as reward; the other rules are logged, with weight 0."""
+    def rl(self, model, weights, config, examples=None, validate=True, sample_budget=None, **in_place):
+        """GRPO with these rules as reward; the other rules are logged, with weight 0.
+
+        sample_budget: ends after so many completions; in_place: what grpo.train takes for its advantages and sampling.
+        """
         config, scored_by = replace(config, seed=self.seed), rules()
         if "coin" in weights:
             scored_by["coin"] = coin
@@ -331,17 +339,15 @@ class Run:
             raise ValueError(f"no rule is called {', '.join(sorted(unknown))}: there are {', '.join(scored_by)}")
         weights = {name: weights.get(name, 0.0) for name in scored_by}
         checkpointer, save, resume = self.checkpointer()
-        log = RLLog(self, model, config, scored_by, weights)
-        with checkpointer, checkpoint.save_bad_batch(self.out / self.name):
+        log = RLLog(self, model, config, scored_by, weights, sample_budget)
+        with checkpointer, suppress(BudgetSpent):
             if validate and resume is None:
                 log.before_training(model)
             grpo.train(model, examples or self.source.problems,
                        encode=self.prompt, decode=self.tokenizer.decode,
                        generate=generate, end_ids=self.tokenizer.end_ids,
                        rewards=scored_by, weights=weights, config=config,
-                       advantage_estimator=advantage_estimator,
-                       keep_group=getattr(advantage_estimator, "keep_group", None),
-                       validate=log.validate if validate else None, log=log, save=save, resume=resume)
+                       validate=log.validate if validate else None, log=log, save=save, resume=resume, **in_place)
         log.close()
         return model
 

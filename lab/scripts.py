@@ -11,13 +11,16 @@ import rewards
 from data.math_answers import read_answer, read_end, read_expression
 from data.problems import read_problems, read_rows
 from lab import watch
-from lab.check_input import check_directory, check_example
-from lab.checkpoint import print_flush
-from lab.command import Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, prepare, saving
+from lab.check_input import check_directory, check_example, check_length_buffer
+from lab.checkpoint import FiniteGuard, print_flush, save_directory
+from lab.command import Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, saving
 from lab.graphs import with_graphs
+from lab.layers import fast_on_cpu, recompute
 from model import generate, load, save
 from tokenizer import TEMPLATES, Tokenizer
-from variants.configs import METHODS, PUBLISHED
+from variants.configs import METHODS, PUBLISHED, SAMPLING
+from variants.dapo import DAPO, DAPOConfig
+from variants.rope_scaling import scaled_frequencies
 
 PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py)"
 
@@ -49,7 +52,22 @@ def open_model(dir, dtype=None, device=None, template=None):
     check_directory(dir, template)
     tokenizer = Tokenizer(dir, template)
     tokenizer.template  # a chat template that is not known is refused before anything is loaded
-    return load(dir, device, dtype), tokenizer
+    return fast_on_cpu(load(dir, device, dtype, rope=scaled_frequencies)), tokenizer
+
+
+def save_model(model, dir, tokenizer):
+    save_directory(dir, partial(save, model, tokenizer=tokenizer))
+
+
+def prepare(model, args):
+    """Does what add_speed's options ask for, and prints the precision in which the model is trained."""
+    if args.recompute:
+        recompute(model)
+    if args.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+    compiled = ", compiled" if args.compile else ""
+    print(f"{args.dtype} on {next(model.parameters()).device}{compiled}", flush=True)
 
 
 def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, **defaults):
@@ -68,24 +86,29 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
                         help="a paper's settings (variants/configs.py) as defaults")
     add_template(parser)
     parser.add_fields(config_class)
+    parser.add_fields(DAPOConfig)
     if estimator_config is not None:
         parser.add_fields(estimator_config)
     add_speed(parser)
     add_saving(parser)
-    published = (PUBLISHED | METHODS).get(parser.parse_args().config, {})
+    name = parser.parse_args().config
+    published = (PUBLISHED | METHODS).get(name, {}) | SAMPLING.get(name, {})
     parser.set_defaults(**defaults | published)
     args = parser.parse_args()  # a second time, with the defaults of the paper that --config names
 
     with parser.one_line_errors(args.out):
-        config = fields_of(args, config_class)
+        config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
+        check_length_buffer(dapo, config)
         examples = read_problem_set(args.data)
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
         out = new_directory(args.out)
-        estimator, keep_group = None, None
+        in_place = {}
         if estimator_class is not None:
-            estimator = estimator_class(model, config, fields_of(args, estimator_config))
-            keep_group = getattr(estimator, "keep_group", None)
+            in_place["advantage_estimator"] = estimator_class(model, config, fields_of(args, estimator_config))
+        keep = getattr(in_place.get("advantage_estimator"), "keep", None)
+        if keep is not None or dapo != DAPOConfig():
+            in_place["sample"] = DAPO(dapo, config.max_new_tokens, keep).sample
         print("the loss says nothing here: its value is about 0 while it learns (a group's advantages sum to 0); "
               "watch the reward, KL, clip fraction, entropy and gradient norm", flush=True)
         with saving(out, args) as checkpointer:
@@ -93,16 +116,15 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
                   encode=lambda example: tokenizer.encode_prompt(example["prompt"]), decode=tokenizer.decode,
                   generate=with_graphs(generate), end_ids=tokenizer.end_ids,
                   rewards={name: rules()[name] for name in args.rewards}, config=config,
-                  advantage_estimator=estimator, keep_group=keep_group,
-                  log=Printer(config), save=checkpointer.save, resume=checkpointer.resume)
-            save(model, out, tokenizer)
+                  log=Printer(config, out), save=checkpointer.save, resume=checkpointer.resume, **in_place)
+            save_model(model, out, tokenizer)
 
 
 class Printer:
-    """The log of a script: a line per rollout, warnings, and now and then a sample."""
+    """The log of a script that reinforces: a line per rollout, warnings, and now and then a sample."""
 
-    def __init__(self, config):
-        self.config, self.rows = config, []
+    def __init__(self, config, dir):
+        self.config, self.rows, self.guard = config, [], FiniteGuard(dir)
 
     def __call__(self, metrics, rollout):
         self.rows.append(metrics)
@@ -114,13 +136,28 @@ class Printer:
         if (metrics["step"] - 1) % self.config.validate_every == 0:
             print_flush(f"  {rollout.examples[0]['prompt']!r}")
             print_flush(f"  {rollout.texts[0]!r}: {rollout.rewards[0, 0].item():.2f}")
+        self.guard.check_rl(metrics, rollout, self.config)
 
 
-def step_line(m):
-    return f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  lr {m['lr']:.1e}"
+def cut_warning(examples, row_length):
+    """A line on examples longer than a row, which lose their end and the end token with it; "" if there are none."""
+    cut = sum(len(ids) > row_length for ids, _ in examples)
+    return f"{cut} of {len(examples)} examples are longer than row_length {row_length} and are cut\n" if cut else ""
 
 
-def fine_tune(config_class, tokenize, cut_warning, train):
+class StepPrinter:
+    """The log of a script that fine-tunes: a line per step."""
+
+    def __init__(self, dir):
+        self.guard = FiniteGuard(dir)
+
+    def __call__(self, m, batch):
+        print_flush(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  "
+                    f"lr {m['lr']:.1e}")
+        self.guard.check_sft(m, batch)
+
+
+def fine_tune(config_class, tokenize, train):
     """The script of sft.py."""
     parser = Parser(description="Supervised fine-tuning of a model directory.")
     parser.add_argument("--model", required=True, help="model directory")
@@ -140,9 +177,9 @@ def fine_tune(config_class, tokenize, cut_warning, train):
         examples = [tokenize(row, tokenizer, args.pretrain) for row in rows]
         print(cut_warning(examples, config.row_length), end="")
         with saving(out, args) as checkpointer:
-            train(model, examples, config, log=lambda metrics: print_flush(step_line(metrics)),
+            train(model, examples, config, log=StepPrinter(out),
                   save=checkpointer.save, resume=checkpointer.resume)
-            save(model, out, tokenizer)
+            save_model(model, out, tokenizer)
 
 
 def measure_directory(config_class, complete, measure, summarise):

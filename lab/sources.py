@@ -242,3 +242,11 @@ def reasoning_problems(path):
 def say_left_out(path, before, after):
     if len(after) < len(before):
         print(f"{path}: {len(before) - len(after)} of {len(before)} stand in the test or twice: left out", flush=True)
+
+
+def open_source(args, preset):
+    """(the source of models and problems that the command line asks for, the preset fitted to it)"""
+    if args.base:
+        source = OwnModel(args, preset)
+        return source, source.fit(preset)
+    return MiniWorld(preset, args.seed), preset

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import model
 from forked import start_forked
 from lab import checkpoint
 from lab.checkpoint import (STATE, Checkpointer, Terminated, append_jsonl, atomic_write, code_hash, finished, load,
-                            mark_finished, read_jsonl, restore, save, state_of, write_jsonl)
+                            mark_finished, read_jsonl, restore, save, save_directory, state_of, write_jsonl)
 
 ROOT = Path(__file__).parent.parent
 
@@ -201,7 +202,7 @@ def write_much_for_ever(dir, kind):
     big = model.Transformer(config)
     while True:
         if kind == "model":
-            model.save(big, dir)
+            save_directory(dir, partial(model.save, big))
         else:
             save(dir, *state_of(big=big))
 
@@ -227,7 +228,7 @@ def test_what_a_writer_left_that_was_killed_within_a_file_goes_with_the_next_sav
             break
     assert is_within_a_file()
     if kind == "model":
-        model.save(tiny(), tmp_path)
+        save_directory(tmp_path, partial(model.save, tiny()))
     else:
         save(tmp_path, {"w": torch.zeros(2)}, {"step": 0})
     assert sorted(path.name for path in tmp_path.iterdir()) == wanted
@@ -399,10 +400,10 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tiny, tmp_path)
     from tokenizer import Tokenizer
     (tmp_path / "else").write_text("mine")
     (tmp_path / "dir").mkdir()
-    for name in ("file.tmp", "tokenizer.json.tmp", "saving.tmp"):
+    for name in ("file.tmp", "saving.tmp"):
         (tmp_path / "dir" / name).symlink_to(tmp_path / "else")
     atomic_write(tmp_path / "dir" / "file", "new")
-    model.save(tiny(), tmp_path / "dir", Tokenizer(ROOT / "data"))
+    save_directory(tmp_path / "dir", partial(model.save, tiny(), tokenizer=Tokenizer(ROOT / "data")))
     assert (tmp_path / "else").read_text() == "mine" and not [*(tmp_path / "dir").glob("*.tmp")]
     assert (tmp_path / "dir" / "tokenizer.json").is_file() and not (tmp_path / "dir" / "tokenizer.json").is_symlink()
 

@@ -18,7 +18,7 @@ ALLOWED = {  # beside the standard library
     "model": {"torch", "safetensors", "tqdm"}, "tokenizer": {"tiktoken", "regex"}, "rewards": set(),
     "sft": {"torch", "tqdm"}, "grpo": {"torch", "tqdm"}, "distill": set(), "evaluate": {"numpy", "tqdm"},
     "variants/ppo": {"torch", "tqdm"}, "variants/prime": {"torch", "tqdm"}, "variants/process": {"torch"},
-    "variants/configs": set(), "lab/graphs": {"torch"}, "lab/checkpoint": {"torch", "safetensors", "numpy"}}
+    "variants/dapo": {"torch"}, "variants/rope_scaling": {"torch"}, "variants/configs": set(), "lab/graphs": {"torch"}, "lab/checkpoint": {"torch", "safetensors", "numpy"}}
 CONCEPTS = [*ALLOWED]
 FOLDERS = ("variants", "lab", "data")
 OURS = [path for folder in (ROOT, *(ROOT / name for name in FOLDERS)) for path in sorted(folder.glob("*.py"))]
@@ -79,6 +79,22 @@ EXAMPLES = {
         for _ in range(50):
             estimator.advantages(rollout)
         assert estimator.learn(rollout, [0])["prm_accuracy"] == 1 and estimator.metrics["prm_loss"] < 0.1
+    """,
+    "variants/dapo": """
+        import torch
+        from types import SimpleNamespace
+        import dapo
+        rollout = SimpleNamespace(rewards=torch.tensor([[0., 1], [1, 1]]))
+        assert dapo.has_signal(rollout).tolist() == [True, False]
+        assert dapo.length_penalty(torch.tensor([0, 8, 9, 12]), 10, 4).tolist() == [0, -0.5, -0.75, -1]
+    """,
+    "variants/rope_scaling": """
+        from types import SimpleNamespace
+        import rope_scaling
+        config = SimpleNamespace(head_dim=4, rope_theta=100.0, max_position_embeddings=64,
+                                 rope_scaling={"rope_type": "linear", "factor": 2.0})
+        frequency, scale = rope_scaling.scaled_frequencies(config)
+        assert (frequency - torch.tensor([0.5, 0.05])).abs().max() < 1e-6 and scale == 1
     """,
     "variants/process": """
         import process
@@ -294,7 +310,7 @@ def test_no_file_imports_another_in_a_circle_not_even_within_functions():
 
 
 def test_the_recipe_and_what_runs_it_are_imported_by_nothing_below():
-    above = {"pipeline", "lab.run", "lab.compare"}
+    above = {"pipeline", "lab.run", "lab.compare", "lab.ablations"}
     for name, others in graph_of_imports().items():
         if name not in above:
             assert not others & above, name

@@ -7,6 +7,7 @@ import torch
 
 import evaluate
 import rewards
+from lab.check_input import check_settings
 from data.math_answers import read_answer, read_end
 from evaluate import (EvalConfig, bootstrap, complete, majority_at_k, measure, paired_bootstrap, pass_at_k, summarise,
                       with_budget)
@@ -272,4 +273,4 @@ def test_a_summary_holds_means_with_intervals_and_accuracy_by_group():
                                              ({"top_p": 0}, "top_p 0"), ({"top_p": 1.1}, "top_p 1.1")])
 def test_a_setting_out_of_range_is_refused(fields, culprit):
     with pytest.raises(ValueError, match=culprit):
-        EvalConfig(**fields)
+        check_settings(EvalConfig(**fields))

@@ -64,7 +64,7 @@ def reinforce(model, **changes):
     grpo.train(model, [{"p": [1, 2]}, {"p": [3]}], encode=lambda e: e["p"],
                decode=lambda ids: " ".join(map(str, ids)), generate=generate, end_ids=[0],
                rewards={"length": lambda text, e: len(text) % 3 / 2}, config=config,
-               log=lambda m, r: history.append((m, weights_of(model))), **changes)
+               **dict(log=lambda m, r: history.append((m, weights_of(model)))) | changes)
     return history
 
 
@@ -79,21 +79,28 @@ def test_an_rl_update_that_is_not_finite_is_skipped_and_counted_and_training_goe
     assert not torch.equal(history[1][1], before) and torch.isfinite(history[2][1]).all()
 
 
-def test_five_rl_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(tiny):
+def test_five_rl_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(tiny, tmp_path):
     model = tiny()
     before = weights_of(model)
-    with pytest.raises(grpo.NotFinite, match="rollout 3: 5 updates in a row") as caught:
-        reinforce(model, broken={1, 2, 3})
+    guard, config = checkpoint.FiniteGuard(tmp_path), grpo.GRPOConfig(minibatches=2)
+    with pytest.raises(ValueError, match="step 3: 6 updates in a row .* there is no good state yet"):
+        reinforce(model, broken={1, 2, 3}, log=lambda metrics, r: guard.check_rl(metrics, r, config))
     assert torch.equal(weights_of(model), before)
-    assert caught.value.batch["old_logprobs"].isnan().any() and len(caught.value.batch["ids"]) == 4
+    batch = load_file(tmp_path / "not_finite.safetensors")
+    assert batch["old_logprobs"].isnan().any() and len(batch["ids"]) == 8
 
 
-def test_updates_that_are_not_finite_but_not_in_a_row_end_nothing(tiny):
-    history = reinforce(tiny(), broken={1, 2, 4, 5}, rollouts=5)
-    assert [metrics["skipped"] for metrics, _ in history] == [2, 2, 0, 2, 2]
+def test_updates_that_are_not_finite_but_not_in_a_row_end_nothing(tiny, tmp_path):
+    guard, config, skipped = checkpoint.FiniteGuard(tmp_path), grpo.GRPOConfig(minibatches=2), []
+
+    def log(metrics, r):
+        skipped.append(metrics["skipped"])
+        guard.check_rl(metrics, r, config)
+    reinforce(tiny(), broken={1, 2, 4, 5}, rollouts=5, log=log)
+    assert skipped == [2, 2, 0, 2, 2]
 
 
-def test_an_sft_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(tiny, monkeypatch):
+def test_an_sft_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(tiny, monkeypatch, tmp_path):
     examples, real, calls = [([1, 2, 3, 4], 1)] * 64, sft.loss_sum, []
     config = sft.SFTConfig(lr=1e-3, epochs=1, batch_tokens=16, row_length=8, dtype="float32")
 
@@ -106,13 +113,13 @@ def test_an_sft_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run
 
     broken({3, 5, 6})
     model, history = tiny(), []
-    sft.train(model, examples, config, log=lambda m: history.append((m["skipped"], weights_of(model))))
+    sft.train(model, examples, config, log=lambda m, batch: history.append((m["skipped"], weights_of(model))))
     assert [skipped for skipped, _ in history[:7]] == [0, 0, 1, 0, 1, 1, 0]
     assert torch.equal(history[1][1], history[2][1]) and not torch.equal(history[2][1], history[3][1])
     broken(range(4, 99))
-    with pytest.raises(sft.NotFinite, match="step 8: 5 steps in a row") as caught:
-        sft.train(tiny(), examples, config)
-    assert caught.value.batch["ids"].shape == (2, 8)
+    with pytest.raises(ValueError, match="step 8: 5 updates in a row"):
+        sft.train(tiny(), examples, config, log=checkpoint.FiniteGuard(tmp_path).check_sft)
+    assert load_file(tmp_path / "not_finite.safetensors")["ids"].shape == (2, 8)
 
 
 def test_a_critic_and_a_reward_model_skip_a_step_that_is_not_finite(tiny):
@@ -143,9 +150,9 @@ def test_a_run_whose_rate_is_far_too_high_stops_in_one_line_and_saves_the_batch(
 
     ended = call(tmp_path, RECIPE, far_too_high)
     assert ended.status == 2 and ended.stderr.count("\n") == 1, ended.stderr
-    assert "5 steps in a row" in ended.stderr and "there is no good state yet" in ended.stderr
+    assert "5 updates in a row" in ended.stderr and "there is no good state yet" in ended.stderr
     assert load_file(tmp_path / "run" / "base" / "not_finite.safetensors")["ids"].dtype == torch.long
-    assert len(checkpoint.read_jsonl(tmp_path / "run" / "base" / "warnings.jsonl")) == 4  # the fifth ends it
+    assert len(checkpoint.read_jsonl(tmp_path / "run" / "base" / "warnings.jsonl")) == 5
 
 
 # ---- one run per directory, and its end
@@ -709,7 +716,7 @@ def test_a_script_whose_rate_is_far_too_high_names_the_last_good_state_and_saves
     args = ["--model", tmp_path / "model", "--data", pairs(tmp_path), *SFT, "--dtype", "float32"]
     ended = script(sft.main, [*args, "--lr", "1e38", "--out", tmp_path / "out"])
     assert ended.status == 2 and ended.stderr.count("\n") == 1, ended.stderr
-    assert "5 steps in a row" in ended.stderr and "no good state yet" in ended.stderr
+    assert "5 updates in a row" in ended.stderr and "no good state yet" in ended.stderr
     assert load_file(tmp_path / "out" / "not_finite.safetensors")["ids"].shape == (2, 64)
 
 

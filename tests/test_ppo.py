@@ -177,11 +177,9 @@ def sharp(tiny, seed=0):
 
 def rolled(model, config, prompts=([1, 2], [4, 5, 6, 7, 8])):
     """A Rollout of two groups, of ragged lengths and with rewards that differ."""
-    groups = grpo.sample_groups(model, prompts, encode=list, decode=lambda ids: " ".join(map(str, ids)),
-                                generate=model_module.generate, end_ids=MANY_ENDS,
-                                rewards={"sevens": share_of_sevens}, weights={}, config=config,
-                                generator=torch.Generator().manual_seed(0))
-    r = grpo.collate(groups, MANY_ENDS)
+    r = grpo.rollout(model, prompts, encode=list, decode=lambda ids: " ".join(map(str, ids)),
+                     generate=model_module.generate, end_ids=MANY_ENDS, rewards={"sevens": share_of_sevens}, weights={},
+                     config=config, generator=torch.Generator().manual_seed(0))
     r.rewards = torch.randn(r.rewards.shape, generator=torch.Generator().manual_seed(1))
     r.old_logprobs = grpo.all_logprobs(model, r, config)
     assert len(set(r.lengths.tolist())) > 2

@@ -17,6 +17,7 @@ import grpo
 import model as model_module
 from sevens import MANY_ENDS, train_on_sevens
 from variants import prime as prime_module
+from variants.dapo import DAPO, DAPOConfig
 from variants.prime import (
     PRIME,
     PRIMEConfig,
@@ -199,11 +200,10 @@ def holds_a_low_token(text, example):
 
 def rolled(model, config, rule="accuracy", right=holds_a_low_token, seed=0, prompts=([1, 2], [4, 5, 6, 7, 8])):
     """A Rollout of two groups, of ragged lengths and some of them right."""
-    groups = grpo.sample_groups(model, prompts, encode=list, decode=lambda ids: " ".join(map(str, ids)),
-                                generate=model_module.generate, end_ids=MANY_ENDS,
-                                rewards={rule: right, "other": lambda text, example: 0.5}, weights={}, config=config,
-                                generator=torch.Generator().manual_seed(seed))
-    r = grpo.collate(groups, MANY_ENDS)
+    r = grpo.rollout(model, prompts, encode=list, decode=lambda ids: " ".join(map(str, ids)),
+                     generate=model_module.generate, end_ids=MANY_ENDS,
+                     rewards={rule: right, "other": lambda text, example: 0.5}, weights={}, config=config,
+                     generator=torch.Generator().manual_seed(seed))
     r.old_logprobs = grpo.all_logprobs(model, r, config)
     assert len(set(r.lengths.tolist())) > 2 and 0 < r.parts[rule].mean() < 1
     return r
@@ -381,20 +381,15 @@ def test_which_tokens_pad_a_row_and_how_far_changes_nothing(tiny):
 @pytest.mark.parametrize("right, kept", [(0, False), (1, False), (2, True), (3, False), (4, False)])
 def test_a_prompt_is_kept_whose_accuracy_lies_strictly_between_the_bounds(tiny, right, kept):
     estimator = PRIME(tiny(), small(), PRIMEConfig(lowest=0.25, highest=0.75))
-    scores = torch.tensor([1.0] * right + [0.0] * (4 - right))
-    assert (
-        estimator.keep_group(SimpleNamespace(parts={"accuracy": scores, "format": 1 - scores}, rewards=scores + 0.3))
-        == kept
-    )
+    scores = torch.tensor([[1.0] * right + [0.0] * (4 - right)])
+    r = SimpleNamespace(parts={"accuracy": scores, "format": 1 - scores}, rewards=scores + 0.3)
+    assert estimator.keep(r) == [kept]
 
 
 def test_the_papers_bounds_of_four_completions_are_neither_all_right_nor_all_wrong(tiny):
     estimator = PRIME(tiny(), small())
-    kept = [
-        estimator.keep_group(SimpleNamespace(parts={"accuracy": torch.tensor([1.0] * n + [0.0] * (4 - n))}))
-        for n in range(5)
-    ]
-    assert kept == [False, True, True, True, False]
+    groups = torch.tensor([[1.0] * n + [0.0] * (4 - n) for n in range(5)])
+    assert estimator.keep(SimpleNamespace(parts={"accuracy": groups})) == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("count", [5, 10, 15, 20, 40])
@@ -406,8 +401,8 @@ def test_an_accuracy_of_exactly_a_fifth_or_four_fifths_is_not_between_them(tiny,
         (count * 4 // 5, False),
         (count * 4 // 5 - 1, True),
     ):
-        scores = torch.tensor([1.0] * right + [0.0] * (count - right))
-        assert estimator.keep_group(SimpleNamespace(parts={"accuracy": scores})) == kept
+        scores = torch.tensor([[1.0] * right + [0.0] * (count - right)])
+        assert estimator.keep(SimpleNamespace(parts={"accuracy": scores})) == [kept]
 
 
 def test_the_outcome_is_the_rule_that_was_named_and_not_the_reward(tiny):
@@ -416,14 +411,14 @@ def test_the_outcome_is_the_rule_that_was_named_and_not_the_reward(tiny):
     r.rewards = torch.randn(r.rewards.shape)
     estimator = PRIME(model, config, outcome="right")
     torch.testing.assert_close(estimator.advantages(r), leave_one_out(r.parts["right"]).flatten()[:, None] * r.mask)
-    group = SimpleNamespace(parts={"right": torch.tensor([1., 0.]), "accuracy": torch.tensor([0., 0.])})
-    assert estimator.keep_group(group)
+    r = SimpleNamespace(parts={"right": torch.tensor([[1., 0.]]), "accuracy": torch.tensor([[0., 0.]])})
+    assert estimator.keep(r) == [True]
 
 
 def test_an_outcome_that_is_no_rule_of_the_run_is_refused_by_name(tiny):
     with pytest.raises(ValueError, match="'right' is none of the rules accuracy, format"):
-        PRIME(tiny(), small(), outcome="right").keep_group(
-            SimpleNamespace(parts={"accuracy": torch.ones(2), "format": torch.ones(2)})
+        PRIME(tiny(), small(), outcome="right").keep(
+            SimpleNamespace(parts={"accuracy": torch.ones(1, 2), "format": torch.ones(1, 2)})
         )
 
 
@@ -433,17 +428,18 @@ def holds_a_seven(text, example):
     return float("7" in text.split())
 
 
-def run(model, config, settings=FAST, estimator=None, **arguments):
+def run(model, config, settings=FAST, estimator=None, resample=0, **arguments):
     """Trains to sample token 7; the metrics of each rollout without the times."""
     estimator = estimator or PRIME(model, config, settings)
-    arguments = dict(rewards={"accuracy": holds_a_seven}, keep_group=estimator.keep_group) | arguments
+    filtered = DAPO(DAPOConfig(resample=resample), config.max_new_tokens, estimator.keep)
+    arguments = dict(rewards={"accuracy": holds_a_seven}, sample=filtered.sample) | arguments
     return train_on_sevens(model, config, advantage_estimator=estimator, **arguments)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_the_reward_rises_within_a_few_rollouts(tiny, gamma):
     config = small(rollouts=12, group_size=16, minibatches=4, max_new_tokens=5, grad_clip=1.0)
-    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), keep_group=None)
+    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), sample=grpo.next_prompts)
     rewards = [metrics["reward"] for metrics in history]
     assert sum(rewards[:2]) / 2 < 0.5 and sum(rewards[-3:]) / 3 > 0.85, rewards
     assert all({"prm_loss", "prm_accuracy"} <= metrics.keys() for metrics in history)
@@ -459,20 +455,21 @@ def test_the_process_rewards_are_felt(tiny):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_run_that_stopped_resumes_identically(tiny, tmp_path, stop):
-    config = small(rollouts=4, resample=1)
+    config = small(rollouts=4)
     through = tiny()
     estimator = PRIME(through, config, FAST)
-    history = run(through, config, estimator=estimator)
+    history = run(through, config, estimator=estimator, resample=1)
 
     def save(**state):
         if state["step"] == stop:
             checkpoint.save(tmp_path, *checkpoint.state_of(**state))
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        run(tiny(), config, save=save)
+        run(tiny(), config, save=save, resample=1)
     resumed = tiny(seed=5)  # all three start elsewhere, so that each must come from the state
     other = PRIME(resumed, config, FAST)
-    rest = run(resumed, config, estimator=other, resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
+    rest = run(resumed, config, estimator=other, resample=1,
+               resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
     assert len(rest) == 4 - stop and rest == history[stop:]
     assert torch.equal(
         weights_of(resumed, other.prm, other.reference), weights_of(through, estimator.prm, estimator.reference)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lab import checkpoint
+from lab.check_input import check_settings
 import sft
 from sft import SFTConfig, learning_rate, pack
 
@@ -30,7 +31,7 @@ def config(**fields):
 
 def run(model, examples, c, **arguments):
     history = []
-    log = lambda metrics: history.append({k: v for k, v in metrics.items() if k != "seconds"})
+    log = lambda metrics, batch: history.append({k: v for k, v in metrics.items() if k != "seconds"})
     sft.train(model, examples, c, **dict(log=log) | arguments)
     return history
 
@@ -290,7 +291,7 @@ def test_training_without_a_token_to_learn_is_refused(tiny, examples):
 )
 def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):
     with pytest.raises(ValueError) as error:
-        config(**{"grad_clip": 1.0} | fields)
+        check_settings(config(**{"grad_clip": 1.0} | fields))
     assert culprit in str(error.value) and "\n" not in str(error.value)
 
 

@@ -7,7 +7,8 @@ KL term. PRIME (arXiv 2502.01456) algorithm 1, eq. 3-6. The authors' code depart
 scaled, and the summed return is whitened.
 
     prime = PRIME(model, config, PRIMEConfig())
-    grpo.train(..., config=config, advantage_estimator=prime, keep_group=prime.keep_group)
+    filtered = DAPO(DAPOConfig(resample=3), config.max_new_tokens, prime.keep)                     # variants/dapo.py
+    grpo.train(..., config=config, advantage_estimator=prime, sample=filtered.sample)
     python -m variants.prime --model DIR --data FILE.jsonl --out DIR     # a problem set (data/problems.py)
 
 Shapes: N prompts, K completions each, B = N*K rows (prompt-major), T positions; position t predicts token t+1.
@@ -95,16 +96,16 @@ class PRIME:
         self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_reference": self.reference}
         self.metrics = {}
 
-    def outcomes(self, judged):
-        """Of a group (K,), or of a rollout (N, K)."""
-        if self.outcome not in judged.parts:
-            raise ValueError(f"the outcome {self.outcome!r} is none of the rules {', '.join(judged.parts)}")
-        return judged.parts[self.outcome]
+    def outcomes(self, r):
+        """(N, K)"""
+        if self.outcome not in r.parts:
+            raise ValueError(f"the outcome {self.outcome!r} is none of the rules {', '.join(r.parts)}")
+        return r.parts[self.outcome]
 
-    def keep_group(self, group):
-        """The prompt filter: neither too easy nor too hard, by the group's accuracy."""
-        right = self.outcomes(group)
-        return self.prime.lowest < right.sum().item() / len(right) < self.prime.highest  # 1/5 in fp32 is above 0.2
+    def keep(self, r):
+        """The prompt filter, N booleans: neither too easy nor too hard, by the group's accuracy."""
+        accuracies = [sum(right) / len(right) for right in self.outcomes(r).tolist()]  # 1/5 in fp32 is above 0.2
+        return [self.prime.lowest < accuracy < self.prime.highest for accuracy in accuracies]
 
     def advantages(self, r):
         """(B, T). Each completion is scored, then the reward model takes one Adam step on the outcomes   [algorithm 1]

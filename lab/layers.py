@@ -1,0 +1,126 @@
+"""Layers in place of model.py's: attention and norms as a CPU computes them faster; blocks that save memory.
+
+    fast_on_cpu(model)   # in place: the same weights and, up to rounding, the same result
+    recompute(model)
+
+torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and in
+bfloat16 its backward pass is five times slower than in float32. Autograd's RMSNorm passes over its input twice as often
+as the gradient by hand.
+
+Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model import Attention, Block, RMSNorm, rotate
+
+
+def fast_on_cpu(model):
+    """The model, whose attention and norms are replaced where it is on a CPU."""
+    if next(model.parameters()).device.type == "cpu":
+        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm})
+    return model
+
+
+def recompute(model):
+    """The model, whose layers keep their input only and run again in the backward pass: less memory, a third slower."""
+    replace(model, {Block: RecomputedBlock})
+    return model
+
+
+def replace(model, classes):
+    """Gives the parts of a model other classes; their weights and names stay."""
+    for part in model.modules():
+        part.__class__ = classes.get(type(part), type(part))
+
+
+class RecomputedBlock(Block):
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        if cache is not None or not torch.is_grad_enabled():
+            return super().forward(x, cos, sin, mask, cache, layer)
+        return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+class CPUAttention(Attention):
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        B, T, _ = x.shape
+        H, K = self.heads, self.kv_heads
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * K, self.head_dim)  # (B, T, H + 2K, d)
+        qk, v = qkv.split((H + K, K), dim=2)  # q and k stay side by side: half the operations
+        if hasattr(self, "q_norm"):
+            weight = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))  # (H + K, d)
+            qk = rms_norm(qk, weight, self.q_norm.eps)
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split((H, K), dim=1)  # (B, H, T, d), (B, K, T, d)
+        v = v.transpose(1, 2)                                             # (B, K, T, d)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                              # (B, K, S, d)
+        y = attend(q, k, v, mask)                                         # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q, k, v, mask):
+    """softmax(q k' / sqrt(d)) v: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
+
+    mask (B, 1, T, S): True where a query may look, or None for plain causal attention.
+    """
+    B, H, T, d = q.shape
+    K, S = k.shape[1:3]
+    if T * S > 2 ** 18:
+        return attend_long(q, k, v, mask)
+    if mask is None:
+        bias = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    else:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+    q = (q * d ** -0.5).reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
+    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
+    weights = scores.add_(bias).softmax(-1)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
+
+
+def attend_long(q, k, v, mask):
+    """The same by torch's fused attention, in float32."""
+    group = q.shape[1] // k.shape[1]
+    with torch.autocast("cpu", enabled=False):
+        k = k.repeat_interleave(group, dim=1).float()  # (B, H, S, d)
+        v = v.repeat_interleave(group, dim=1).float()
+        return F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, is_causal=mask is None).to(q.dtype)
+
+
+# ------------------------------------------------------------------------------------------- norm
+
+class CPURMSNorm(RMSNorm):
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x, weight, eps):
+    normalised = Normalise.apply(x, eps) if torch.is_grad_enabled() else x * inverse_rms(x, eps)
+    return normalised * weight.to(x.dtype)
+
+
+def inverse_rms(x, eps):
+    wide = torch.promote_types(x.dtype, torch.float32)  # bf16 squares lose too much
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
+
+
+class Normalise(torch.autograd.Function):
+    """y = x s with s = inverse_rms(x); its gradient is s (g - y mean(y g))."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        scale = inverse_rms(x, eps)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, scale = ctx.saved_tensors
+        return torch.addcmul(g, y, (y * g).mean(-1, keepdim=True), value=-1).mul_(scale), None
