@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import halves  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -38,21 +38,26 @@ def seeded():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
 
 
-def pytest_collection_finish(session):
-    """The run that many tests look at begins at once, on the other core."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """Two processes share the tests of a whole session (halves.py)."""
     if session.config.option.collectonly:
-        return
-    if any("finished_run" in item.fixturenames for item in session.items):
-        from runs import RECIPE, begin
-        folder = Path(tempfile.mkdtemp())
-        session.config.begun_run = folder, begin(folder, RECIPE)
+        return (yield)
+    second = halves.split(session)
+    halves.begin_what_many_look_at(session)
+    try:
+        result = yield
+    except BaseException:
+        if second is not None:
+            second.stop()
+        raise
+    if second is not None:
+        second.pass_on()
+    return result
 
 
 def pytest_unconfigure(config):
-    folder, child = getattr(config, "begun_run", (None, None))
-    if folder is not None:
-        child.__exit__()
-        shutil.rmtree(folder)
+    halves.end_what_many_look_at(config)
 
 
 @pytest.fixture(scope="session")

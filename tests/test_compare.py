@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 import grpo
-from lab import compare
+from lab import checkpoint, compare
+from lab.logs import BudgetSpent, RLLog
+from model import generate
+from variants.dapo import DAPO, DAPOConfig
 from runs import differing, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +46,25 @@ def test_samples_and_seconds_to_a_level_are_those_of_the_first_rollout_there():
     curve = [{"samples": 256 * i, "accuracy": a} for i, a in enumerate([0.1, 0.4, 0.6, 0.5], 1)]
     assert compare.reached(curve, [2.0, 4.0, 6.0, 8.0]) == (768, 6.0)
     assert compare.reached(curve, [2.0, 4.0, 6.0, 8.0], 0.9) is None
+
+
+@pytest.mark.parametrize("budget, resample, samples", [
+    (1, 0, [8]), (8, 0, [8]), (9, 0, [8, 16]), (24, 0, [8, 16, 24]), (25, 0, [8, 16, 24, 32]),
+    (None, 0, [8, 16, 24, 32, 40, 48]), (32, 1, [16, 32])])
+def test_a_method_stops_where_its_budget_of_completions_is_spent_discarded_ones_included(
+    tiny, tmp_path, budget, resample, samples
+):
+    model, rules = tiny(), {"constant": lambda text, example: 1.0}
+    config = grpo.GRPOConfig(rollouts=6, prompts_per_rollout=2, group_size=4, minibatches=2, max_new_tokens=4,
+                             dtype="float32")
+    run = SimpleNamespace(out=tmp_path, name="", device=torch.device("cpu"), prompt=lambda example: example["ids"],
+                          spend=lambda *counts, **more: None)
+    log = RLLog(run, model, config, rules, {"constant": 1.0}, budget)
+    example = {"ids": [1, 2], "prompt": "?", "answer": "1", "language": "en", "kind": "reasoning"}
+    with suppress(BudgetSpent):
+        grpo.train(model, [example], encode=run.prompt, decode=str, generate=generate, end_ids=[3], rewards=rules,
+                   config=config, sample=DAPO(DAPOConfig(resample=resample), 4).sample, log=log)
+    assert [row["samples"] for row in checkpoint.read_jsonl(tmp_path / "metrics.jsonl")] == samples
 
 
 COMPARE = ["--preset", "smoke", "--device", "cpu", "--compare", "--out"]

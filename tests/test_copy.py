@@ -18,7 +18,8 @@ ALLOWED = {  # beside the standard library
     "model": {"torch", "safetensors", "tqdm"}, "tokenizer": {"tiktoken", "regex"}, "rewards": set(),
     "sft": {"torch", "tqdm"}, "grpo": {"torch", "tqdm"}, "distill": set(), "evaluate": {"numpy", "tqdm"},
     "variants/ppo": {"torch", "tqdm"}, "variants/prime": {"torch", "tqdm"}, "variants/process": {"torch"},
-    "variants/dapo": {"torch"}, "variants/rope_scaling": {"torch"}, "variants/configs": set(), "lab/graphs": {"torch"}, "lab/checkpoint": {"torch", "safetensors", "numpy"}}
+    "variants/dapo": {"torch"}, "variants/rope_scaling": {"torch"}, "variants/configs": set(),
+    "lab/graphs": {"torch"}, "lab/checkpoint": {"torch", "safetensors", "numpy"}}
 CONCEPTS = [*ALLOWED]
 FOLDERS = ("variants", "lab", "data")
 OURS = [path for folder in (ROOT, *(ROOT / name for name in FOLDERS)) for path in sorted(folder.glob("*.py"))]
