@@ -10,7 +10,7 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
 
 The loss's value is about 0 while it learns (a group's advantages sum to 0): watch reward, KL (a sawtooth: the
 reference moves), clip fraction, entropy and gradient norm. A truncated completion keeps its reward and its gradient
-(the papers do not say; DAPO masks or penalises it: variants/dapo.py). The sampled end token has its gradient too.
+(the papers do not say; DAPO penalises it: variants/dapo.py). The sampled end token has its gradient too.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
 
@@ -51,11 +51,11 @@ class GRPOConfig:
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: one ratio per sequence, the geometric mean of its tokens'
     detach_ratio: bool = False     # CISPO: the clipped ratio is a constant weight on A log pi
-    mean: str = "sequence"         # eq. 3: of each sequence first. DAPO: "token"; Dr. GRPO: "constant"
+    mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     kl: str = "k3"                 # eq. 4; or "k2"
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
-    old_logprobs: str = "trainer"  # who computes those of pi_old; "sampler" saves one forward pass
+    old_logprobs: str = "trainer"  # pi_old's come from a forward pass, or, one pass cheaper, from the "sampler"
     importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
@@ -118,9 +118,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
-    advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: what the whole update is divided by, where
-    this is one micro-batch of several: by `mean` its number of sequences, of tokens, or a constant budget of tokens; by
-    default this batch's own ("constant" has none: B * T stands in, which varies).
+    advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: the whole update's count, if this is one of
+    its micro-batches: of sequences, of tokens, or a constant budget of tokens, by `mean`; by default this batch's own
+    (for "constant" B * T, which varies).
     Returns the scalar loss and metrics as means over this batch's tokens; "drift" is the mean |log pi / pi_old|.
     """
     def clean(x):  # padding may hold anything, even inf, and inf * 0 is NaN
@@ -169,7 +169,7 @@ class Rollout:
     sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
-    old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, by whom config.old_logprobs says
+    old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, from where config.old_logprobs says
     ref_logprobs: torch.Tensor | None = None  # (B, T) under the reference, where there is one
 
 
@@ -205,7 +205,7 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
         sampled_logprobs=sampled_logprobs, parts=parts, rewards=total)
 
 
-def next_prompts(draw, prompts, count):
+def draw_once(draw, prompts, count):
     return draw([next(prompts) for _ in range(count)]), 0
 
 
@@ -313,14 +313,14 @@ class TrainState:
 
     def score(self, r: Rollout):
         """Sets the rollout's log-probabilities under pi_old and the reference."""
-        r.old_logprobs = r.sampled_logprobs  # the ratio then starts at 1 up to the sampler gap
-        if self.config.old_logprobs == "trainer":  # by the forward pass that trains: up to rounding
+        r.old_logprobs = r.sampled_logprobs  # the first ratio is off 1 by the sampler gap
+        if self.config.old_logprobs == "trainer":  # as in training: the first ratio is 1 up to rounding
             r.old_logprobs = all_logprobs(self.model, r, self.config)
         if self.reference is not None:
             r.ref_logprobs = all_logprobs(self.reference.to(r.ids.device), r, self.config)
             self.reference.to("cpu" if self.config.offload_reference else r.ids.device)
 
-    def updates(self, r: Rollout, advantages):
+    def learn_from(self, r: Rollout, advantages):
         """The metrics of each update on the rollout; a completion is in one mini-batch per inner epoch."""
         c, counters, history = self.config, self.counters, []
         if advantages.dim() == 1:  # one per completion: the same at each of its tokens
@@ -362,7 +362,7 @@ def rollout_metrics(r: Rollout, history, config):
 
 
 def train(model, examples, *, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None,
-          advantage_estimator=None, sample=next_prompts, validate=None, log=None, save=None, resume=None):
+          advantage_estimator=None, select=draw_once, validate=None, log=None, save=None, resume=None):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; its weights are fp32.
@@ -374,14 +374,14 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
     optimizer or generator} to be saved with the run, and needs_reference, whether it reads rollout.ref_logprobs.
-    sample(draw, prompts, N) -> the Rollout to learn from, and how many of the prompts drawn for it were left out
-    (variants/dapo.py); draw(examples) -> a Rollout, prompts: an iterator of examples.
+    select(draw, prompts, N) -> the Rollout to learn from, and how many prompts it discarded: dynamic sampling, in
+    variants/dapo.py. draw(examples) -> a Rollout; prompts: an iterator of examples.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) and save(**state) come after
     each rollout; resume(**objects) puts such a state back into the objects and returns the counters.
     """
     c, weights, metrics = config, weights or {}, {}
     if weights.keys() - rewards.keys():
-        raise ValueError(f"weights for {[*weights]}, but the rewards are {[*rewards]}")
+        raise ValueError(f"weights for unknown rewards: {[*weights]}, of {[*rewards]}")
     state = TrainState(model, c, advantage_estimator, resume)
     counters = state.counters
     prompts = (examples[i % len(examples)] for i in itertools.count(counters["prompts"]))
@@ -391,7 +391,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         # 1, 2: sample groups of completions from the current policy; judge them by the rules
-        r, discarded = sample(partial(draw, cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
+        r, discarded = select(partial(draw, cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
         counters["prompts"] += len(r.examples) + discarded
         counters["samples"] += (len(r.examples) + discarded) * c.group_size
         sampling_seconds = time.time() - started
@@ -403,7 +403,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         else:
             advantages = advantage_estimator.advantages(r)                                       # (B,) or (B, T)
         # 4: updates
-        history = state.updates(r, advantages)
+        history = state.learn_from(r, advantages)
         counters["step"] += 1
         # 5: the reference follows
         if state.reference is not None and counters["step"] % c.reference_every == 0:

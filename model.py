@@ -1,7 +1,7 @@
 """A decoder-only transformer of the Llama family, its KV cache, sampling, and weights in and out.
 
-Llama, Qwen2 (bias on q, k, v) and Qwen3 (norm on each head's q and k) are one architecture with three switches, all
-read from Hugging Face's config.json. A directory written here opens in `transformers`, and their dense ones open here.
+Llama, Qwen2 (bias on q, k, v) and Qwen3 (norm on each head's q and k) are one architecture with two switches, both
+read from Hugging Face's config.json. A directory written here opens in `transformers`, and its dense models open here.
 
     python model.py DIR                          # chat in the terminal
     python model.py DIR --prompt "What is 2+3?"  # one answer
@@ -56,7 +56,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn each pair (x_i, x_{i+d/2}) by its position's angle. sin has the minus of the left half."""
+    """RoPE: rotates each pair (x_i, x_{i+d/2}) by its position's angle; sin comes with its left half negated."""
     left, right = x.chunk(2, dim=-1)  # the rotate-half pairing of Hugging Face's checkpoints
     return torch.addcmul(x * cos, torch.cat((right, left), dim=-1), sin)
 
@@ -64,9 +64,9 @@ def rotate(x, cos, sin):
 def rope_frequencies(c: Config):
     """The angle per position of each of the d/2 pairs, and a factor for cos and sin, which only some scalings have."""
     if c.rope_scaling is not None:
-        raise ValueError(f"{c.rope_scaling}: load(..., rope=...) takes variants/rope_scaling.py's frequencies for it")
-    pair = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
-    return c.rope_theta ** -pair, 1.0
+        raise ValueError(f"{c.rope_scaling} takes load(..., rope=scaled_frequencies), of variants/rope_scaling.py")
+    exponent = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
+    return c.rope_theta ** -exponent, 1.0
 
 
 class Attention(nn.Module):
@@ -88,10 +88,10 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), (B, K, T, d), (B, K, T, d)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, d), (B, K, T, d), (B, K, T, d)
         if cache is not None:
             k, v = cache.update(layer, k, v)              # (B, K, S, d)
-        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))                          # (B, H, S, d)
+        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # grouped-query attention: (B, H, S, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -124,7 +124,7 @@ class KVCache:
     """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
 
     `start` (B,) is each row's first real column: columns before it are padding and never looked at.
-    Attention runs over the whole capacity: a slice would be copied at each product.
+    Attention runs over the whole capacity, so that its shape seldom changes.
     """
 
     def __init__(self, config: Config, start, dtype):
@@ -143,7 +143,7 @@ class KVCache:
         return self.k.shape[3]
 
     def columns(self, count):
-        """Where the next tokens go."""
+        """Where the next tokens go. lab/graphs.py's cache answers by a tensor that a recording can read."""
         return torch.arange(self.length, self.length + count, device=self.start.device)
 
     def update(self, layer, k, v):
@@ -180,35 +180,37 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """As GPT-2: normal with std 0.02 at width 768, as 1/sqrt(width); less where it adds to the residual stream."""
+        """As GPT-2: normal, std 0.02 at width 768, scaled as 1/sqrt(width); less in what adds to the stream."""
         std = 0.02 * math.sqrt(768 / self.config.hidden_size)
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.normal_(0, std / math.sqrt(2 * len(self.layers)), generator=generator)
             elif p.dim() == 2:
                 p.normal_(0, std, generator=generator)
+            elif name.endswith("bias"):
+                p.zero_()
         return self
 
     def hidden(self, ids, positions=None, segments=None, cache=None):
-        """The last layer's normed states (B, T, D), for callers to whom (B, T, V) is too large; see forward."""
+        """The last layer's normed states (B, T, D), for callers that cannot afford (B, T, V); see forward."""
         T = ids.shape[1]
         past = 0 if cache is None else cache.length
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
 
         # which columns each token sees (B, T, S), and its position (B, T)
-        column = torch.arange(T, device=ids.device)
+        query = torch.arange(T, device=ids.device)  # the column of each token
         seen = None  # plain causal attention
         if cache is not None:
-            column = cache.columns(T)
-            positions = (column - cache.start[:, None]).clamp(min=0)
-            every = torch.arange(cache.reserve(T), device=ids.device)
-            seen = (every <= column[:, None]) & (every >= cache.start[:, None, None])
-            seen |= every == column[:, None]  # padding sees itself: an empty row would be NaN
+            query = cache.columns(T)
+            positions = (query - cache.start[:, None]).clamp(min=0)
+            key = torch.arange(cache.reserve(T), device=ids.device)
+            seen = (key <= query[:, None]) & (key >= cache.start[:, None, None])
+            seen |= key == query[:, None]  # padding sees itself: an empty row would be NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
-            seen = (segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None])
+            seen = (segments[:, :, None] == segments[:, None, :]) & (query <= query[:, None])
         if positions is None:
-            positions = column[None]
+            positions = query[None]
 
         x = self.embed_tokens(ids)  # (B, T, D)
         if torch.is_autocast_enabled(ids.device.type):
@@ -238,9 +240,9 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------------------- sampling
 
 def nucleus(logits, temperature, top_p):
-    """The sampling distribution: temperature, then the smallest set of tokens with mass >= top_p. logits (B, V).
+    """Top-p (nucleus) sampling's distribution: temperature, then the smallest set of tokens with mass >= top_p.
 
-    Returns the probabilities (B, C) of C candidates and their ids (B, C); ids None: all V tokens, in order.
+    logits (B, V) -> the probabilities (B, C) of C candidates and their ids (B, C); ids None: all V tokens, in order.
     """
     p = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)
     if top_p >= 1:
@@ -253,19 +255,19 @@ def nucleus(logits, temperature, top_p):
         top, tokens = F.pad(top, (0, more)), F.pad(tokens, (0, more))
         k += more
         top[short], tokens[short] = p[short].topk(k)
-    likelier = top.cumsum(-1) - top  # the mass before each candidate
-    top = top.masked_fill(likelier >= top_p, 0)
+    mass_before = top.cumsum(-1) - top
+    top = top.masked_fill(mass_before >= top_p, 0)
     return top / top.sum(-1, keepdim=True), tokens
 
 
 def sample(logits, temperature, top_p, generator):
     """One token per row and its log-probability in the distribution it was drawn from. logits (B, V) -> (B,), (B,)."""
-    if temperature == 0:
+    if temperature == 0 or top_p == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     p, tokens = nucleus(logits, temperature, top_p)
     cdf = p.cumsum(-1)
     u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cdf[:, -1:]
-    # right=True skips cut tokens, whose step in the cdf has no height; the clamp guards u == the last step
+    # right=True skips cut tokens, whose step in the cdf has no height; the clamp keeps a NaN within the vocabulary
     drawn = torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1)
     token = drawn if tokens is None else tokens.gather(1, drawn)
     return token[:, 0], p.gather(1, drawn)[:, 0].log()
@@ -297,8 +299,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     logits, cache = prefill(model, prompts)  # (N, V)
     device = logits.device
     rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    if n > 1:
-        logits, cache = logits[rows], cache.select(rows)  # (N*n, V)
+    logits, cache = logits[rows], cache.select(rows)  # (N*n, V)
 
     steps = min(max_new_tokens, model.config.max_position_embeddings - cache.length)
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
@@ -370,8 +371,8 @@ def save(model, dir, tokenizer=None):
     (dir / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def without_none(fields):
-    return {name: value for name, value in fields.items() if value is not None}
+def without_none(raw):
+    return {name: value for name, value in raw.items() if value is not None}
 
 
 def read_config(dir) -> Config:
@@ -385,9 +386,9 @@ def read_config(dir) -> Config:
             or raw.get("quantization_config") or rope.get("partial_rotary_factor", 1) != 1):
         raise ValueError(f"{dir}: not a dense model of {', '.join(ARCHITECTURES)}: it would be computed wrong")
 
-    absent = {"num_key_value_heads": raw["num_attention_heads"], "head_dim": 128 if kind == "qwen3" else None,
-              "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    values = absent | raw | rope
+    defaults = {"num_key_value_heads": raw["num_attention_heads"], "head_dim": 128 if kind == "qwen3" else None,
+                "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    values = defaults | raw | rope  # rope last: transformers 5 keeps rope_theta there
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
     if "original_max_position_embeddings" in raw:
         scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
@@ -405,8 +406,7 @@ def load(dir, device=None, dtype=None, rope=rope_frequencies) -> Transformer:
     files = {name: path for path in shards for name in safe_open(path, "pt").keys()}
     with torch.device("meta"):  # no memory and no random numbers for what is replaced
         model = Transformer(read_config(dir), rope)
-    first = "model.embed_tokens.weight"
-    dtype = dtype or safe_open(files[first], "pt").get_slice(first)[:0].dtype
+    dtype = dtype or safe_open(shards[0], "pt").get_slice(next(iter(files)))[:0].dtype
     model.to(dtype).to_empty(device=device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -414,7 +414,7 @@ def load(dir, device=None, dtype=None, rope=rope_frequencies) -> Transformer:
         shape = safe_open(files[name], "pt").get_slice(name).get_shape()
         if shape != list(rows.shape):
             raise ValueError(f"{files[name]}: tensor {name} is {shape}, not {list(rows.shape)}")
-        piece = max(1, 2 ** 22 // rows[0].numel())  # rows of 16 MB: the peak of memory is little above the weights
+        piece = max(1, 2 ** 22 // rows[0].numel())  # 16 MB in fp32: the peak of memory is little above the weights
         for i in range(0, len(rows), piece):        # opened for each piece: what was read leaves memory
             rows[i:i + piece] = safe_open(files[name], "pt").get_slice(name)[i:i + piece]
     model.make_angles("cpu")

@@ -151,12 +151,12 @@ def train_method(run, method, lr, weights):
     config = GRPOConfig(**sizes | settings, lr=lr, rollouts=10 ** 6)
     model = run.model("base")
     estimator = make_estimator(model, config) if make_estimator else None
-    sample = grpo.next_prompts
+    select = grpo.draw_once
     if method in RESAMPLE:
         dapo = DAPOConfig(resample=RESAMPLE[method])
-        sample = DAPO(dapo, config.max_new_tokens, getattr(estimator, "keep", None)).sample
+        select = DAPO(dapo, config.max_new_tokens, getattr(estimator, "keep", None)).select
     run.rl(model, CONTROLS.get(method, weights), config, validate=False, sample_budget=run.preset.compare_samples,
-           advantage_estimator=estimator, sample=sample)
+           advantage_estimator=estimator, select=select)
     run.save(model)
     problems = run.source.validation
     texts, counts = run.complete(model, problems)

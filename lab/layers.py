@@ -52,7 +52,7 @@ class CPUAttention(Attention):
         B, T, _ = x.shape
         H, K = self.heads, self.kv_heads
         qkv = self.qkv_proj(x).view(B, T, H + 2 * K, self.head_dim)  # (B, T, H + 2K, d)
-        qk, v = qkv.split((H + K, K), dim=2)  # q and k stay side by side: half the operations
+        qk, v = qkv.split((H + K, K), dim=2)  # q and k stay side by side: one norm and one rotation for both
         if hasattr(self, "q_norm"):
             weight = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))  # (H + K, d)
             qk = rms_norm(qk, weight, self.q_norm.eps)

@@ -108,7 +108,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
             in_place["advantage_estimator"] = estimator_class(model, config, fields_of(args, estimator_config))
         keep = getattr(in_place.get("advantage_estimator"), "keep", None)
         if keep is not None or dapo != DAPOConfig():
-            in_place["sample"] = DAPO(dapo, config.max_new_tokens, keep).sample
+            in_place["select"] = DAPO(dapo, config.max_new_tokens, keep).select
         print("the loss says nothing here: its value is about 0 while it learns (a group's advantages sum to 0); "
               "watch the reward, KL, clip fraction, entropy and gradient norm", flush=True)
         with saving(out, args) as checkpointer:

@@ -44,7 +44,7 @@ def pytest_runtestloop(session):
     if session.config.option.collectonly:
         return (yield)
     second = halves.split(session)
-    halves.begin_what_many_look_at(session)
+    halves.start_shared_run(session)
     try:
         result = yield
     except BaseException:
@@ -57,7 +57,7 @@ def pytest_runtestloop(session):
 
 
 def pytest_unconfigure(config):
-    halves.end_what_many_look_at(config)
+    halves.stop_shared_run(config)
 
 
 @pytest.fixture(scope="session")

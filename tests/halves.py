@@ -30,7 +30,6 @@ class Second:
 
     def _run(self, items):
         """The fork: it runs these tests and leaves their reports."""
-        status = 1
         try:
             config = self.session.config
             manager = config.pluginmanager
@@ -40,14 +39,13 @@ class Second:
             manager.unregister(manager.getplugin("terminalreporter"))
             manager.register(Writer(config, self.file))
             self.session.items = items
-            config.hook.pytest_runtestloop(session=self.session)
-            status = 0
+            config.hook.pytest_runtestloop(session=self.session)  # conftest's, which begins the shared run and no fork
+            self.file.flush()
+            stop_shared_run(config)
         except BaseException:
             traceback.print_exc(file=sys.__stderr__)
         finally:
-            end_what_many_look_at(config)
-            self.file.flush()
-            os._exit(status)
+            os._exit(0)  # what it did not run is missing among its reports
 
     def pass_on(self):
         """Waits for the fork, and passes its reports on. Raises RuntimeError where it did not run all of its tests."""
@@ -62,7 +60,7 @@ class Second:
             hook.pytest_runtest_logreport(report=report)
             if report.when == "teardown":
                 ran += 1
-        if ran < self.count and not self.session.config.option.maxfail:
+        if ran < self.count and not self.session.shouldfail:
             raise RuntimeError(f"the second process ran {ran} of its {self.count} tests")
 
     def stop(self):
@@ -85,11 +83,11 @@ def split(session):
     others = [item for item in items if item.path.name in SECOND]
     if len(others) == len(items) or len(others) < 20 or os.cpu_count() < 2 or torch.cuda.is_available():
         return None  # a process that has used a GPU cannot be forked
-    session.items = [item for item in items if item not in others]
+    session.items = [item for item in items if item.path.name not in SECOND]
     return Second(session, others)
 
 
-def begin_what_many_look_at(session):
+def start_shared_run(session):
     """The run of the fixture finished_run begins at once, where one of the tests looks at it."""
     if any("finished_run" in item.fixturenames for item in session.items):
         from runs import RECIPE, begin  # here: it imports the project
@@ -97,7 +95,7 @@ def begin_what_many_look_at(session):
         session.config.begun_run = folder, begin(folder, RECIPE)
 
 
-def end_what_many_look_at(config):
+def stop_shared_run(config):
     folder, child = getattr(config, "begun_run", (None, None))
     if folder is not None:
         child.__exit__()

@@ -63,7 +63,7 @@ def test_a_method_stops_where_its_budget_of_completions_is_spent_discarded_ones_
     example = {"ids": [1, 2], "prompt": "?", "answer": "1", "language": "en", "kind": "reasoning"}
     with suppress(BudgetSpent):
         grpo.train(model, [example], encode=run.prompt, decode=str, generate=generate, end_ids=[3], rewards=rules,
-                   config=config, sample=DAPO(DAPOConfig(resample=resample), 4).sample, log=log)
+                   config=config, select=DAPO(DAPOConfig(resample=resample), 4).select, log=log)
     assert [row["samples"] for row in checkpoint.read_jsonl(tmp_path / "metrics.jsonl")] == samples
 
 

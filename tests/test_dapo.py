@@ -31,7 +31,7 @@ def test_the_length_penalty_is_added_to_the_reward_and_is_no_rule():
     completions = [7, 3], [7, 7, 3], [7, 7, 7, 3], [7] * 6
     plain = roll(torch.nn.Linear(1, 1), small(group_size=2), [[5], [8]], canned(*completions))
     dapo = DAPO(DAPOConfig(length_buffer=4), max_new_tokens=6)
-    r, discarded = dapo.sample(lambda examples: plain, iter([[5], [8]]), 2)
+    r, discarded = dapo.select(lambda examples: plain, iter([[5], [8]]), 2)
     assert r.parts.keys() == {"sevens"} and discarded == 0
     assert (r.rewards.flatten() - r.parts["sevens"].flatten()).tolist() == pytest.approx([0, -0.25, -0.5, -1])
 
@@ -58,7 +58,7 @@ def draws(resample, keep, prompts, count):
     rounds = []
     if keep is not None:
         keep = partial(map_over_groups, keep)
-    r, discarded = DAPO(DAPOConfig(resample=resample), 6, keep).sample(
+    r, discarded = DAPO(DAPOConfig(resample=resample), 6, keep).select(
         lambda examples: rounds.append(examples) or of_numbers(examples), prompts, count)
     return r.examples, discarded, rounds
 
@@ -114,7 +114,7 @@ def test_groups_of_several_draws_make_the_rollout_that_one_draw_of_them_would_ha
 # ------------------------------------------------------------------------------------------- inside the loop
 
 def run(model, config, dapo=DAPOConfig(), keep=None, **arguments):
-    return train_on_sevens(model, config, sample=DAPO(dapo, config.max_new_tokens, keep).sample, **arguments)
+    return train_on_sevens(model, config, select=DAPO(dapo, config.max_new_tokens, keep).select, **arguments)
 
 
 def drawn_prompts(drawn):
@@ -177,4 +177,4 @@ def test_a_rollout_of_fewer_completions_than_mini_batches_makes_no_empty_update(
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_run_with_dynamic_sampling_resumes_identically(tiny, tmp_path, stop):
     dapo = DAPO(DAPOConfig(resample=2), 6)
-    stopped_and_resumed(tiny, tmp_path, stop, small(rollouts=4, warmup=5), rewards=RULES, sample=dapo.sample)
+    stopped_and_resumed(tiny, tmp_path, stop, small(rollouts=4, warmup=5), rewards=RULES, select=dapo.select)

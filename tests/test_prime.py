@@ -432,14 +432,14 @@ def run(model, config, settings=FAST, estimator=None, resample=0, **arguments):
     """Trains to sample token 7; the metrics of each rollout without the times."""
     estimator = estimator or PRIME(model, config, settings)
     filtered = DAPO(DAPOConfig(resample=resample), config.max_new_tokens, estimator.keep)
-    arguments = dict(rewards={"accuracy": holds_a_seven}, sample=filtered.sample) | arguments
+    arguments = dict(rewards={"accuracy": holds_a_seven}, select=filtered.select) | arguments
     return train_on_sevens(model, config, advantage_estimator=estimator, **arguments)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_the_reward_rises_within_a_few_rollouts(tiny, gamma):
     config = small(rollouts=12, group_size=16, minibatches=4, max_new_tokens=5, grad_clip=1.0)
-    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), sample=grpo.next_prompts)
+    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), select=grpo.draw_once)
     rewards = [metrics["reward"] for metrics in history]
     assert sum(rewards[:2]) / 2 < 0.5 and sum(rewards[-3:]) / 3 > 0.85, rewards
     assert all({"prm_loss", "prm_accuracy"} <= metrics.keys() for metrics in history)

@@ -1,10 +1,10 @@
-"""Dynamic sampling and the soft length penalty of DAPO, in place of the next N prompts of each rollout.
+"""Dynamic sampling and the soft length penalty of DAPO.
 
 DAPO (arXiv 2503.14476) 3.2: a group whose completions all earn the same has no advantage, so other prompts are drawn in
 its place. 3.4: a completion that comes near the length limit loses up to 1. PRIME's prompt filter is the same with
 another condition. DAPO's other two changes, clip-higher and the mean over tokens, are settings (variants/configs.py).
 
-    grpo.train(..., sample=DAPO(DAPOConfig(resample=3), max_new_tokens=160).sample)
+    grpo.train(..., select=DAPO(DAPOConfig(resample=3), max_new_tokens=160).select)
     python grpo.py --config dapo --length-buffer 32 ...
 
 Shapes: N prompts (groups), G completions each, B = N*G rows (prompt-major), T positions, as in grpo.Rollout.
@@ -38,7 +38,7 @@ def has_signal(r):
 
 
 class DAPO:
-    """What grpo.train takes as `sample` is the method of this name.
+    """Its method is what grpo.train takes: select=DAPO(...).select.
 
     keep(rollout) -> (N,) bool, which groups to learn from; by default all, and with resample those with a signal.
     """
@@ -48,7 +48,7 @@ class DAPO:
         if keep is None and config.resample:
             self.keep = has_signal
 
-    def sample(self, draw, prompts, count):
+    def select(self, draw, prompts, count):
         """(rollout, how many prompts were left out): `count` groups, fewer where the rounds did not suffice.
 
         Where every group was refused, the first that were drawn stay.

@@ -8,7 +8,7 @@ scaled, and the summed return is whitened.
 
     prime = PRIME(model, config, PRIMEConfig())
     filtered = DAPO(DAPOConfig(resample=3), config.max_new_tokens, prime.keep)                     # variants/dapo.py
-    grpo.train(..., config=config, advantage_estimator=prime, sample=filtered.sample)
+    grpo.train(..., config=config, advantage_estimator=prime, select=filtered.select)
     python -m variants.prime --model DIR --data FILE.jsonl --out DIR     # a problem set (data/problems.py)
 
 Shapes: N prompts, K completions each, B = N*K rows (prompt-major), T positions; position t predicts token t+1.
@@ -104,13 +104,13 @@ class PRIME:
 
     def keep(self, r):
         """The prompt filter, N booleans: neither too easy nor too hard, by the group's accuracy."""
-        accuracies = [sum(right) / len(right) for right in self.outcomes(r).tolist()]  # 1/5 in fp32 is above 0.2
+        accuracies = [sum(right) / len(right) for right in self.outcomes(r).tolist()]  # fp32's 1/5 is above 0.2
         return [self.prime.lowest < accuracy < self.prime.highest for accuracy in accuracies]
 
     def advantages(self, r):
         """(B, T). Each completion is scored, then the reward model takes one Adam step on the outcomes   [algorithm 1]
 
-        The advantages use the rewards from before that step, so that one forward pass serves both. Not under no_grad.
+        The advantages use the rewards from before that step, so that one forward pass serves both. It needs autograd.
         """
         outcomes = self.outcomes(r)
         rewards, total = torch.zeros_like(r.old_logprobs), 0.0

@@ -14,8 +14,8 @@ import torch
 
 def scaled_frequencies(c):
     """The angle per position of each of the d/2 pairs, and a factor for cos and sin. c: a model.Config."""
-    pair = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
-    frequency = c.rope_theta ** -pair  # (d/2,)
+    exponent = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
+    frequency = c.rope_theta ** -exponent  # (d/2,)
     if c.rope_scaling is None:
         return frequency, 1.0
     scaling = c.rope_scaling
@@ -36,7 +36,7 @@ def scaled_frequencies(c):
 
 def yarn(c, scaling, factor, first_context):
     """How much each pair is slowed (d/2,), 0 to 1, and the factor for cos and sin (arXiv 2309.00071)."""
-    def pair_that_turns(times):  # its index, a fraction; within the first context
+    def pair_that_turns(times):  # so often within the first context; its index, as a fraction
         return c.head_dim * math.log(first_context / (times * 2 * math.pi)) / (2 * math.log(c.rope_theta))
 
     def attention_scale(weight):
@@ -45,7 +45,7 @@ def yarn(c, scaling, factor, first_context):
     low, high = pair_that_turns(scaling.get("beta_fast", 32)), pair_that_turns(scaling.get("beta_slow", 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, c.head_dim - 1)
+    low, high = max(low, 0), min(high, c.head_dim - 1)  # not d/2 - 1: as the authors' code
     width = 0.001 if high == low else high - low
     pair = torch.arange(c.head_dim // 2, dtype=torch.float32, device="cpu")
     slowed = ((pair - low) / width).clamp(0, 1)
