@@ -70,7 +70,7 @@ class Preset:
     cold_start: int = 200             # examples
     trace_prompts: int = 3000
     trace_samples: int = 3
-    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=144, warmup=0.03)
+    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=208, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048)
     zero: GRPOConfig = rl_config(rollouts=30, lr=3e-4)
