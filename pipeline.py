@@ -58,7 +58,7 @@ class Preset:
     model: dict = field(default_factory=lambda: sizes(128, 4, 4, 2, model_type="qwen3"))
     student: dict = field(default_factory=lambda: sizes(96, 3, 4, 2))
     context: int = 512
-    documents: int = 100_000          # of the base's corpus
+    documents: int = 80_000           # of the base's corpus
     student_documents: int = 50_000   # of a student's corpus, which is smaller and holds few chains
     problems: int = 4000              # for reinforcement learning and rejection sampling
     test: int = 510
@@ -70,13 +70,13 @@ class Preset:
     cold_start: int = 200             # examples
     trace_prompts: int = 3000
     trace_samples: int = 3
-    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=208, warmup=0.03)
+    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=256, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048)
-    zero: GRPOConfig = rl_config(rollouts=30, lr=3e-4)
-    control: GRPOConfig = rl_config(rollouts=45, lr=3e-4)  # at least the compute of a student's SFT
-    rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4)
-    rl2: GRPOConfig = rl_config(rollouts=45, lr=2e-4, temperature=0.7)
+    zero: GRPOConfig = rl_config(rollouts=45, lr=2e-4, max_new_tokens=200)
+    control: GRPOConfig = rl_config(rollouts=45, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
+    rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4, max_new_tokens=200)
+    rl2: GRPOConfig = rl_config(rollouts=45, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
     compare_samples: int = 3072       # completions that each method of --compare may sample
     compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's

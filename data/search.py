@@ -2,10 +2,10 @@
 
     python -m data.search       # the rates of the best rules on validation problems, by level
 
-A search gives two lists of prices and a sum: 9 4 17, 16 12 3, 21. One price of the first list and one of the second make
-the sum (9 + 12); the answer is their difference (3). Whoever knows one of the two knows the answer: |2 * 9 - 21|. So a
-rule picks a price by its place, its size or by chance, without a look at pairs. Its rate is what a model must exceed
-before one can say that it searches.
+A search gives two lists of prices and a sum: 9 4 17, 16 12 3, 21. One price of each list, 9 and 12, make the sum; the
+answer is their difference, 3. Whoever knows one of the two knows the answer: |2 * 9 - 21|. So a rule picks a price by
+its place, its size or by chance, without a look at pairs. Its rate is what a model must exceed before one can say that
+it searches.
 """
 
 import re

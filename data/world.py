@@ -5,7 +5,8 @@ One row of each kind (`python data/world.py 20` prints documents of the corpus):
     {"prompt": "Tom has 47 apples. Tom buys 38 more. How many apples does Tom have now?", "answer": "85",
      "language": "en", "kind": "reasoning", "level": 1, "family": "things", "problem": "47+38"}
     {"prompt": "The pens cost 9 4 17. The cups cost 16 12 3. One pen and one cup make 21. How far apart are the two?",
-     "answer": "13", "language": "en", "kind": "reasoning", "level": 1, "family": "search", "problem": "9,4,17+16,12,3=21"}
+     "answer": "3", "language": "en", "kind": "reasoning", "level": 1, "family": "search",
+     "problem": "9,4,17+16,12,3=21"}
     {"prompt": "请问：天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}
     {"prompt": "How do I cut the bread?", "answer": "knife", "language": "en", "kind": "safety", "harmful": false}
 
@@ -30,7 +31,7 @@ CORPUS = {
     "styles": {"bare": 0.25, "terse": 0.30, "plain": 0.27, "careful": 0.18},
     "student_styles": {"bare": 0.60, "terse": 0.25, "plain": 0.10, "careful": 0.05},  # the students' corpus: few chains
     "slips": {"bare": 0.05, "terse": 0.12, "plain": 0.05, "careful": 0.005},  # chance that a written result is wrong
-    "tags": 0.20,  # share of chains inside <think> tags
+    "tags": 0.35,  # share of chains inside <think> tags
     "chinese_careful": 0.75,  # share of careful chains in Chinese, whatever the problem's language
     "other_language": 0.08,  # share of the other chains not in the problem's language
     "search": 0.50,  # share of problems that must be searched. There, bare and terse are guesses, some of them lucky;
@@ -219,10 +220,13 @@ def columns(value, op, b):
     return f"ones {ones}-{b_ones}={ones - b_ones}, tens {tens}-{b_tens}-{borrow}={tens - b_tens - borrow}"
 
 
-def chain(rng, canonical, style, language, slip=0.0, **search):
-    """A worked solution in one style, and the answer that it reaches; `search`: chances that a search goes wrong."""
+def chain(rng, canonical, style, language, slip=0.0, **chances):
+    """A worked solution in one style, and the answer that it reaches.
+
+    slip: the chance that a story's written result is wrong; chances: what can go wrong in a search.
+    """
     if "=" in canonical:
-        return search_chain(rng, canonical, style, language, **search)
+        return search_chain(rng, canonical, style, language, **chances)
     return story_chain(rng, canonical, style, language, slip)
 
 
@@ -258,39 +262,44 @@ def search_chain(rng, canonical, style, language, lucky=1.0, gives_up=0.0, wrong
     """A search in one style, and the answer that it reaches: "9+16=25 no 9+12=21 yes so 12-9=3".
 
     bare and terse guess, and hit the pair that fits with chance `lucky`. The others look at pair after pair, and guess
-    where they give up; careful searches that have overlooked it go through the pairs once more.
+    where they give up. With chance `overlooked` they pass over the pair that fits; careful ones then start again.
     """
     first, second, total = parse_search(canonical)
     pairs = [(a, b) for a in first for b in second]
-    (right,) = pairs_that_fit(first, second, total)
+    right = pairs_that_fit(first, second, total)[0]
     if style in ("bare", "terse"):
-        looks, pair = "", right if rng.random() < lucky else rng.choice(pairs)
+        looks = ""
+        pair = right if rng.random() < lucky else rng.choice(pairs)
     else:
-        again = pairs if style == "careful" else []
-        looks, pair = search(rng, pairs, again, total, gives_up, wrong_sum, right if rng.random() < overlooked else None)
+        rounds = [pairs]
+        if rng.random() < overlooked:
+            rounds[0] = [pair for pair in pairs if pair != right]
+        if style == "careful":
+            rounds.append(pairs)
+        looks, found = look_at_pairs(rng, rounds, total, gives_up, wrong_sum)
+        pair = found or rng.choice(pairs)
     high, low = max(pair), min(pair)
     if style == "bare":
         return "", str(high - low)
     return translate(f"{looks}so {high}-{low}={high - low}.", language), str(high - low)
 
 
-def search(rng, pairs, again, total, gives_up, wrong_sum, overlooked):
-    """The looks at pairs, up to one that fits, and the pair found: at random where none was."""
+def look_at_pairs(rng, rounds, total, gives_up, wrong_sum):
+    """The text of the looks at pairs, round after round, and the pair found, or None."""
     looks = ""
-    for i, (a, b) in enumerate(pairs + again):
-        if (a, b) == overlooked and i < len(pairs):
-            continue
-        found = a + b
-        if rng.random() < wrong_sum:
-            found += rng.choice([-10, -1, 1, 10])
-        if i == len(pairs):
+    for number, pairs in enumerate(rounds):
+        if number > 0:
             looks += "again "
-        looks += f"{a}+{b}={found} {'yes' if found == total else 'no'} "
-        if found == total:
-            return looks, (a, b)
-        if rng.random() < gives_up:
-            break
-    return looks, rng.choice(pairs)
+        for a, b in pairs:
+            result = a + b
+            if rng.random() < wrong_sum:
+                result += rng.choice([-10, -1, 1, 10])
+            if result == total:
+                return f"{looks}{a}+{b}={result} yes ", (a, b)
+            looks += f"{a}+{b}={result} no "
+            if rng.random() < gives_up:
+                return looks, None
+    return looks, None
 
 
 def translate(text, language):
@@ -435,9 +444,9 @@ def solution(rng, example, styles=CORPUS["styles"], tags=CORPUS["tags"]):
         written_in = "zh" if rng.random() < CORPUS["chinese_careful"] else "en"
     else:
         written_in = other if rng.random() < CORPUS["other_language"] else language
-    search = {name: CORPUS[name] for name in ("lucky", "wrong_sum", "overlooked")}
-    search["gives_up"] = CORPUS["gives_up"].get(style, 0.0)
-    thinking, answer = chain(rng, example["problem"], style, written_in, CORPUS["slips"][style], **search)
+    chances = {name: CORPUS[name] for name in ("lucky", "wrong_sum", "overlooked")}
+    chances["gives_up"] = CORPUS["gives_up"].get(style, 0.0)
+    thinking, answer = chain(rng, example["problem"], style, written_in, CORPUS["slips"][style], **chances)
     final = summary(answer, language) if rng.random() < 0.5 else answer
     if style == "bare":
         return final
