@@ -58,7 +58,7 @@ class Preset:
     model: dict = field(default_factory=lambda: sizes(128, 4, 4, 2, model_type="qwen3"))
     student: dict = field(default_factory=lambda: sizes(96, 3, 4, 2))
     context: int = 512
-    documents: int = 80_000           # of the base's corpus
+    documents: int = 100_000          # of the base's corpus
     student_documents: int = 50_000   # of a student's corpus, which is smaller and holds few chains
     problems: int = 4000              # for reinforcement learning and rejection sampling
     test: int = 510

@@ -79,26 +79,32 @@ def searches(examples):
 
 # ------------------------------------------------------------------------------------------- how a text searches
 
-LOOK = re.compile(r"(\d+)\+(\d+)=(\d+) (yes|no)\b")
+LOOK = re.compile(r"(\d+)\+(\d+)=(\d+) (high|low|yes)\b")
 
 
 def reflection(text, canonical):
     """How often a text about a search tries a pair, checks it, and returns; and how often its checks are false.
 
-    tries: sums of two numbers. checks: those that are followed by "yes" or "no". returns: how often it starts over.
-    false_no, false_yes: checks that are wrong: the pair is not of the lists, the sum is wrong, or the word is.
+    tries: sums of two numbers. checks: those that are followed by "high", "low" or "yes". returns: how often it starts
+    again. A check is false where the pair is not of the lists, the sum is wrong or the word is: false_yes claims a pair
+    that does not fit, false_no is any other.
     """
     first, second, total = parse_search(canonical)
     text = translate(text, "en")
-    looks = [(int(a), int(b), int(c), word) for a, b, c, word in LOOK.findall(text)]
+    looks = [(int(a), int(b), int(result), word) for a, b, result, word in LOOK.findall(text)]
     counts = {"tries": len(re.findall(r"\d+\+\d+=\d+", text)), "checks": len(looks),
               "returns": len(re.findall(r"\bagain\b", text)), "false_no": 0, "false_yes": 0}
-    for a, b, found, word in looks:
+    for a, b, result, word in looks:
         is_pair = a in first and b in second
-        fits = a + b == total
-        if not is_pair or a + b != found or (word == "yes") != fits:
-            counts[f"false_{word}"] += 1
+        if not is_pair or result != a + b or word != word_for(a + b, total):
+            counts["false_yes" if word == "yes" else "false_no"] += 1
     return counts
+
+
+def word_for(result, total):
+    if result == total:
+        return "yes"
+    return "high" if result > total else "low"
 
 
 def main():

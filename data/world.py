@@ -36,7 +36,7 @@ CORPUS = {
     "other_language": 0.08,  # share of the other chains not in the problem's language
     "search": 0.50,  # share of problems that must be searched. There, bare and terse are guesses, some of them lucky;
     "lucky": 0.40,
-    "gives_up": {"plain": 0.30, "careful": 0.04},  # a search looks at pair after pair: chance that it ends after a "no"
+    "gives_up": {"plain": 0.30, "careful": 0.04},  # a search looks at pair after pair: chance that it ends after one
     "wrong_sum": 0.01,  # chance that the sum of a pair is wrong
     "overlooked": 0.10,  # chance that the pair that fits is passed over; "careful" then goes through the pairs again
     "good_reply": 0.50,  # share of general dialogues with a good reply; the rest: no idea, wrong, wrong language
@@ -190,7 +190,7 @@ def tell(rng, family, language, start, steps):
 
 # Chains are written in English; TO_CHINESE turns them into Chinese, phrase by phrase, and back.
 TO_CHINESE = {"first ": "先", "then ": "再", "so ": "得", "ones ": "个位", "tens ": "十位", "The answer is ": "答案是",
-              " yes ": "对", " no ": "错", "again ": "重来", ", ": "，", ". ": "。", ": ": "：", ".": "。"}
+              " high ": "大", " low ": "小", " yes ": "对", "again ": "重来", ", ": "，", ". ": "。", ": ": "：", ".": "。"}
 
 
 def parse(canonical):
@@ -259,7 +259,7 @@ def story_chain(rng, canonical, style, language, slip=0.0):
 
 
 def search_chain(rng, canonical, style, language, lucky=1.0, gives_up=0.0, wrong_sum=0.0, overlooked=0.0):
-    """A search in one style, and the answer that it reaches: "9+16=25 no 9+12=21 yes so 12-9=3".
+    """A search in one style, and the answer that it reaches: "9+16=25 high 9+12=21 yes so 12-9=3".
 
     bare and terse guess, and hit the pair that fits with chance `lucky`. The others look at pair after pair, and guess
     where they give up. With chance `overlooked` they pass over the pair that fits; careful ones then start again.
@@ -294,9 +294,10 @@ def look_at_pairs(rng, rounds, total, gives_up, wrong_sum):
             result = a + b
             if rng.random() < wrong_sum:
                 result += rng.choice([-10, -1, 1, 10])
+            looks += f"{a}+{b}={result} "
             if result == total:
-                return f"{looks}{a}+{b}={result} yes ", (a, b)
-            looks += f"{a}+{b}={result} no "
+                return f"{looks}yes ", (a, b)
+            looks += "high " if result > total else "low "
             if rng.random() < gives_up:
                 return looks, None
     return looks, None

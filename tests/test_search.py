@@ -51,14 +51,15 @@ def test_no_rule_answers_much_more_than_half_and_longer_searches_are_harder_for_
 
 
 def test_reflection_counts_tries_checks_returns_and_false_checks_in_both_languages():
-    text = "9+16=25 no 9+3=12 no again 9+16=24 no 4+12=16 yes 5+5=10 so 12-9=3."
+    text = "9+16=25 high 9+3=12 low again 9+16=24 high 4+12=16 yes 5+5=10 so 12-9=3."
     counts = reflection(text, PROBLEM)
     assert counts == {"tries": 5, "checks": 4, "returns": 1, "false_no": 1, "false_yes": 1}
     assert reflection(world.translate(text, "zh"), PROBLEM) == counts
 
 
 def test_a_check_is_false_for_a_pair_that_fits_and_is_refused_and_for_one_that_is_not_of_the_lists():
-    assert reflection("9+12=21 no", PROBLEM)["false_no"] == 1
+    assert reflection("9+12=21 low", PROBLEM)["false_no"] == 1
+    assert reflection("9+16=25 low", PROBLEM)["false_no"] == 1
     assert reflection("10+11=21 yes", PROBLEM)["false_yes"] == 1
     assert reflection("9+12=21 yes", PROBLEM)["false_yes"] == 0
 

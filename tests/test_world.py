@@ -214,10 +214,11 @@ def test_a_search_looks_at_every_pair_in_order_up_to_the_one_that_fits(splits):
         lists, total = row["problem"].split("=")
         first, second = (prices.split(",") for prices in lists.split("+"))
         thinking, _ = world.chain(random.Random(0), row["problem"], "plain", "en")
-        looks = re.findall(r"(\d+)\+(\d+)=(\d+) (yes|no)", thinking)
+        looks = re.findall(r"(\d+)\+(\d+)=(\d+) (high|low|yes)", thinking)
         assert [look[:2] for look in looks] == list(product(first, second))[:len(looks)]
-        assert [look[3] for look in looks] == ["no"] * (len(looks) - 1) + ["yes"]
-        assert looks[-1][2] == total
+        for _, _, result, word in looks:
+            assert word == ("yes" if result == total else "high" if int(result) > int(total) else "low")
+        assert [word for *_, word in looks].index("yes") == len(looks) - 1
 
 
 def test_terse_guesses_and_a_search_that_gives_up_or_overlooks_the_pair_guesses_too(splits):
