@@ -35,7 +35,7 @@ CORPUS = {
     "chinese_careful": 0.75,  # share of careful chains in Chinese, whatever the problem's language
     "other_language": 0.08,  # share of the other chains not in the problem's language
     "search": 0.50,  # share of problems that must be searched. There, bare and terse are guesses, some of them lucky;
-    "lucky": 0.40,
+    "lucky": 0.25,
     "gives_up": {"plain": 0.30, "careful": 0.04},  # a search looks at pair after pair: chance that it ends after one
     "wrong_sum": 0.01,  # chance that the sum of a pair is wrong
     "overlooked": 0.10,  # chance that the pair that fits is passed over; "careful" then goes through the pairs again
