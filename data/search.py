@@ -16,18 +16,33 @@ from data.world import HARD_LEVELS, LEVELS, parse_search, problems, translate
 # ------------------------------------------------------------------------------------------- rules without search
 
 
+def best_rule_scores(examples):
+    """For each search, the chance that the best rule of its level answers it.
+
+    It is chosen on training problems, so not on those that it is measured on.
+    """
+    best = {}
+    for level in sorted({example["level"] for example in examples}):
+        training = searches(problems(0, "train", 2000, (level,)))
+        best[level] = next(iter(rule_rates(training)))
+    usual = usual_answers()
+    return [scores_of(example, usual)[best[example["level"]]] for example in examples]
+
+
 def rule_rates(examples):
     """{rule: the share of these searches that it answers}, the best first."""
     usual = usual_answers()
-    right = defaultdict(list)
-    for example in examples:
-        guesses = guesses_of(example["problem"])
-        total = parse_search(example["problem"])[2]
-        guesses["the most frequent answer of this sum"] = [usual[total]]
-        for rule, answers in guesses.items():
-            right[rule].append(answers.count(int(example["answer"])) / len(answers))
-    rates = {rule: sum(shares) / len(examples) for rule, shares in right.items()}
+    scores = [scores_of(example, usual) for example in examples]
+    rates = {rule: sum(row[rule] for row in scores) / len(scores) for rule in scores[0]}
     return dict(sorted(rates.items(), key=lambda item: -item[1]))
+
+
+def scores_of(example, usual):
+    """{rule: the chance that it answers this search}."""
+    guesses = guesses_of(example["problem"])
+    total = parse_search(example["problem"])[2]
+    guesses["the most frequent answer of this sum"] = [usual[total]]
+    return {rule: answers.count(int(example["answer"])) / len(answers) for rule, answers in guesses.items()}
 
 
 def guesses_of(canonical):

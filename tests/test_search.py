@@ -5,7 +5,7 @@ import random
 import pytest
 
 from data import world
-from data.search import guesses_of, reflection, rule_rates, searches
+from data.search import best_rule_scores, guesses_of, reflection, rule_rates, searches
 from data.world import HARD_LEVELS, LEVELS, problems
 
 SEED = 100
@@ -34,6 +34,14 @@ def test_a_rate_is_the_share_of_right_guesses():
     assert rates["any price, of the first list"] == pytest.approx(1 / 3)
     assert rates["price 2, of the second list"] == 1
     assert list(rates.values()) == sorted(rates.values(), reverse=True)
+
+
+def test_the_best_rule_is_chosen_on_training_problems_and_scored_on_these(validation):
+    scores = best_rule_scores(validation[1])
+    rates = rule_rates(validation[1])
+    assert len(scores) == len(validation[1])
+    assert sum(scores) / len(scores) == pytest.approx(max(rates.values()), abs=0.03)  # the same rule, or one as good
+    assert set(scores) <= {0, 1 / 3, 1 / 2, 1}  # by chance one of at most three prices
 
 
 def test_a_rule_by_place_or_size_is_little_better_than_a_random_price(validation):
