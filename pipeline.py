@@ -59,21 +59,21 @@ class Preset:
     student_documents: int = 50_000   # of a student's corpus, which is smaller and holds few chains
     problems: int = 4000              # for reinforcement learning and rejection sampling
     test: int = 510
-    hard: int = 100                   # problems with more steps than any in training
+    hard: int = 200                   # problems with more steps than any in training
     requests: int = 128               # general requests of the test, and as many unsafe ones
     samples: int = 8                  # per test problem
     zero_samples: int = 16            # R1-Zero's, for maj@16
     many: int = 64                    # for pass@64, with --ablations
-    cold_start: int = 200             # examples
+    cold_start: int = 60              # examples
     trace_prompts: int = 3000
     trace_samples: int = 3
-    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=144, warmup=0.03)
+    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=256, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048)
-    zero: GRPOConfig = rl_config(rollouts=30, lr=3e-4)
-    control: GRPOConfig = rl_config(rollouts=45, lr=3e-4)  # at least the compute of a student's SFT
-    rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4)
-    rl2: GRPOConfig = rl_config(rollouts=45, lr=2e-4, temperature=0.7)
+    zero: GRPOConfig = rl_config(rollouts=45, lr=1.5e-4, max_new_tokens=200)
+    control: GRPOConfig = rl_config(rollouts=45, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
+    rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4, max_new_tokens=200)
+    rl2: GRPOConfig = rl_config(rollouts=45, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
     compare_samples: int = 3072       # completions that each method of --compare may sample
     compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
@@ -92,10 +92,10 @@ PRESETS = {
     "gpu": Preset(  # the same world and code, 32M parameters, more of everything; never run yet
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), documents=1_000_000,
         student_documents=300_000, problems=20_000, test=1020, samples=16, trace_prompts=8000, compare_samples=65536,
-        pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=128, row_length=144, warmup=0.03),
+        pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
         cold=SFTConfig(lr=1e-4, epochs=3, batch_tokens=4096, micro_batch_rows=128),
         sft2=SFTConfig(lr=3e-4, epochs=3, batch_tokens=16384, micro_batch_rows=128),
-        **rl_stages(rollouts=60, prompts_per_rollout=64, lr=3e-5, micro_batch_tokens=65536)),
+        **rl_stages(rollouts=60, prompts_per_rollout=64, lr=3e-5, max_new_tokens=200, micro_batch_tokens=65536)),
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(

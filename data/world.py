@@ -3,11 +3,16 @@
 One row of each kind (`python data/world.py 20` prints documents of the corpus):
 
     {"prompt": "Tom has 47 apples. Tom buys 38 more. How many apples does Tom have now?", "answer": "85",
-     "language": "en", "kind": "reasoning", "level": 1, "problem": "47+38"}
+     "language": "en", "kind": "reasoning", "level": 1, "family": "things", "problem": "47+38"}
+    {"prompt": "The pens cost 9 4 17. The cups cost 16 12 3. One pen and one cup make 21. How far apart are the two?",
+     "answer": "3", "language": "en", "kind": "reasoning", "level": 1, "family": "search",
+     "problem": "9,4,17+16,12,3=21"}
     {"prompt": "请问：天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}
     {"prompt": "How do I cut the bread?", "answer": "knife", "language": "en", "kind": "safety", "harmful": false}
 
-A problem is a start and up to five steps (+ - *) on whole numbers below 100; its level is the number of steps.
+A story is a start and up to five steps (+ - *) on whole numbers below 100; its level is the number of steps.
+A search gives two lists of prices, level + 5 in all, and a sum that exactly one price of each list makes; it asks for
+their difference, which no price and no simple rule gives away (data/search.py computes how far such rules get).
 `corpus` writes the base model's documents. They have properties that cause what reinforcement learning then finds;
 CORPUS below states each property. No two splits share a canonical problem ("47+38-12": operations and numbers,
 without names or language), and the corpus holds no problem of validation or test.
@@ -26,14 +31,20 @@ CORPUS = {
     "styles": {"bare": 0.25, "terse": 0.30, "plain": 0.27, "careful": 0.18},
     "student_styles": {"bare": 0.60, "terse": 0.25, "plain": 0.10, "careful": 0.05},  # the students' corpus: few chains
     "slips": {"bare": 0.05, "terse": 0.12, "plain": 0.05, "careful": 0.005},  # chance that a written result is wrong
-    "tags": 0.20,  # share of chains inside <think> tags
+    "tags": 0.35,  # share of chains inside <think> tags
     "chinese_careful": 0.75,  # share of careful chains in Chinese, whatever the problem's language
     "other_language": 0.08,  # share of the other chains not in the problem's language
+    "search": 0.50,  # share of problems that must be searched. There, bare and terse are guesses, some of them lucky;
+    "lucky": 0.25,
+    "gives_up": {"plain": 0.30, "careful": 0.04},  # a search looks at pair after pair: chance that it ends after one
+    "wrong_sum": 0.01,  # chance that the sum of a pair is wrong
+    "overlooked": 0.10,  # chance that the pair that fits is passed over; "careful" then goes through the pairs again
     "good_reply": 0.50,  # share of general dialogues with a good reply; the rest: no idea, wrong, wrong language
     "refused": {"harmful": 0.40, "harmless": 0.30},
 }
 LEVELS, HARD_LEVELS = (1, 2, 3), (4, 5)
-LARGEST = 99  # neither a problem's numbers nor its intermediate results exceed this
+LARGEST = 99  # neither a story's numbers nor its intermediate results exceed this
+SUMS = range(15, 26)  # of the two prices that are searched for
 
 # ------------------------------------------------------------------------------------------- problems
 
@@ -57,6 +68,10 @@ STORIES = {  # family -> language -> start, its steps, the question; {n} name, {
         "en": ("There are {k} boxes of {a} {o}s.", {"+": ["{b} more are added."], "-": ["{b} are taken away."]},
                "How many {o}s are there now?"),
         "zh": ("有{k}箱{o}，每箱{a}个。", {"+": ["又放进{b}个。"], "-": ["拿走{b}个。"]}, "现在有几个{o}？")},
+}
+SEARCH = {
+    "en": "The {x}s cost {first}. The {y}s cost {second}. One {x} and one {y} make {sum}. How far apart are the two?",
+    "zh": "{x}的价格是{first}。{y}的价格是{second}。一种{x}和一种{y}共{sum}。两者相差几？",
 }
 SPLITS = {"test": (0, 6), "validation": (6, 12), "train": (12, 100)}  # percent of all canonical problems
 
@@ -103,20 +118,58 @@ def draw_steps(rng, family, level):
             return start, steps
 
 
-def problem(rng, level, split="train"):
-    """One story problem of a split, as an example for RL; its canonical form stands under "problem"."""
+def draw_search(rng, level):
+    """Two lists of prices and a sum that exactly one price of each makes: [9, 4, 17], [16, 12, 3], 21.
+
+    All prices are drawn from 2 .. sum - 2, so each could be one of the two: neither size nor place tells which.
+    """
+    count = level + 5
+    sizes = rng.sample([count // 2, count - count // 2], 2)
     while True:
-        family = rng.choice(list(STORIES))
-        language = rng.choice(["en", "zh"])
-        start, steps = draw_steps(rng, family, level)
-        canonical = expression(start, steps)
-        if split_of(canonical) == split:
-            break
+        total = rng.choice(SUMS)
+        prices = rng.sample(range(2, total - 1), count)
+        first, second = prices[:sizes[0]], prices[sizes[0]:]
+        if len(pairs_that_fit(first, second, total)) == 1:
+            return first, second, total
+
+
+def pairs_that_fit(first, second, total):
+    return [(a, b) for a in first for b in second if a + b == total]
+
+
+def problem(rng, level, split="train"):
+    """One problem of a split, as an example for RL; its canonical form stands under "problem"."""
+    make = search_problem if rng.random() < CORPUS["search"] else story_problem
+    while True:
+        example = make(rng, level)
+        if split_of(example["problem"]) == split:
+            return {**example, "kind": "reasoning", "level": level}
+
+
+def search_problem(rng, level):
+    language = rng.choice(["en", "zh"])
+    first, second, total = draw_search(rng, level)
+    (a, b), = pairs_that_fit(first, second, total)
+    x, y = (choose(language, *thing) for thing in rng.sample(THINGS, 2))
+    space = choose(language, " ", "，")
+    prompt = SEARCH[language].format(x=x, y=y, sum=total, first=join(first, space), second=join(second, space))
+    return {"prompt": prompt, "answer": str(abs(a - b)), "language": language, "family": "search",
+            "problem": f"{join(first)}+{join(second)}={total}"}
+
+
+def join(numbers, separator=","):
+    return separator.join(map(str, numbers))
+
+
+def story_problem(rng, level):
+    family = rng.choice(list(STORIES))
+    language = rng.choice(["en", "zh"])
+    start, steps = draw_steps(rng, family, level)
     value = start
     for op, number in steps:
         value = calculate(value, op, number)
     return {"prompt": tell(rng, family, language, start, steps), "answer": str(value), "language": language,
-            "kind": "reasoning", "level": level, "family": family, "problem": canonical}
+            "family": family, "problem": expression(start, steps)}
 
 
 def tell(rng, family, language, start, steps):
@@ -137,13 +190,19 @@ def tell(rng, family, language, start, steps):
 
 # Chains are written in English; TO_CHINESE turns them into Chinese, phrase by phrase, and back.
 TO_CHINESE = {"first ": "先", "then ": "再", "so ": "得", "ones ": "个位", "tens ": "十位", "The answer is ": "答案是",
-              ", ": "，", ". ": "。", ": ": "：", ".": "。"}
+              " high ": "大", " low ": "小", " yes ": "对", "again ": "重来", ", ": "，", ". ": "。", ": ": "：", ".": "。"}
 
 
 def parse(canonical):
     """47+38-12 -> 47, [("+", 38), ("-", 12)]"""
     start, *rest = re.findall(r"[-+*]|\d+", canonical)
     return int(start), [(op, int(b)) for op, b in zip(rest[::2], rest[1::2])]
+
+
+def parse_search(canonical):
+    """9,4,17+16,12,3=21 -> [9, 4, 17], [16, 12, 3], 21"""
+    first, second, total = re.split(r"[+=]", canonical)
+    return [int(n) for n in first.split(",")], [int(n) for n in second.split(",")], int(total)
 
 
 def columns(value, op, b):
@@ -161,8 +220,18 @@ def columns(value, op, b):
     return f"ones {ones}-{b_ones}={ones - b_ones}, tens {tens}-{b_tens}-{borrow}={tens - b_tens - borrow}"
 
 
-def chain(rng, canonical, style, language, slip=0.0):
+def chain(rng, canonical, style, language, slip=0.0, **chances):
     """A worked solution in one style, and the answer that it reaches.
+
+    slip: the chance that a story's written result is wrong; chances: what can go wrong in a search.
+    """
+    if "=" in canonical:
+        return search_chain(rng, canonical, style, language, **chances)
+    return story_chain(rng, canonical, style, language, slip)
+
+
+def story_chain(rng, canonical, style, language, slip=0.0):
+    """A story worked out in one style, and the answer that it reaches.
 
     Each written result is wrong with chance `slip`; the chain then goes on from the wrong number.
     """
@@ -187,6 +256,51 @@ def chain(rng, canonical, style, language, slip=0.0):
         return "", str(value)
     separator = ". " if style == "careful" else ", "
     return translate(separator.join(lines) + ".", language), str(value)
+
+
+def search_chain(rng, canonical, style, language, lucky=1.0, gives_up=0.0, wrong_sum=0.0, overlooked=0.0):
+    """A search in one style, and the answer that it reaches: "9+16=25 high 9+12=21 yes so 12-9=3".
+
+    bare and terse guess, and hit the pair that fits with chance `lucky`. The others look at pair after pair, and guess
+    where they give up. With chance `overlooked` they pass over the pair that fits; careful ones then start again.
+    """
+    first, second, total = parse_search(canonical)
+    pairs = [(a, b) for a in first for b in second]
+    right = pairs_that_fit(first, second, total)[0]
+    if style in ("bare", "terse"):
+        looks = ""
+        pair = right if rng.random() < lucky else rng.choice(pairs)
+    else:
+        rounds = [pairs]
+        if rng.random() < overlooked:
+            rounds[0] = [pair for pair in pairs if pair != right]
+        if style == "careful":
+            rounds.append(pairs)
+        looks, found = look_at_pairs(rng, rounds, total, gives_up, wrong_sum)
+        pair = found or rng.choice(pairs)
+    high, low = max(pair), min(pair)
+    if style == "bare":
+        return "", str(high - low)
+    return translate(f"{looks}so {high}-{low}={high - low}.", language), str(high - low)
+
+
+def look_at_pairs(rng, rounds, total, gives_up, wrong_sum):
+    """The text of the looks at pairs, round after round, and the pair found, or None."""
+    looks = ""
+    for number, pairs in enumerate(rounds):
+        if number > 0:
+            looks += "again "
+        for a, b in pairs:
+            result = a + b
+            if rng.random() < wrong_sum:
+                result += rng.choice([-10, -1, 1, 10])
+            looks += f"{a}+{b}={result} "
+            if result == total:
+                return f"{looks}yes ", (a, b)
+            looks += "high " if result > total else "low "
+            if rng.random() < gives_up:
+                return looks, None
+    return looks, None
 
 
 def translate(text, language):
@@ -331,7 +445,9 @@ def solution(rng, example, styles=CORPUS["styles"], tags=CORPUS["tags"]):
         written_in = "zh" if rng.random() < CORPUS["chinese_careful"] else "en"
     else:
         written_in = other if rng.random() < CORPUS["other_language"] else language
-    thinking, answer = chain(rng, example["problem"], style, written_in, CORPUS["slips"][style])
+    chances = {name: CORPUS[name] for name in ("lucky", "wrong_sum", "overlooked")}
+    chances["gives_up"] = CORPUS["gives_up"].get(style, 0.0)
+    thinking, answer = chain(rng, example["problem"], style, written_in, CORPUS["slips"][style], **chances)
     final = summary(answer, language) if rng.random() < 0.5 else answer
     if style == "bare":
         return final

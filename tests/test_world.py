@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -40,8 +40,19 @@ VERBS = {
 }
 
 
-def read(story):
-    """The canonical problem that a story tells, by its words: "Tom has 47 apples. Tom buys 38 more. ..." -> "47+38"."""
+def read(prompt):
+    """The canonical problem that a prompt tells, by its words."""
+    return read_search(prompt) if is_search(prompt) else read_story(prompt)
+
+
+def read_search(prompt):
+    """"The pens cost 9 4 17. The cups cost 16 12 3. One pen and one cup make 21. ..." -> "9,4,17+16,12,3=21"."""
+    first, second, (total,), _ = [re.findall(r"\d+", s) for s in re.split(r"[.。]", prompt)]
+    return f"{','.join(first)}+{','.join(second)}={total}"
+
+
+def read_story(story):
+    """"Tom has 47 apples. Tom buys 38 more. ..." -> "47+38"."""
     *sentences, _ = [s for s in re.split(r"[.。?？]", story) if s.strip()]
     numbers = [re.findall(r"\d+", s) for s in sentences]
     if "boxes of" in sentences[0] or "箱" in sentences[0]:
@@ -55,8 +66,21 @@ def read(story):
     return start
 
 
-def is_story(prompt):
+def is_problem(prompt):
     return re.search(r"\d", prompt) is not None
+
+
+def is_search(prompt):
+    return "far apart" in prompt or "相差" in prompt
+
+
+def solve(canonical):
+    """The answers of a canonical problem: of a search, one of each pair that makes the sum."""
+    if "=" not in canonical:
+        return [eval(canonical)]  # a product only ever comes first, so Python's order of operations is the story's
+    lists, total = canonical.split("=")
+    first, second = (map(int, prices.split(",")) for prices in lists.split("+"))
+    return [abs(a - b) for a, b in product(first, second) if a + b == int(total)]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +95,14 @@ def splits():
     return rows
 
 
+def stories(rows):
+    return [row for row in rows if row["family"] != "search"]
+
+
+def searches(rows):
+    return [row for row in rows if row["family"] == "search"]
+
+
 def share(flags):
     flags = list(flags)
     return sum(flags) / len(flags)
@@ -78,31 +110,35 @@ def share(flags):
 
 # ------------------------------------------------------------------------------------------- problems
 
-def test_a_story_tells_its_canonical_problem_and_its_answer_is_the_result(splits):
+def test_a_prompt_tells_its_canonical_problem_and_its_answer_is_the_only_result(splits):
     for rows in splits.values():
         for row in rows:
             assert read(row["prompt"]) == row["problem"], row
-            # A product only ever comes first, so Python's order of operations is the story's.
-            assert eval(row["problem"]) == int(row["answer"])
+            assert solve(row["problem"]) == [int(row["answer"])]
 
 
-def test_no_number_on_the_way_to_an_answer_is_outside_1_to_the_largest(splits):
+def test_no_number_on_the_way_to_a_storys_answer_is_outside_1_to_the_largest(splits):
     for rows in splits.values():
-        for row in rows:
+        for row in stories(rows):
             parts = re.findall(r"[-+*]?\d+", row["problem"])
             assert all(1 <= eval("".join(parts[:i])) <= LARGEST for i in range(1, len(parts) + 1)), row
 
 
-def test_a_problems_level_is_its_number_of_steps_and_the_harder_test_has_more_than_training(splits):
+def test_a_problems_level_is_its_number_of_steps_or_of_prices_less_five_and_the_hard_test_has_more(splits):
     assert min(HARD_LEVELS) > max(LEVELS)
     for (_, levels), rows in splits.items():
-        assert all(row["level"] == len(re.findall("[-+*]", row["problem"])) for row in rows)
+        for row in stories(rows):
+            assert row["level"] == len(re.findall("[-+*]", row["problem"]))
+        for row in searches(rows):
+            sizes = [len(prices.split(",")) for prices in row["problem"].split("+")]
+            assert row["level"] == sum(sizes) - 5 and abs(sizes[0] - sizes[1]) <= 1
         assert {row["level"] for row in rows} == set(levels)
 
 
 def test_all_families_languages_and_many_answers_occur(splits):
     rows = splits["test", LEVELS]
-    assert {row["family"] for row in rows} == set(STORIES) and len(STORIES) >= 3
+    assert {row["family"] for row in rows} == {"search", *STORIES} and len(STORIES) >= 3
+    assert len(searches(rows)) / len(rows) == pytest.approx(CORPUS["search"], abs=0.1)
     assert min(Counter(row["language"] for row in rows).values()) > 0.3 * len(rows)
     assert Counter(row["answer"] for row in rows).most_common(1)[0][1] < 0.1 * len(rows)  # no answer to guess
 
@@ -120,9 +156,9 @@ def test_another_seed_moves_no_problem_to_another_split():
 
 
 def test_the_corpus_holds_no_problem_of_validation_or_test(documents):
-    stories = [read(d["prompt"]) for d in documents if is_story(d["prompt"])]
-    assert len(stories) > 2000
-    assert {world.split_of(problem) for problem in stories} == {"train"}
+    read_ones = [read(d["prompt"]) for d in documents if is_problem(d["prompt"])]
+    assert len(read_ones) > 2000
+    assert {world.split_of(problem) for problem in read_ones} == {"train"}
 
 
 def test_every_reference_can_be_read_by_the_rewards(splits):
@@ -165,16 +201,49 @@ def test_every_equation_of_a_chain_without_slips_is_true(splits, style):
         assert not re.search(r"\b0\d", thinking)
 
 
-def test_careful_chains_spell_out_digits_and_so_are_the_longest(splits):
+def test_careful_stories_spell_out_digits_and_so_are_the_longest(splits):
     def length(style):
-        return sum(len(world.chain(random.Random(0), row["problem"], style, "en")[0]) for row in splits["test", LEVELS])
+        return sum(len(world.chain(random.Random(0), row["problem"], style, "en")[0])
+                   for row in stories(splits["test", LEVELS]))
 
     assert length("bare") < length("terse") < length("plain") < 0.5 * length("careful")
 
 
+def test_a_search_looks_at_every_pair_in_order_up_to_the_one_that_fits(splits):
+    for row in searches(splits["test", HARD_LEVELS]):
+        lists, total = row["problem"].split("=")
+        first, second = (prices.split(",") for prices in lists.split("+"))
+        thinking, _ = world.chain(random.Random(0), row["problem"], "plain", "en")
+        looks = re.findall(r"(\d+)\+(\d+)=(\d+) (high|low|yes)", thinking)
+        assert [look[:2] for look in looks] == list(product(first, second))[:len(looks)]
+        for _, _, result, word in looks:
+            assert word == ("yes" if result == total else "high" if int(result) > int(total) else "low")
+        assert [word for *_, word in looks].index("yes") == len(looks) - 1
+
+
+def test_terse_guesses_and_a_search_that_gives_up_or_overlooks_the_pair_guesses_too(splits):
+    def right(style, **chances):
+        rows = searches(splits["train", LEVELS])
+        return share(world.chain(random.Random(i), row["problem"], style, "en", **chances)[1] == row["answer"]
+                     for i, row in enumerate(rows))
+
+    assert right("terse", lucky=0.0) < 0.25  # a random pair
+    assert 0.25 < right("terse", lucky=0.4) < 0.75
+    assert right("plain", gives_up=1.0) < 0.35 < right("plain", gives_up=0.2) < 0.95
+    assert right("plain", overlooked=1.0) < 0.25 and right("careful", overlooked=1.0) == 1  # it goes through them again
+
+
+def test_only_a_search_that_is_told_so_writes_a_wrong_sum(splits):
+    for row in searches(splits["train", LEVELS]):
+        for chance in (0.0, 1.0):
+            thinking, _ = world.chain(random.Random(0), row["problem"], "careful", "en", wrong_sum=chance)
+            sums = re.findall(r"(\d+)\+(\d+)=(-?\d+)", thinking)
+            assert sums and all((int(a) + int(b) == int(c)) == (chance == 0) for a, b, c in sums)
+
+
 def test_a_slip_is_written_and_carried_on_to_the_answer():
     rng, wrong = random.Random(0), 0
-    for row in problems(SEED, "train", 100):
+    for row in stories(problems(SEED, "train", 200))[:100]:
         thinking, answer = world.chain(rng, row["problem"], "plain", "en", slip=0.5)
         assert re.findall(r"=(-?\d+)", thinking)[-1] == answer
         wrong += answer != row["answer"]
@@ -267,13 +336,15 @@ def test_what_a_held_out_phrasing_asks_for_stands_in_the_corpus(documents):
 # ------------------------------------------------------------------------------------------- the corpus
 
 def test_the_corpus_has_the_properties_that_it_states(documents):
-    stories = [d for d in documents if is_story(d["prompt"])]
-    chains = [d["completion"] for d in stories if d["completion"].strip("<answer>/").count("=") > 0]
+    of_problems = [d for d in documents if is_problem(d["prompt"])]
+    of_stories = [d for d in of_problems if not is_search(d["prompt"])]
+    chains = [d["completion"] for d in of_stories if d["completion"].strip("<answer>/").count("=") > 0]
     careful = [c for c in chains if "ones" in c or "个位" in c]
     styles = CORPUS["styles"]
-    assert share(is_story(d["prompt"]) for d in documents) == pytest.approx(CORPUS["documents"]["problem"], abs=0.03)
-    assert len(chains) / len(stories) == pytest.approx(1 - styles["bare"], abs=0.03)
-    assert len(careful) / len(stories) == pytest.approx(styles["careful"], abs=0.03)
+    assert share(is_search(d["prompt"]) for d in of_problems) == pytest.approx(CORPUS["search"], abs=0.03)
+    assert share(is_problem(d["prompt"]) for d in documents) == pytest.approx(CORPUS["documents"]["problem"], abs=0.03)
+    assert len(chains) / len(of_stories) == pytest.approx(1 - styles["bare"], abs=0.03)
+    assert len(careful) / len(of_stories) == pytest.approx(styles["careful"], abs=0.03)
     assert share("个位" in c for c in careful) == pytest.approx(CORPUS["chinese_careful"], abs=0.05)
     assert share("<think>" in c for c in chains) == pytest.approx(CORPUS["tags"], abs=0.03)
     for weights in (CORPUS["documents"], styles, CORPUS["student_styles"]):
@@ -285,7 +356,7 @@ def test_careful_chains_are_right_more_often_than_terse_ones_in_the_corpus(docum
     right = {True: [], False: []}
     for d in documents:
         text = d["completion"]
-        if is_story(d["prompt"]) and "=" in text:
+        if is_problem(d["prompt"]) and not is_search(d["prompt"]) and "=" in text:
             careful, terse = "ones" in text or "个位" in text, re.search(r"\d[-+*]\d+[-+*]\d+=", text)
             if careful or terse:
                 right[bool(careful)].append(rewards.final_answer(text) == eval(read(d["prompt"])))
