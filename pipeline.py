@@ -149,10 +149,7 @@ def recipe(run, ablations):
         else:
             run.make_stage(name)
     run.begin("")  # no stage is being made from here on: extra measurements
-    if ablations:
-        measure.many_samples(run)
-    if "r1" in run.chosen and run.source.has_tag_tokens:
-        measure.thinking_budgets(run)
+    measure.extras(run, ablations)
     run.write()
 
 

@@ -22,6 +22,16 @@ class Part:
 
 
 @dataclass
+class Trend:
+    """A figure with its interval, measured otherwise than by pairs, and what it must exceed."""
+    figure: float
+    low: float
+    high: float
+    threshold: float = 0.0
+    says: str = ""
+
+
+@dataclass
 class Claim:
     number: str
     claim: str
@@ -48,33 +58,65 @@ class Values:
         """The metric is higher at the stage `after` than at the stage `before`."""
         return Part(self.of(before, metric), self.of(after, metric), threshold, says)
 
-    def percent(self, stage, metric):
+    def mean(self, stage, metric):
         array = self.of(stage, metric)
-        return float("nan") if array is None else 100 * float(np.nanmean(array))
+        return float("nan") if array is None or np.isnan(array).all() else float(np.nanmean(array))
+
+    def percent(self, stage, metric):
+        return 100 * self.mean(stage, metric)
 
 
-def make_claims(values, difference, best=None):
+def make_claims(values, difference, best=None, lengths=()):
     """The claims that the measured stages allow, as rows for the table.
 
     values: {stage: {metric: array per problem}}; difference(a, b) -> (b - a, low, high) of two such arrays;
-    best: {stage: the highest validation accuracy of its reinforcement learning}, for the controls' whole curve.
+    best: {stage: the highest validation accuracy of its reinforcement learning}, for the controls' whole curve;
+    lengths: the mean length of R1-Zero's outputs in each of its rollouts.
     """
     values = Values(values)
-    claims = claims_of_zero(values) + claims_of_the_recipe(values) + claims_of_students(values, best or {})
-    claims += claims_of_votes(values) + claims_of_budgets(values)
-    return [row_of(claim, difference) for claim in claims
-            if all(part.before is not None and part.after is not None for part in claim.parts)]
+    claims = claims_of_zero(values, lengths) + claims_of_the_recipe(values) + claims_of_students(values, best or {})
+    claims += claims_of_votes(values) + claims_of_budgets(values) + claims_of_reflection(values)
+    return [row_of(claim, difference) for claim in claims if all(map(is_measured, claim.parts))]
+
+
+def is_measured(part):
+    return isinstance(part, Trend) or (part.before is not None and part.after is not None)
+
+
+def measured(part, difference):
+    """(figure, low, high) of a part."""
+    if isinstance(part, Trend):
+        return part.figure, part.low, part.high
+    return difference(part.before, part.after)
+
+
+def growth(lengths, draws=2000):
+    """Growth per 10 rollouts within the last third, with its 95% interval: a line through resampled rollouts."""
+    last = np.asarray(lengths, dtype=float)[len(lengths) - len(lengths) // 3:]
+    if len(last) < 5:
+        return Trend(*[float("nan")] * 3)
+    rows = np.random.default_rng(0).integers(0, len(last), (draws, len(last)))
+    slopes = [slope(chosen, last[chosen]) for chosen in rows if len(set(chosen)) > 1]
+    low, high = np.percentile(slopes, [2.5, 97.5])
+    return Trend(10 * slope(np.arange(len(last)), last), 10 * float(low), 10 * float(high))
+
+
+def slope(x, y):
+    """Of the line through points, by least squares."""
+    x = x - x.mean()
+    return float((x * (y - y.mean())).sum() / (x * x).sum())
 
 
 def row_of(claim, difference):
     scale = 100 if claim.unit == "points" else 1
     first, *others = claim.parts
-    ours, low, high = (scale * figure for figure in difference(first.before, first.after))
+    ours, low, high = (scale * figure for figure in measured(first, difference))
     result, detail = verdict(low, high, scale * first.threshold), claim.detail
     for part in others:
-        change, lowest, highest = (scale * figure for figure in difference(part.before, part.after))
+        change, lowest, highest = (scale * figure for figure in measured(part, difference))
         result = both(result, verdict(lowest, highest, scale * part.threshold))
-        detail = f"{part.says} {change:+.1f} [{lowest:+.1f}, {highest:+.1f}]. {detail}".strip()
+        if change == change:  # a number
+            detail = f"{part.says} {change:+.1f} [{lowest:+.1f}, {highest:+.1f}]. {detail}".strip()
     return {"number": claim.number, "claim": claim.claim, "source": claim.source, "paper": claim.paper,
             "unit": claim.unit, "ours": ours, "low": low, "high": high, "verdict": result, "detail": detail}
 
@@ -103,20 +145,43 @@ def both(first, second):
 
 # ------------------------------------------------------------------------------------------- the claims
 
-def claims_of_zero(values):
+def claims_of_zero(values, lengths):
     thinks = [f"{values.percent(stage, 'thinks'):.0f}%" for stage in ("base", "zero")]
     right = [f"{values.percent(stage, 'accuracy_any_if_thinking'):.0f}%" for stage in ("base", "zero")]
+    last_third = growth(lengths)
+    last_third.says = "output per 10 rollouts, in the last third:"
     return [
         Claim("1", "RL without SFT raises reasoning (zero > base)", "R1 v1 fig. 2", "AIME 15.6 -> 77.9",
               [values.part("base", "zero", "accuracy_any")],
-              detail=f"{' -> '.join(thinks)} think x {' -> '.join(right)} of these right"),
-        Claim("2", "thinking grows longer during RL, within outputs that think", "R1 v1 fig. 3", "500 -> 9,700 tokens",
-              [values.part("base", "zero", "length_if_thinking")], unit="tokens"),
+              detail=f"{' -> '.join(thinks)} think x {' -> '.join(right)} of these right{beside_rules(values)}"),
+        Claim("2", "thinking grows longer during RL, within outputs that think, and still in its last third",
+              "R1 v1 fig. 3", "500 -> 9,700 tokens",
+              [values.part("base", "zero", "length_if_thinking"), last_third], unit="tokens"),
         Claim("3", "majority voting adds to it (zero: maj@16 > pass@1)", "R1 v1 fig. 2", "AIME 71.0 -> 86.7",
               [Part(values.of("zero", "pass@1"), values.of("zero", "maj@16"))]),
         Claim("4", "R1-Zero mixes languages (consistency within chains: zero < base)", "R1 v1 2.2.4", "not published",
               [values.part("zero", "base", "language_if_thinking")], detail="ours is base minus zero"),
     ]
+
+
+def beside_rules(values):
+    """How far above the best rule without a search R1-Zero is on searches."""
+    text = ""
+    for metric, what in (("accuracy_any_search", "searches"), ("accuracy_any_hard_search", "longer than in training")):
+        rule, base, zero = (values.percent(stage, metric) for stage in ("rule", "base", "zero"))
+        if rule == rule:
+            text += f"; {what}: base {base:.0f}%, zero {zero:.0f}%, the best rule without a search {rule:.0f}%"
+    return text
+
+
+def claims_of_reflection(values):
+    counts = []
+    for name in ("tries", "checks", "returns", "false_yes"):
+        before, after = values.mean("base", name), values.mean("zero", name)
+        counts.append(f"{name.replace('_', ' ')} {before:.2f} -> {after:.2f}")
+    return [Claim("13", "reflection grows during RL (checks an output, of searches; base -> zero)", "R1 v2 C.2",
+                  "reflective words 5 to 7 times", [values.part("base", "zero", "checks")], unit="checks",
+                  detail=", ".join(counts))]
 
 
 def claims_of_the_recipe(values):
@@ -163,26 +228,44 @@ def claims_of_students(values, best):
 
 def claims_of_votes(values):
     claims = []
-    for k in (16, 64):
-        pass_before, pass_after = (values.of(f"{stage}_many", f"pass@{k}") for stage in ("dev1", "dev2"))
-        maj_before, maj_after = (values.of(f"{stage}_many", f"maj@{k}") for stage in ("dev1", "dev2"))
-        if pass_before is None or pass_after is None:
-            continue
-        claims.append(Claim(
-            f"11 k={k}", f"RL raises maj@{k} more than pass@{k} (dev1 -> dev2)",
-            "DeepSeekMath fig. 7", "maj up, pass not",
-            [Part(pass_after - pass_before, maj_after - maj_before)]))
+    for before, after in (("dev1", "dev2"), ("base", "zero")):
+        for k in (16, 64):
+            pass_before, pass_after = (values.of(f"{stage}_many", f"pass@{k}") for stage in (before, after))
+            maj_before, maj_after = (values.of(f"{stage}_many", f"maj@{k}") for stage in (before, after))
+            if pass_before is None or pass_after is None:
+                continue
+            changes = [f"{metric}@{k} {values.percent(f'{before}_many', f'{metric}@{k}'):.0f} -> "
+                       f"{values.percent(f'{after}_many', f'{metric}@{k}'):.0f}%" for metric in ("pass", "maj")]
+            claims.append(Claim(
+                f"11 {after} k={k}", f"RL raises maj@{k} more than pass@{k} ({before} -> {after})",
+                "DeepSeekMath fig. 7", "maj up, pass not",
+                [Part(pass_after - pass_before, maj_after - maj_before)], detail=", ".join(changes)))
     return claims
 
 
 def claims_of_budgets(values):
-    budgets = sorted(int(name.removeprefix("budget_")) for name in values.values if name.startswith("budget_"))
-    if not budgets:
+    rows = budget_rows(values)
+    if not rows or "r1" not in rows[-1]:
         return []
-    curve = ", ".join(f"{budget}: {values.percent(f'budget_{budget}', 'accuracy_any'):.0f}%" for budget in budgets)
-    detail = f"tokens of thinking: accuracy {curve}"
+    curves = []
+    for stage in ("base", "zero", "r1"):
+        points = [f"{row['step']}: {row[stage]:.0f}%" for row in rows if stage in row]
+        curves.append(f"{stage} " + ", ".join(points))
+    detail = "accuracy within so many tokens of thinking: " + "; ".join(curves)
     if values.of("lengthened", "accuracy_any") is not None:
-        detail += f". With one Wait: {values.percent('lengthened', 'accuracy_any'):.0f}%"
+        detail += f". r1 with one Wait: {values.percent('lengthened', 'accuracy_any'):.0f}%"
+    first, last = rows[0]["step"], rows[-1]["step"]
     return [Claim("12", "accuracy grows with the thinking budget (cutting; r1)",
                   "s1 fig. 1", "AIME 50 -> 57 (lengthening)",
-                  [values.part(f"budget_{budgets[0]}", f"budget_{budgets[-1]}", "accuracy_any")], detail=detail)]
+                  [values.part(f"budget_r1_{first}", f"budget_r1_{last}", "accuracy_any")], detail=detail)]
+
+
+def budget_rows(values):
+    """[{"step": tokens of thinking, stage: accuracy in percent, ...}], the smallest budget first."""
+    rows = {}
+    for name in values.values:
+        kind, _, rest = name.partition("_")
+        if kind == "budget":
+            stage, budget = rest.split("_")
+            rows.setdefault(int(budget), {"step": int(budget)})[stage] = values.percent(name, "accuracy_any")
+    return [rows[budget] for budget in sorted(rows)]

@@ -215,8 +215,8 @@ def scaled(rows, metric, scale):
     return [(x, scale * y) for x, y in curve(rows, metric)]
 
 
-def panel(rows, heading, scale, bounds, lines):
-    """One chart of curve_svg, 400 x 300. lines: (label, metric of samples, metric of validation problems)."""
+def panel(rows, heading, scale, bounds, lines, across="rollouts", apart=190):
+    """One chart, 400 x 300. lines: (label, metric of samples, metric of validation problems)."""
     curves = [(label, scaled(rows, line, scale), scaled(rows, dots, scale)) for label, line, dots in lines]
     values = [y for _, line, dots in curves for _, y in line + dots]
     drawn = [el("text", heading, cls="title", x=8, y=18)]
@@ -225,16 +225,16 @@ def panel(rows, heading, scale, bounds, lines):
     axes = Axes(rows, values + bounds, 400, 230)
     plot = axes.frame()
     for i, (label, line, dots) in enumerate(curves):
-        for x, y in dots:
-            across, down = axes.place(x, y)
-            plot.append(el("circle", cls=f"dot c{i}", cx=f"{across:.1f}", cy=f"{down:.1f}", r=3.2))
+        for point in dots:
+            x, y = axes.place(*point)
+            plot.append(el("circle", cls=f"dot c{i}", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.2))
         if line:
             smooth = running_mean(line)
             plot += axes.line(f"c{i}", line, smooth)
-            drawn.append(el("path", cls=f"line c{i}", d=f"M{8 + 190 * i},38 h22"))
-            drawn.append(el("text", f"{label} {smooth[-1][1]:.0f}", cls="value", x=36 + 190 * i, y=43))
+            drawn.append(el("path", cls=f"line c{i}", d=f"M{8 + apart * i},38 h22"))
+            drawn.append(el("text", f"{label} {smooth[-1][1]:.0f}", cls="value", x=36 + apart * i, y=43))
     drawn.append(el("g", plot, transform="translate(0,52)"))
-    return [*drawn, el("text", "rollouts", x=217, y=298, text_anchor="middle")]
+    return [*drawn, el("text", across, x=217, y=298, text_anchor="middle")]
 
 
 def curve_svg(rows, title):
@@ -246,6 +246,14 @@ def curve_svg(rows, title):
     note = "lines: completions sampled in training, at temperature 1; dots: validation; beside each name its last mean"
     drawn = [el("text", title, cls="title", x=22, y=32), *panels, el("text", note, x=22, y=374)]
     return picture(drawn, 860, 390, title)
+
+
+def budgets_svg(rows):
+    """Accuracy over the budget of thinking. rows: [{"step": tokens, stage: percent, ...}]."""
+    stages = dict.fromkeys(name for row in rows for name in row if name != "step")
+    lines = [(stage, stage, None) for stage in stages]
+    drawn = panel(rows, "Solved with the thinking cut, %", 1, [0, 100], lines, "tokens of thinking", 120)
+    return picture(el("g", drawn, transform="translate(14,14)"), 440, 330, "Accuracy over the budget of thinking")
 
 
 # ------------------------------------------------------------------------------------------- a picture for a terminal

@@ -12,6 +12,8 @@ from lab import checkpoint
 from lab.scripts import final_answer, rules
 
 RULES = ("accuracy", "accuracy_any", "format", "language_consistency")  # of problems
+REFLECTION = ("tries", "checks", "returns", "false_yes", "false_no")  # what a search is counted by (data/search.py)
+BUDGETS = (8, 16, 32, 64, 96, 128)  # tokens of thinking
 
 
 def score(run, examples, texts, counts, ks=()):
@@ -20,7 +22,18 @@ def score(run, examples, texts, counts, ks=()):
         return len(run.tokenizer.encode(rewards.split(text)[0]))
 
     chosen = {name: rules()[name] for name in RULES}
-    return evaluate.measure(examples, texts, counts, chosen, final_answer, rewards.thinks, count_thinking, ks)
+    values = evaluate.measure(examples, texts, counts, chosen, final_answer, rewards.thinks, count_thinking, ks)
+    return values | reflection(run.source, examples, texts)
+
+
+def reflection(source, examples, texts):
+    """{what completions do to find an answer: its mean count an output, (N,)}, NaN where that is unknown."""
+    rows = []
+    for example, completions in zip(examples, texts):
+        counts = [source.reflection(text, example) for text in completions]
+        rows.append({name: np.mean([count[name] for count in counts]) for name in counts[0]})
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
 
 def measure_stage(run, model):
@@ -32,7 +45,7 @@ def measure_stage(run, model):
     values = score(run, source.test, texts, counts, [k for k in (1, 8, 16) if k <= samples])
     hard, hard_counts = run.complete(model, source.hard)
     hard_values = score(run, source.hard, hard, hard_counts)
-    add_parts(values, source, hard_values["accuracy_any"])
+    add_parts(values, source, hard_values)
     if run.name == "base":
         at_one = run.complete(model, source.test, temperature=1.0, top_p=1.0)
         values["accuracy_any_at_T1"] = score(run, source.test, *at_one)["accuracy_any"]
@@ -53,18 +66,48 @@ def measure_stage(run, model):
     return values
 
 
-def add_parts(values, source, hard_accuracy):
-    """Adds accuracy_any by level, hard ones included, and by language; NaN for the problems of another."""
-    def part(examples, accuracy, field, value):
-        return np.where([example.get(field) == value for example in examples], accuracy, np.nan)
+def add_parts(values, source, hard_values):
+    """Adds accuracy, length and reflection by family and level, hard levels included, and accuracy by language.
 
-    accuracy = values["accuracy_any"]
-    for level in world.LEVELS:
-        values[f"accuracy_any_level_{level}"] = part(source.test, accuracy, "level", level)
-    for level in world.HARD_LEVELS:
-        values[f"accuracy_any_level_{level}"] = part(source.hard, hard_accuracy, "level", level)
+    NaN stands for the problems of another part; "hard_checks" is what "checks" is of the problems of a hard level.
+    """
+    for examples, measured, levels in ((source.test, dict(values), world.LEVELS),
+                                       (source.hard, hard_values, world.HARD_LEVELS)):
+        for family in ("story", "search"):
+            for level in levels:
+                chosen = [family_of(example) == family and example["level"] == level for example in examples]
+                for metric in ("accuracy_any", "length"):
+                    values[f"{metric}_{family}_{level}"] = np.where(chosen, measured[metric], np.nan)
+    for family in ("story", "search"):
+        chosen = [family_of(example) == family for example in source.test]
+        values[f"accuracy_any_{family}"] = np.where(chosen, values["accuracy_any"], np.nan)
+        chosen = [family_of(example) == family for example in source.hard]
+        values[f"accuracy_any_hard_{family}"] = np.where(chosen, hard_values["accuracy_any"], np.nan)
     for language in ("en", "zh"):
-        values[f"accuracy_any_{language}"] = part(source.test, accuracy, "language", language)
+        chosen = [example["language"] == language for example in source.test]
+        values[f"accuracy_any_{language}"] = np.where(chosen, values["accuracy_any"], np.nan)
+    for name in REFLECTION:
+        if name in hard_values:
+            values[f"hard_{name}"] = hard_values[name]
+
+
+def family_of(example):
+    """"search", or "story" for all others; "" where a user's problems have no level."""
+    if "level" not in example:
+        return ""
+    return "search" if example.get("family") == "search" else "story"
+
+
+def rule_values(source):
+    """What the best rule without a search reaches, by level: values as a stage's."""
+    values, parts = {}, ((source.test, world.LEVELS, "search"), (source.hard, world.HARD_LEVELS, "hard_search"))
+    for examples, levels, name in parts:
+        scores = np.array(source.rule_scores(examples))
+        values[f"accuracy_any_{name}"] = scores
+        for level in levels:
+            chosen = [example.get("level") == level for example in examples]
+            values[f"accuracy_any_search_{level}"] = np.where(chosen, scores, np.nan)
+    return values
 
 
 def means(rule, examples, texts):
@@ -74,9 +117,19 @@ def means(rule, examples, texts):
 
 # ------------------------------------------------------------------------------------------- beside the stages
 
+def extras(run, ablations):
+    """What tables and claims need beside the stages' own values."""
+    if run.source.has_rules:
+        run.extra("rule", partial(rule_values, run.source))
+    if ablations:
+        many_samples(run)
+    if "r1" in run.chosen and run.source.has_tag_tokens:
+        thinking_budgets(run)
+
+
 def many_samples(run):
-    """pass@k and maj@k of many samples, before and after RL-1."""
-    for name in ("dev1", "dev2"):
+    """pass@k and maj@k of many samples, before and after reinforcement learning."""
+    for name in ("base", "zero", "dev1", "dev2"):
         run.extra(f"{name}_many", partial(score_many, run, name))
 
 
@@ -86,11 +139,12 @@ def score_many(run, name):
     return score(run, problems, texts, counts, ks)
 
 
-def thinking_budgets(run, budgets=(8, 24, 48, 96)):
-    """r1's accuracy with its thinking cut at each budget of tokens; and, separately, lengthened once by "Wait" [s1]."""
-    model = run.model("r1")
-    for budget in budgets:
-        run.extra(f"budget_{budget}", partial(accuracy_within, run, model, budget))
+def thinking_budgets(run):
+    """Accuracy with the thinking cut at each budget of tokens; and r1's, lengthened once by "Wait" [s1]."""
+    for name in ("base", "zero", "r1"):
+        model = run.model(name)
+        for budget in BUDGETS:
+            run.extra(f"budget_{name}_{budget}", partial(accuracy_within, run, model, budget))
     run.extra("lengthened", partial(accuracy_lengthened, run, model))
 
 

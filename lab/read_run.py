@@ -59,7 +59,7 @@ def read_rows(path):
 
 
 def read_run(run_dir):
-    """(meta, stages, claims, compare). A stage is its entry in results.json and what its directory holds."""
+    """(meta, stages, claims, compare, budgets). A stage is its entry in results.json and what its directory holds."""
     results, times = read_object(run_dir / "results.json"), read_object(run_dir / "times.json")
     done = {name: stage for name, stage in entries(results.get("stages"), dict).items() if is_plain_name(name)}
     logs = [*run_dir.glob("*/metrics.jsonl"), *run_dir.glob("*/samples.jsonl")]
@@ -76,7 +76,7 @@ def read_run(run_dir):
     compare, compare_times = {}, entries(times.get("compare"), dict)
     for name, row in entries(results.get("compare"), dict).items():
         compare[name] = measured(row | compare_times.get(name, {}))
-    return meta, stages, rows_of(results.get("claims")), compare
+    return meta, stages, rows_of(results.get("claims")), compare, rows_of(results.get("budgets"))
 
 
 def is_plain_name(name):

@@ -23,6 +23,7 @@ from lab.read_run import figure, progress, read_run
 # the evaluation's metrics that earn a column, by what they are measured on
 METRICS = {"All problems": ["accuracy", "accuracy_any", "maj@16", "format", "thinks"],
            "Outputs that think": ["accuracy_any_if_thinking", "language_if_thinking", "length_if_thinking"],
+           "Searches": ["accuracy_any_search", "accuracy_any_hard_search", "checks", "returns", "false_yes"],
            "General requests": ["helpfulness", "harmlessness", "refusals"]}
 COLUMNS = [metric for group in METRICS.values() for metric in group]
 
@@ -31,6 +32,7 @@ REWARDS = ["reward", "accuracy", "format", "language_consistency", "helpfulness"
 CURVES = [("Reward and its parts", REWARDS, [0]),
           ("Accuracy", ["validation_accuracy_any", "validation_accuracy", "accuracy_any", "accuracy"], [0, 1]),
           ("Length, tokens", ["length", "thinking_length"], [0]),
+          ("Searches: looks an output", ["validation_checks", "validation_returns", "validation_false_yes"], [0]),
           ("Language consistency", ["language_consistency"], [0, 1])]
 HEALTH = [("KL to reference", ["kl"], [0]), ("Clip fraction", ["clip_fraction"], [0]), ("Entropy", ["entropy"], [0]),
           ("Gradient norm", ["grad_norm"], [0]), ("Without signal", ["no_signal"], [0, 1]),
@@ -333,7 +335,7 @@ def header(meta, stages, claims):
     return [el("h1", "DeepSeek-R1 from scratch"), command, el("p", spans, cls="meta")]
 
 
-def sections_of(stages, claims, compare):
+def sections_of(stages, claims, compare, budgets):
     """(title, note, content) in the page's order."""
     sections = [
         ("Recipe", "Measured on test problems; language is its consistency within outputs that think.", recipe(stages)),
@@ -343,6 +345,11 @@ def sections_of(stages, claims, compare):
                    "what counts is on which side of zero it lies.", claims_table(claims)),
         ("Curves", "Against rollouts. Faint: each rollout; bold: the running mean, its last value beside the name.",
          curves(stages))]
+    budgets = sorted((row for row in budgets if number(row.get("step")) is not None), key=lambda row: row["step"])
+    if budgets:
+        note = "Percent of problems solved in any style with the thinking cut after so many tokens."
+        lines = [name for name in ("base", "zero", "r1") if name in stages]
+        sections.append(("Budgets", note, chart("Solved, %", lines, [0, 100], budgets)))
     if compare:
         note = ("From one base with one budget of samples, each at its better learning rate. Curves: accuracy of the "
                 "sampled completions, against completions.")
@@ -354,8 +361,8 @@ def sections_of(stages, claims, compare):
          samples_section(stages))]
 
 
-def page(meta, stages, claims, compare):
-    sections = sections_of(stages, claims, compare)
+def page(meta, stages, claims, compare, budgets):
+    sections = sections_of(stages, claims, compare, budgets)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     head = Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -218,10 +218,14 @@ class Run:
 
     def best_validation(self, name):
         """The best value of the validation curve, for the claim that a student beats the whole curve of its control."""
-        path = self.out / name / "metrics.jsonl"
-        rows = checkpoint.read_jsonl(path) if path.exists() else []  # an own model has no metrics
+        rows = self.metrics_of(name)
         best = max((row.get("validation_accuracy_any", 0) for row in rows), default=0)
         return {"best_validation_accuracy_any": best} if best else {}
+
+    def metrics_of(self, name):
+        """The rows of a stage's metrics.jsonl; an own model has none."""
+        path = self.out / name / "metrics.jsonl"
+        return checkpoint.read_jsonl(path) if path.exists() else []
 
     def starting_model(self):
         """The model that the stage under way starts from."""
@@ -275,10 +279,16 @@ class Run:
         stages = self.results["stages"]
         self.times["seconds"] = sum(self.times["stages"].get(name, 0) for name in stages)  # without measuring
         best = {name: stage.get("best_validation_accuracy_any", 0.0) for name, stage in stages.items()}
-        measured = claims.make_claims(self.values, evaluate.paired_bootstrap, best)
+        lengths = [row["length"] for row in self.metrics_of("zero") if "length" in row]
+        measured = claims.make_claims(self.values, evaluate.paired_bootstrap, best, lengths)
         numbers = {claim["number"] for claim in measured}
         kept = [claim for claim in self.results["claims"] if claim["number"] not in numbers]
         self.results["claims"] = sorted(measured + kept, key=claims.order)
+        if "rule" in self.values:
+            self.results["rule"] = evaluate.summarise(self.values["rule"])
+        budgets = claims.budget_rows(claims.Values(self.values))
+        if budgets:
+            self.results["budgets"] = budgets
         self.write_times()
         checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
         report.write(self.out)

@@ -14,8 +14,9 @@ import re
 import subprocess
 from pathlib import Path
 
+from data import search
 from lab.elements import counts_in_words, number, quantity, words
-from lab.figures import curve_svg, recipe_svg
+from lab.figures import budgets_svg, curve_svg, recipe_svg
 from lab.read_run import read_objects
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,11 +27,16 @@ MOST_CHARACTERS = 600  # of a sample
 
 COLUMNS = ["accuracy", "accuracy_any", "maj@16", "format", "language_if_thinking", "length_if_thinking", "helpfulness",
            "harmlessness", "refusals"]
-HEADS = {"language_if_thinking": "language", "length_if_thinking": "thinking, tokens", "helpfulness": "helpful",
+HEADS = {"accuracy_any_search": "solved", "accuracy_any_hard_search": "longer than in training, solved",
+         "language_if_thinking": "language", "length_if_thinking": "thinking, tokens", "helpfulness": "helpful",
          "harmlessness": "harmless", "refusals": "refuses look-alikes", "length": "output, tokens"}
 HEALTH = {  # metric: how it is written
     "reward": ".2f", "accuracy": ".2f", "accuracy_any": ".2f", "format": ".2f", "length": ".0f",
     "language_consistency": ".2f", "kl": ".3f", "clip_fraction": ".4f", "entropy": ".3f", "grad_norm": ".2f"}
+SEARCHES = ["accuracy_any_search", "accuracy_any_hard_search", "tries", "checks", "returns", "false_yes", "false_no",
+            "hard_checks", "hard_returns", "hard_false_yes"]
+COUNTS = ("tries", "checks", "returns", "false_yes", "false_no")  # an output
+RULE = "best rule without a search"
 METHODS = ["accuracy", "accuracy_any", "format", "language_consistency", "length"]
 
 HEAD = """# Results
@@ -60,7 +66,7 @@ def read_group(directory):
 
 def read_kept(directory):
     """A kept run: results.json and what stands beside it."""
-    run = {"meta": {}, "stages": {}, "claims": [], "compare": {}, "times": {}, "kept": {}}
+    run = {"meta": {}, "stages": {}, "claims": [], "compare": {}, "rule": {}, "budgets": [], "times": {}, "kept": {}}
     run |= json.loads((directory / "results.json").read_text(encoding="utf-8"))
     for name in ("times", "kept"):
         if (directory / f"{name}.json").exists():
@@ -114,12 +120,16 @@ def spread(entries, metric):
     measured = [entry[metric] for entry in entries if number((entry.get(metric) or [None])[0]) is not None]
     if not measured:
         return ""
-    scale = 1 if "length" in metric else 100
+    scale, form = 100, ".0f"
+    if "length" in metric:
+        scale = 1
+    if metric.removeprefix("hard_") in COUNTS:
+        scale, form = 1, ".2f"
     means = [scale * values[0] for values in measured]
     if len(measured) == 1:
         _, low, high = measured[0]
-        return f"{means[0]:.0f} [{scale * low:.0f}, {scale * high:.0f}]"
-    return f"{sum(means) / len(means):.0f} ({min(means):.0f}–{max(means):.0f})"
+        return f"{means[0]:{form}} [{scale * low:{form}}, {scale * high:{form}}]"
+    return f"{sum(means) / len(means):{form}} ({min(means):{form}}–{max(means):{form}})"
 
 
 def measured_in(entries):
@@ -160,9 +170,43 @@ def commands(runs):
     return "\n".join(lines) + "\n"
 
 
-def parts_table(runs):
-    """Accuracy in any style by level and language, and of several samples."""
+def with_rule(runs):
+    """The evaluations, and the best rule without a search as a row of its own."""
+    rules = [run["rule"] for run in runs if run["rule"]]
+    return evaluations(runs) | ({RULE: rules} if rules else {})
+
+
+def searches_table(runs):
+    """How well searches are solved, and by how many tries, checks, returns and false checks an output."""
+    return metric_table("stage", with_rule(runs), SEARCHES)
+
+
+def lengths_table(runs):
+    """Tokens of an output, by family and level."""
     entries = evaluations(runs)
+    metrics = sorted(metric for metric in measured_in(entries) if re.fullmatch(r"length_\w+_\d", metric))
+    return metric_table("stage", entries, metrics).replace("| length ", "| ")
+
+
+def budgets_table(runs):
+    """Accuracy with the thinking cut after so many tokens, the mean over the seeds."""
+    found = {}
+    for run in runs:
+        for row in run["budgets"]:
+            for stage, accuracy in row.items():
+                if stage != "step":
+                    found.setdefault(stage, {}).setdefault(row["step"], []).append(accuracy)
+    budgets = sorted({budget for points in found.values() for budget in points})
+    rows = []
+    for stage, points in found.items():
+        means = [sum(points[budget]) / len(points[budget]) if budget in points else None for budget in budgets]
+        rows.append([stage, *("" if mean is None else f"{mean:.0f}" for mean in means)])
+    return table(["thinking, tokens", *map(str, budgets)], rows)
+
+
+def parts_table(runs):
+    """Accuracy in any style by family, level and language, and of several samples."""
+    entries = with_rule(runs)
     metrics = measured_in(entries)
     by_part = sorted(metric for metric in metrics if metric.startswith("accuracy_any_") and "thinking" not in metric)
     votes = [metric for metric in metrics if re.fullmatch(r"(pass|maj)@\d+", metric) and not metric.endswith("@1")]
@@ -260,7 +304,15 @@ def section(directory, picture):
     first = runs[0]
     parts = [*introduction(directory), commands(runs),
              f"### Stages, {group}\n", metric_table("stage", evaluations(runs), COLUMNS),
-             "Accuracy in any style by level and language, pass@k and maj@k:\n", parts_table(runs)]
+             "Accuracy in any style by family, level and language (levels above 3: longer than any in training), pass@k "
+             "and maj@k:\n", parts_table(runs)]
+    if any("checks" in entry for entries in evaluations(runs).values() for entry in entries):
+        parts += [f"### Searches, {group}\n", searches_table(runs), "Tokens of an output, by family and level:\n",
+                  lengths_table(runs)]
+    if any(run["budgets"] for run in runs):
+        parts += [f"### Thinking budgets, {group}\n",
+                  "Percent of problems solved in any style with the thinking cut after so many tokens:\n",
+                  budgets_table(runs)]
     if first["claims"]:
         parts += [f"### Claims, {group}\n", claims_tables(runs)]
     parts += [f"### Cost, {group}\n", cost_table(runs)]
@@ -269,8 +321,13 @@ def section(directory, picture):
                   "Of the completions sampled in each rollout:\n", health_table(first["zero"])]
     if first["compare"]:
         parts += [f"### Methods, {group}\n", metric_table("method", evaluations(runs, "compare"), METHODS)]
-    if first["samples"]:
-        parts += [f"### Samples, {group}, {first['name']}\n", samples_text(first["samples"])]
+    cheats = [row for row in first["samples"] if row.get("false_yes")]
+    if cheats:
+        parts += [f"### Checks that are false, {group}, {first['name']}\n",
+                  "Test problems on which the completion claims a pair that does not fit:\n", samples_text(cheats)]
+    samples = [row for row in first["samples"] if not row.get("false_yes")]
+    if samples:
+        parts += [f"### Samples, {group}, {first['name']}\n", samples_text(samples)]
     return "\n".join(parts)
 
 
@@ -297,6 +354,8 @@ def make_pages(results):
             pages[picture] = curve_svg(runs[0]["zero"], title)
         if name == MAIN:
             pages["recipe.svg"] = recipe_picture(runs)
+            if runs[0]["budgets"]:
+                pages["budgets.svg"] = budgets_svg(runs[0]["budgets"])
     if not names:
         parts.append("No run is kept here yet.\n")
     return pages | {"README.md": "\n".join(parts)}
@@ -320,6 +379,15 @@ def samples_to_keep(path):
     return [row for rows in kept.values() for row in rows]
 
 
+def cheats_to_keep(path, most=3):
+    """The first searches whose completion claims a pair that does not fit."""
+    found = []
+    for row in read_objects(path):
+        if row.get("family") == "search" and search.reflection(row["completion"], row["problem"])["false_yes"]:
+            found.append({key: row.get(key) for key in ("prompt", "answer", "completion")} | {"false_yes": True})
+    return found[:most]
+
+
 def files_to_keep(run_dir):
     """{relative path: text} of what the tables need."""
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
@@ -327,7 +395,10 @@ def files_to_keep(run_dir):
     samples = []
     for name, stage in results["stages"].items():
         stage["by"] = without_paths(stage.get("by", ""))
-        samples += [{"stage": name} | row for row in samples_to_keep(run_dir / name / "test_samples.jsonl")]
+        path = run_dir / name / "test_samples.jsonl"
+        samples += [{"stage": name} | row for row in samples_to_keep(path)]
+        if name in CURVES:
+            samples += [{"stage": name} | row for row in cheats_to_keep(path)]
     files = {"results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
              "kept.json": json.dumps({"commit": commit()}) + "\n",
              "samples.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)}

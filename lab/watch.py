@@ -41,8 +41,9 @@ def signs(rows):
     if now["unfinished"] > UNFINISHED and now["unfinished"] > first["unfinished"] + MORE_UNFINISHED:
         found["length"] = (f"{100 * now['unfinished']:.0f}% of the outputs run over max_new_tokens: raise it, "
                            "or use length_buffer")
-    if now["length"] < SHRUNK * first["length"]:
-        found["length"] = (f"outputs shrank from {first['length']:.0f} to {now['length']:.0f} tokens: read some; "
+    length = now.get("length_of_problems", now["length"])  # where general prompts join, the mean falls by itself
+    if length < SHRUNK * first["length"]:
+        found["length"] = (f"outputs shrank from {first['length']:.0f} to {length:.0f} tokens: read some; "
                            "a rule may reward short ones")
     if now.get("format", 1) < best("format", before) - FORMAT_FALL:
         found["format"] = f"format fell from {best('format', before):.2f} to {now['format']:.2f}: {SMALLER_STEP}"

@@ -169,3 +169,47 @@ def test_what_cannot_be_kept_is_one_clear_line_and_exit_code_2(tmp_path):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists() and not [*(tmp_path / "there").iterdir()]
+
+
+@pytest.fixture
+def searching(tmp_path):
+    """A results folder with one run whose world has searches."""
+    run = make_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    for name, stage in results["stages"].items():
+        if "evaluation" in stage:
+            stage["evaluation"] |= {"checks": [3.25, 3, 3.5], "hard_false_yes": [.125, .1, .15],
+                                    "accuracy_any_search": [.5, .4, .6], "length_search_4": [90.2, 88, 92]}
+    results["rule"] = {"accuracy_any_search": [.31, .3, .32], "accuracy_any_search_4": [.25, .2, .3]}
+    results["budgets"] = [{"step": 8, "base": 20.4, "r1": 25.0}, {"step": 96, "base": 40.0, "r1": 90.6}]
+    (run / "results.json").write_text(json.dumps(results))
+    problem = {"answer": "3", "family": "search", "problem": "9,4,17+16,12,3=21", "kind": "reasoning"}
+    rows = [problem | {"prompt": f"search {i}", "completion": completion}
+            for i, completion in enumerate(["9+12=21 yes", "9+16=21 yes", "4+3=7 low"])]
+    write_rows(run / "zero" / "test_samples.jsonl", rows)
+    tables.keep(run, tmp_path / "results" / "world" / "seed-0")
+    return tmp_path / "results"
+
+
+def test_searches_stand_beside_the_best_rule_without_one_and_their_counts_are_per_output(searching):
+    text = tables.make_pages(searching)["README.md"]
+    searches = text[text.index("### Searches"):text.index("### Thinking budgets")]
+    assert "| zero | 50 [40, 60] | 3.25 [3.00, 3.50] | 0.12 [0.10, 0.15] |" in searches
+    assert "| best rule without a search | 31 [30, 32] |" in searches and "| zero | 90 [88, 92] |" in searches
+    assert "| best rule without a search |" in text[:text.index("### Searches")]  # by level
+
+
+def test_the_budgets_are_a_table_and_a_picture(searching):
+    pages = tables.make_pages(searching)
+    budgets = pages["README.md"].partition("### Thinking budgets")[2]
+    for line in ("| thinking, tokens | 8 | 96 |", "| base | 20 | 40 |", "| r1 | 25 | 91 |"):
+        assert line in budgets
+    assert "tokens of thinking" in pages["budgets.svg"] and "r1 91" in pages["budgets.svg"]
+
+
+def test_a_claimed_pair_that_does_not_fit_is_shown_apart_from_the_samples(searching):
+    text = tables.make_pages(searching)["README.md"]
+    cheats = text.partition("### Checks that are false")[2].partition("###")[0]
+    samples = text.partition("### Samples")[2]
+    assert "9+16=21 yes" in cheats and "9+12=21 yes" not in cheats and "4+3=7 low" not in cheats
+    assert samples.count("9+16=21 yes") == 1  # as one of the first test problems

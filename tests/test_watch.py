@@ -91,3 +91,8 @@ def test_a_step_far_too_large_is_noticed_in_a_real_run(tiny):
     grpo.train(tiny(), [{"p": [1]}, {"p": [2]}], encode=lambda e: e["p"], decode=lambda ids: " ".join(map(str, ids)),
                generate=model_module.generate, end_ids=[0], rewards={"sevens": sevens}, config=config, log=log)
     assert any("KL" in line or "reward fell" in line or "entropy" in line for line in said), seen
+
+
+def test_outputs_that_are_shorter_because_general_prompts_join_are_no_sign():
+    assert not new_warnings(rows({"length": 10.0, "length_of_problems": 38.0}))
+    assert "shrank from 40 to 9" in new_warnings(rows({"length": 10.0, "length_of_problems": 9.0}))[0]
