@@ -61,6 +61,12 @@ def guesses_of(canonical):
     return guesses
 
 
+def chance_of_a_random_pair(example):
+    """That the difference of any price of one list and any of the other is the answer."""
+    answers = guesses_of(example["problem"])["any pair"]
+    return answers.count(int(example["answer"])) / len(answers)
+
+
 def picks_by_size_and_place(prices, total):
     def distance_from_half(price):
         return abs(2 * price - total)

@@ -236,6 +236,11 @@ def claims_of_votes(values):
                 continue
             changes = [f"{metric}@{k} {values.percent(f'{before}_many', f'{metric}@{k}'):.0f} -> "
                        f"{values.percent(f'{after}_many', f'{metric}@{k}'):.0f}%" for metric in ("pass", "maj")]
+            searches = [values.percent(f"{stage}_many", f"pass@{k}_search") for stage in (before, after)]
+            random_pairs = values.percent("rule", f"random_pass@{k}")
+            if random_pairs == random_pairs:
+                changes.append(f"pass@{k} of searches {searches[0]:.0f} -> {searches[1]:.0f}%, "
+                               f"of random pairs {random_pairs:.0f}%")
             claims.append(Claim(
                 f"11 {after} k={k}", f"RL raises maj@{k} more than pass@{k} ({before} -> {after})",
                 "DeepSeekMath fig. 7", "maj up, pass not",

@@ -7,7 +7,7 @@ import torch
 
 import evaluate
 import rewards
-from data import world
+from data import search, world
 from lab import checkpoint
 from lab.scripts import final_answer, rules
 
@@ -23,17 +23,18 @@ def score(run, examples, texts, counts, ks=()):
 
     chosen = {name: rules()[name] for name in RULES}
     values = evaluate.measure(examples, texts, counts, chosen, final_answer, rewards.thinks, count_thinking, ks)
-    return values | reflection(run.source, examples, texts)
+    return values | (reflection(examples, texts) if run.source.has_searches else {})
 
 
-def reflection(source, examples, texts):
-    """{what completions do to find an answer: its mean count an output, (N,)}, NaN where that is unknown."""
-    rows = []
-    for example, completions in zip(examples, texts):
-        counts = [source.reflection(text, example) for text in completions]
-        rows.append({name: np.mean([count[name] for count in counts]) for name in counts[0]})
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
+def reflection(examples, texts):
+    """{what completions do to find an answer: its mean count an output, (N,)}, NaN for what is no search."""
+    values = {name: np.full(len(examples), np.nan) for name in REFLECTION}
+    for i, (example, completions) in enumerate(zip(examples, texts)):
+        if example.get("family") == "search":
+            counts = [search.reflection(text, example["problem"]) for text in completions]
+            for name in REFLECTION:
+                values[name][i] = np.mean([count[name] for count in counts])
+    return values
 
 
 def measure_stage(run, model):
@@ -98,15 +99,21 @@ def family_of(example):
     return "search" if example.get("family") == "search" else "story"
 
 
-def rule_values(source):
-    """What the best rule without a search reaches, by level: values as a stage's."""
+def rule_values(source, many):
+    """What searches come to without a search: the best rule, by level, and pass@k of random pairs of prices."""
     values, parts = {}, ((source.test, world.LEVELS, "search"), (source.hard, world.HARD_LEVELS, "hard_search"))
     for examples, levels, name in parts:
-        scores = np.array(source.rule_scores(examples))
+        is_search = [example["family"] == "search" for example in examples]
+        scores, searches = np.full(len(examples), np.nan), search.searches(examples)
+        scores[is_search] = search.best_rule_scores(searches)
         values[f"accuracy_any_{name}"] = scores
         for level in levels:
-            chosen = [example.get("level") == level for example in examples]
+            chosen = [example["level"] == level for example in examples]
             values[f"accuracy_any_search_{level}"] = np.where(chosen, scores, np.nan)
+    lucky = np.array([search.chance_of_a_random_pair(example) for example in search.searches(source.test)])
+    for k in (16, 64):
+        if k <= many:
+            values[f"random_pass@{k}"] = 1 - (1 - lucky) ** k
     return values
 
 
@@ -119,8 +126,8 @@ def means(rule, examples, texts):
 
 def extras(run, ablations):
     """What tables and claims need beside the stages' own values."""
-    if run.source.has_rules:
-        run.extra("rule", partial(rule_values, run.source))
+    if run.source.has_searches:
+        run.extra("rule", partial(rule_values, run.source, run.preset.many))
     if ablations:
         many_samples(run)
     if "r1" in run.chosen and run.source.has_tag_tokens:
@@ -136,7 +143,9 @@ def many_samples(run):
 def score_many(run, name):
     problems, ks = run.source.test[:200], [k for k in (16, 64) if k <= run.preset.many]
     texts, counts = run.complete(run.model(name), problems, samples=run.preset.many)
-    return score(run, problems, texts, counts, ks)
+    values = score(run, problems, texts, counts, ks)
+    is_search = [family_of(example) == "search" for example in problems]
+    return values | {f"pass@{k}_search": np.where(is_search, values[f"pass@{k}"], np.nan) for k in ks}
 
 
 def thinking_budgets(run):

@@ -4,7 +4,7 @@ Both sources have the same attributes and methods, so that pipeline.py's recipe 
 
   test, hard, general, safety, validation, problems    lists of examples; hard, general and safety may be empty
   students, default_controls           the names of the smaller models; of those that RL alone is tried on
-  has_requests, has_tag_tokens, has_rules    what some stages and measurements need
+  has_requests, has_tag_tokens, has_searches    what some stages and measurements need
   settings(), identity()               what tells one source from another, for config.json and results.json
   tokenizer_of(stage)                  the tokenizer of a stage's model
   adapt(table)                         the table of stages, where this source differs from it
@@ -12,18 +12,15 @@ Both sources have the same attributes and methods, so that pipeline.py's recipe 
   in_any_one_language(text, example), rewrite(row)     the cold start's filter, and its rewriting
   general_examples(), rl2_prompts()    what joins late in the recipe
   left_out(stages)                     lines that say what the recipe does without here
-  reflection(text, example)            {what a completion does to find an answer: how often}; {} where that is unknown
-  rule_scores(examples)                what the best rule without thinking scores on each, NaN where there is no rule
 """
 
 import itertools
-import math
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import rewards
-from data import search, world
+from data import world
 from data.problems import read_rows
 from lab import checkpoint
 from lab.check_input import check_directory
@@ -42,7 +39,7 @@ class MiniWorld:
     default_controls = ("qwen",)
     has_requests = True    # general and unsafe ones, beside the problems
     has_tag_tokens = True  # "</think>" is one token, so that thinking can be cut there
-    has_rules = True       # rule_scores
+    has_searches = True    # data/search.py says how far rules get without one, and how a text searches
 
     def __init__(self, preset, seed):
         self.preset, self.seed = preset, seed
@@ -96,15 +93,6 @@ class MiniWorld:
     def left_out(self, stages):
         return []
 
-    def reflection(self, text, example):
-        """Tries, checks and returns of a search, and its false checks (data/search.py)."""
-        return search.reflection(text, example["problem"]) if example.get("family") == "search" else {}
-
-    def rule_scores(self, examples):
-        """Of searches; a story has no such rule."""
-        scores = iter(search.best_rule_scores(search.searches(examples)))
-        return [next(scores) if example["family"] == "search" else math.nan for example in examples]
-
     def general_examples(self):
         return world.general_sft(self.seed, self.preset.trace_prompts)
 
@@ -135,7 +123,7 @@ class OwnModel:
     default_controls = ()
     has_requests = False
     has_tag_tokens = False
-    has_rules = False
+    has_searches = False
 
     def __init__(self, args, preset):
         """args: the command line's base, student, train, test, general, template, seed. What is wrong shows here."""
@@ -222,12 +210,6 @@ class OwnModel:
         if "r1" in stages:
             lines.append("no general or unsafe requests: RL-2 is by accuracy, format and language alone, at T 0.7")
         return lines
-
-    def reflection(self, text, example):
-        return {}
-
-    def rule_scores(self, examples):
-        return [math.nan] * len(examples)
 
     def general_examples(self):
         return self.examples

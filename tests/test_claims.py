@@ -84,6 +84,11 @@ def test_claim_11_compares_both_pairs_of_stages():
     made = claims.make_claims(values, paired_bootstrap)
     assert row(made, "11 zero k=16")["ours"] == pytest.approx(20) and row(made, "11 dev2 k=16")["ours"] == 0
     assert row(made, "11 zero k=16")["detail"] == "pass@16 90 -> 80%, maj@16 60 -> 70%"
+    values["rule"] = {"random_pass@16": np.full(3, 0.75)}
+    values |= {"base_many": many | {"pass@16_search": np.array([0.5, np.nan])},
+               "zero_many": many | {"pass@16_search": np.array([0.7, np.nan])}}
+    detail = row(claims.make_claims(values, paired_bootstrap), "11 zero k=16")["detail"]
+    assert detail.endswith("pass@16 of searches 50 -> 70%, of random pairs 75%")
 
 
 # ------------------------------------------------------------------------------------------- what is measured
@@ -102,7 +107,7 @@ def test_reflection_is_counted_of_searches_alone_and_averaged_over_an_outputs_sa
     other = next(x for x in second if x != b)
     word = "high" if a + other > total else "low"
     texts = [f"{a}+{other}={a + other} {word} {a}+{b}={total} yes so", f"{a}+{other}={a + other} yes so"]
-    values = measure.reflection(source, [example, story], [texts, ["3+4=7"]])
+    values = measure.reflection([example, story], [texts, ["3+4=7"]])
     assert values["tries"][0] == 1.5 and values["checks"][0] == 1.5 and values["false_yes"][0] == 0.5
     assert values["false_no"][0] == 0 and all(np.isnan(column[1]) for column in values.values())
 
@@ -127,7 +132,7 @@ def test_the_parts_hold_each_problem_once_by_level_and_family_and_the_hard_ones_
 
 
 def test_the_rules_row_is_the_best_rules_rate_by_level_and_of_no_story(source):
-    values = measure.rule_values(source)
+    values = measure.rule_values(source, many=16)
     scores = search.best_rule_scores(search.searches(source.test))
     assert np.nanmean(values["accuracy_any_search"]) == pytest.approx(sum(scores) / len(scores))
     stories = [example["family"] != "search" for example in source.test]
@@ -135,3 +140,14 @@ def test_the_rules_row_is_the_best_rules_rate_by_level_and_of_no_story(source):
     of_levels = [np.nansum(values[f"accuracy_any_search_{level}"]) for level in world.LEVELS]
     assert sum(of_levels) == pytest.approx(sum(scores))
     assert not math.isnan(np.nanmean(values["accuracy_any_hard_search"]))
+
+
+def test_random_pairs_are_right_as_often_as_counting_all_pairs_says(source):
+    values = measure.rule_values(source, many=16)
+    assert "random_pass@64" not in values
+    chances = []
+    for example in search.searches(source.test):
+        first, second, _ = world.parse_search(example["problem"])
+        right = sum(abs(a - b) == int(example["answer"]) for a in first for b in second)
+        chances.append(1 - (1 - right / (len(first) * len(second))) ** 16)
+    assert values["random_pass@16"].tolist() == pytest.approx(chances)
