@@ -304,7 +304,7 @@ def section(directory, picture):
     first = runs[0]
     parts = [*introduction(directory), commands(runs),
              f"### Stages, {group}\n", metric_table("stage", evaluations(runs), COLUMNS),
-             "Accuracy in any style by family, level and language (levels above 3: longer than in training), pass@k and "
+             "Accuracy in any style by family, level and language (levels above 3: longer than in training), pass@k, "
              "maj@k:\n", parts_table(runs)]
     if any("checks" in entry for entries in evaluations(runs).values() for entry in entries):
         parts += [f"### Searches, {group}\n", searches_table(runs), "Tokens of an output, by family and level:\n",

@@ -330,6 +330,9 @@ def small_run(tmp_path_factory):
     write_rows(run / "zero" / "samples.jsonl", [sample(rng, step) for step in (1, 2)])
     write_rows(run / "zero" / "watched.jsonl", [sample(rng, step) | {"problem": 0} for step in (1, 2)])
     write_rows(run / "zero" / "warnings.jsonl", [{"step": 1, "warning": "no reward"}])
+    results = json.loads((run / "results.json").read_text())
+    results["budgets"] = [{"step": 8, "zero": 20.4}]
+    (run / "results.json").write_text(json.dumps(results))
     return run
 
 
@@ -517,6 +520,18 @@ def test_a_directory_without_a_run_is_one_clear_line_and_exit_code_2(run, tmp_pa
         assert not result.stdout
     assert not [*tmp_path.iterdir()]
     assert script(run).returncode == 0
+
+
+def test_the_budgets_are_a_chart_of_the_measured_stages_against_tokens_of_thinking(tmp_path):
+    run = make_run(tmp_path / "run", rollouts=3, names=["base", "zero", "r1"])
+    results = json.loads((run / "results.json").read_text())
+    page_without = written(run)
+    results["budgets"] = [{"step": 96, "base": 40.5, "zero": 75.0, "r1": 90.6}, {"step": 8, "base": 20.4, "r1": "x"}]
+    (run / "results.json").write_text(json.dumps(results))
+    page = written(run)
+    assert "Solved, %" not in page_without
+    section = page.partition('<h2 id="budgets">')[2].partition("<h2")[0]
+    assert "Solved, %" in section and "90.6" in section and "40.5" in section
 
 
 if __name__ == "__main__":  # python -m tests.test_report DIR: a run to look at
