@@ -69,7 +69,7 @@ class Preset:
     trace_samples: int = 3
     pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=256, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
-    sft2: SFTConfig = SFTConfig(lr=1e-3, epochs=3, batch_tokens=2048)
+    sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
     zero: GRPOConfig = rl_config(rollouts=45, lr=1.5e-4, max_new_tokens=200)
     control: GRPOConfig = rl_config(rollouts=45, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
     rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4, max_new_tokens=200)
