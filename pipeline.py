@@ -197,7 +197,7 @@ def control(run):
 
 
 def cold_start_examples(run):
-    """About 200 of zero's correct, readable samples, rewritten by the source; written once to cold_start.jsonl."""
+    """Some of zero's correct, readable samples, rewritten by the source; written once to cold_start.jsonl."""
     dir, p = run.out / "dev1", run.preset
     if (dir / "cold_start.json").exists():  # of a call that was killed while it trained on them
         run.cost = checkpoint.read_json(dir / "cold_start.json")
