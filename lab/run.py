@@ -108,9 +108,9 @@ class Run:
             is_plain_name = re.fullmatch(r"\w{1,99}", name)  # it becomes a path, which must not lead elsewhere
             if is_plain_name and checkpoint.finished(self.out / name) is not None:
                 stages[name] = stage
-        if len(stages) < len(recorded):
-            measured_claims = []  # they were measured on all of the recorded stages
-        results = {"stages": stages, "claims": measured_claims}
+        results = {"stages": stages, "claims": []}
+        if len(stages) == len(recorded):  # the rest was measured on all of them
+            results |= {name: earlier[name] for name in ("claims", "rule", "budgets") if name in earlier}
         if "compare" in earlier and "base" in stages:
             results["compare"] = earlier["compare"]
         return results

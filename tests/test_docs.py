@@ -103,22 +103,26 @@ def test_the_readmes_figures_are_those_of_the_committed_run():
     results = json.loads((shown_run() / "results.json").read_text(encoding="utf-8"))
 
     def percent(stage, metric):
-        return f"{100 * results['stages'][stage]['evaluation'][metric][0]:.0f}"
+        evaluation = results["rule"] if stage == "rule" else results["stages"][stage]["evaluation"]
+        return f"{100 * evaluation[metric][0]:.0f}"
 
     rows = {row[0]: row[1:] for row in rows_of(text, "Results")}
-    for name in ("base", "zero", "dev1", "dev2", "dev3", "r1", "student, Qwen"):
-        stage = "student_qwen" if name == "student, Qwen" else name
-        metrics = ("accuracy_any", "accuracy", "language_if_thinking", "helpfulness", "harmlessness")
+    stages = {name: name for name in ("base", "zero", "dev1", "dev2", "dev3", "r1")}
+    stages |= {"student, Qwen": "student_qwen", "student, Llama": "student_llama"}
+    searches = ("accuracy_any_search", "accuracy_any_hard_search")
+    for name, stage in stages.items():
+        metrics = ("accuracy_any", "accuracy", *searches, "language_if_thinking", "helpfulness", "harmlessness")
         assert rows[name] == [percent(stage, metric) for metric in metrics], name
+    assert rows["best rule without a search"][2:4] == [percent("rule", metric) for metric in searches]
     promise = " ".join(text.partition("\n![")[0].split())
     for stage in ("base", "zero", "r1"):
         assert f"solves {percent(stage, 'accuracy_any')}%" in promise
     assert f"stays at {percent('control_qwen', 'accuracy_any')}%" in text
     claims = {claim["number"]: claim for claim in results["claims"]}
-    for number in ("1", "2", "3", "4", "5", "6", "8", "9", "10", "12"):
+    for number in ("1", "2", "3", "4", "5", "6", "8", "9", "10", "12", "13"):
         claim = claims["10 qwen" if number == "10" else number]
         figure = f"{claim['ours']:+.1f} [{claim['low']:+.1f}, {claim['high']:+.1f}]"
-        assert rows[number][1].removesuffix(" tokens") == figure and rows[number][2] == claim["verdict"], number
+        assert re.sub(" [a-z]+$", "", rows[number][1]) == figure and rows[number][2] == claim["verdict"], number
 
 
 def test_the_readmes_problem_and_answers_are_of_the_committed_run():
