@@ -14,6 +14,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import rewards
 from data import search
 from lab.elements import counts_in_words, number, quantity, words
 from lab.figures import budgets_svg, curve_svg, recipe_svg
@@ -368,13 +369,23 @@ def without_paths(text):
     return re.sub(r"(?<![\w.])/(?:[^\s/]+/)*([^\s/]+)", r"\1", text)
 
 
-def samples_to_keep(path):
-    """The first four test problems and the first request of each other kind and purpose."""
+def before_and_after(run_dir):
+    """The prompt of the first English search that the base's sample gets wrong and R1-Zero's right; or None."""
+    before, after = (read_objects(run_dir / name / "test_samples.jsonl") for name in ("base", "zero"))
+    for base, zero in zip(before, after):
+        if zero.get("family") == "search" and zero.get("language") == "en":
+            if rewards.accuracy(zero["completion"], zero) and not rewards.accuracy_any(base["completion"], base):
+                return zero["prompt"]
+    return None
+
+
+def samples_to_keep(path, shown):
+    """The first four test problems, the one that is `shown`, the first request of each other kind and purpose."""
     kept = {}
     for row in read_objects(path):
         kind = (row.get("kind"), row.get("harmful"))
         most = 4 if row.get("kind", "reasoning") == "reasoning" else 1
-        if len(kept.setdefault(kind, [])) < most:
+        if len(kept.setdefault(kind, [])) < most or row.get("prompt") == shown:
             kept[kind].append({key: row.get(key) for key in ("prompt", "answer", "completion")})
     return [row for rows in kept.values() for row in rows]
 
@@ -392,11 +403,11 @@ def files_to_keep(run_dir):
     """{relative path: text} of what the tables need."""
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     results["meta"]["command"] = without_paths(results["meta"].get("command", ""))
-    samples = []
+    samples, shown = [], before_and_after(run_dir)
     for name, stage in results["stages"].items():
         stage["by"] = without_paths(stage.get("by", ""))
         path = run_dir / name / "test_samples.jsonl"
-        samples += [{"stage": name} | row for row in samples_to_keep(path)]
+        samples += [{"stage": name} | row for row in samples_to_keep(path, shown)]
         if name in CURVES:
             samples += [{"stage": name} | row for row in cheats_to_keep(path)]
     files = {"results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",

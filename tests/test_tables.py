@@ -213,3 +213,19 @@ def test_a_claimed_pair_that_does_not_fit_is_shown_apart_from_the_samples(search
     samples = text.partition("### Samples")[2]
     assert "9+16=21 yes" in cheats and "9+12=21 yes" not in cheats and "4+3=7 low" not in cheats
     assert samples.count("9+16=21 yes") == 1  # as one of the first test problems
+
+
+def test_the_problem_to_show_is_the_first_english_search_that_the_base_misses_and_zero_solves(tmp_path):
+    problems = [{"prompt": f"search {i}", "answer": "3", "family": "search", "language": language,
+                 "problem": "9,4,17+16,12,3=21", "kind": "reasoning"} for i, language in enumerate(["zh", *["en"] * 6])]
+    right, wrong = "<think>9+12=21 yes so 12-9=3.</think><answer>3</answer>", "so 17-3=14.\n14"
+    base, zero = [wrong, right, wrong, wrong, wrong, wrong, wrong], [right, right, wrong, wrong, wrong, right, right]
+    run = make_run(tmp_path / "run")
+    for name, completions in (("base", base), ("zero", zero)):
+        rows = [problem | {"completion": completion} for problem, completion in zip(problems, completions)]
+        write_rows(run / name / "test_samples.jsonl", rows)
+    assert tables.before_and_after(run) == "search 5"
+    samples = [json.loads(line) for line in tables.files_to_keep(run)["samples.jsonl"].splitlines()]
+    assert [row["prompt"] for row in samples if row["stage"] == "zero"] == [f"search {i}" for i in (0, 1, 2, 3, 5)]
+    write_rows(run / "zero" / "test_samples.jsonl", [])
+    assert tables.before_and_after(run) is None
