@@ -126,3 +126,10 @@ def test_a_browser_shows_the_pictures_as_images(tmp_path):
     seen = subprocess.run(browser, capture_output=True, text=True, timeout=120).stdout
     curve, recipe = map(int, re.search("<title>SAID(.*?)END", seen)[1].split(","))
     assert curve == 860 and recipe > 1000  # an image that is no picture has no width
+
+
+def test_each_line_of_the_budgets_has_a_colour_of_its_own():
+    svg = figures.budgets_svg([{"step": 8, "base": 20.0, "zero": 22.0, "r1": 25.0},
+                               {"step": 96, "base": 40.0, "zero": 80.0, "r1": 90.0}])
+    used = set(re.findall(r'class="line (c\d)"', svg))
+    assert len(used) == 3 and all(f".{name} {{ stroke:" in svg for name in used)
