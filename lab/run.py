@@ -36,7 +36,7 @@ generate = with_graphs(transformer.generate)  # on a GPU a decoding step is one 
 
 # The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
 # the samples that it starts from.
-PRETRAINING_CODE = ("model.py", "sft.py", "data/world.py")
+PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
 CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "distill.py", "lab/graphs.py")
 
 LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "completions.jsonl")
@@ -250,6 +250,7 @@ class Run:
         return self.prepared(transformer.Transformer(config).init_weights(generator).to(self.device))
 
     def prepared(self, model):
+        """The model with the layers that this run and its device ask for."""
         if self.recompute:
             recompute(model)
         return fast_on_cpu(model)

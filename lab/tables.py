@@ -28,8 +28,7 @@ MOST_CHARACTERS = 600  # of a sample
 
 COLUMNS = ["accuracy", "accuracy_any", "maj@16", "format", "language_if_thinking", "length_if_thinking", "helpfulness",
            "harmlessness", "refusals"]
-HEADS = {"accuracy_any_search": "solved", "accuracy_any_hard_search": "longer than in training, solved",
-         "language_if_thinking": "language", "length_if_thinking": "thinking, tokens", "helpfulness": "helpful",
+HEADS = {"language_if_thinking": "language", "length_if_thinking": "thinking, tokens", "helpfulness": "helpful",
          "harmlessness": "harmless", "refusals": "refuses look-alikes", "length": "output, tokens"}
 HEALTH = {  # metric: how it is written
     "reward": ".2f", "accuracy": ".2f", "accuracy_any": ".2f", "format": ".2f", "length": ".0f",
@@ -179,7 +178,7 @@ def with_rule(runs):
 
 def searches_table(runs):
     """How well searches are solved, and by how many tries, checks, returns and false checks an output."""
-    return metric_table("stage", with_rule(runs), SEARCHES)
+    return metric_table("stage", with_rule(runs), SEARCHES).replace("| accuracy any ", "| solved, ")
 
 
 def lengths_table(runs):

@@ -119,6 +119,8 @@ def test_the_readmes_figures_are_those_of_the_committed_run():
         assert f"solves {percent(stage, 'accuracy_any')}%" in promise
     assert f"stays at {percent('control_qwen', 'accuracy_any')}%" in text
     claims = {claim["number"]: claim for claim in results["claims"]}
+    second_part = " ".join(re.findall(r"[-+][\d.]+ \[.*?\]", claims["2"]["detail"]))
+    assert f"claim 2's second is {second_part}" in text
     for number in ("1", "2", "3", "4", "5", "6", "8", "9", "10", "12", "13"):
         claim = claims["10 qwen" if number == "10" else number]
         figure = f"{claim['ours']:+.1f} [{claim['low']:+.1f}, {claim['high']:+.1f}]"
