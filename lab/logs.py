@@ -85,7 +85,7 @@ class RLLog(StageLog):
             applied = [applies(name, example) for example in rollout.examples]
             if any(applied):
                 metrics[name] = scores[torch.tensor(applied)].mean().item()
-        problems = torch.tensor([example.get("kind") == "reasoning" for example in rollout.examples])
+        problems = torch.tensor([example.get("kind", "reasoning") == "reasoning" for example in rollout.examples])
         if not problems.all():  # the others' outputs are shorter by nature
             lengths = rollout.lengths.view(len(problems), -1)
             metrics["length_of_problems"] = lengths[problems].float().mean().item() if problems.any() else float("nan")
