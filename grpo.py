@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -211,10 +212,8 @@ def draw_once(draw, prompts, count):
 
 def cast_copy(model, dtype):
     """A frozen copy for sampling and scoring: parameters are cast once, buffers (rotary angles) keep their dtype."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    return model
+    cast = {id(p): nn.Parameter(p.detach().to(getattr(torch, dtype), copy=True)) for p in model.parameters()}
+    return copy.deepcopy(model, cast).eval().requires_grad_(False)  # deepcopy takes what it is given as copied
 
 
 def micro_batches(rows, ends, budget):
@@ -235,7 +234,9 @@ def logprobs_of(model, r: Rollout, rows, config):
     ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
-    with torch.autocast(ids.device.type, dtype=getattr(torch, config.dtype), enabled=config.dtype != "float32"):
+    # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
+    bf16 = config.dtype != "float32"
+    with torch.autocast(ids.device.type, getattr(torch, config.dtype), enabled=bf16, cache_enabled=False):
         if hasattr(model, "hidden") and hasattr(model, "head"):
             states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
             logprobs = head_logprobs(model, states, targets, config.temperature)

@@ -91,9 +91,14 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, d), (B, K, T, d), (B, K, T, d)
         if cache is not None:
             k, v = cache.update(layer, k, v)              # (B, K, S, d)
-        k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # grouped-query attention: (B, H, S, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, d)
+        y = self.attend(q, k, v, mask)                    # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q, k, v, mask):
+        """mask (B, 1, T, S): 0 where a query may look, -inf elsewhere; None: plain causal attention."""
+        group = self.heads // self.kv_heads
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))  # (B, H, S, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class MLP(nn.Module):
@@ -135,11 +140,10 @@ class KVCache:
 
     def reserve(self, columns):
         """Makes room for this many more columns; returns the capacity."""
-        block = 32 if self.k.device.type == "cpu" else 256  # on a GPU each growth is a new recording (lab/graphs.py)
-        blocks = math.ceil((self.length + columns - self.k.shape[3]) / block)
+        blocks = math.ceil((self.length + columns - self.k.shape[3]) / 32)
         if blocks > 0:
-            self.k = F.pad(self.k, (0, 0, 0, blocks * block))  # one after the other: the old one is freed in between
-            self.v = F.pad(self.v, (0, 0, 0, blocks * block))
+            self.k = F.pad(self.k, (0, 0, 0, 32 * blocks))  # one after the other: the old one is freed in between
+            self.v = F.pad(self.v, (0, 0, 0, 32 * blocks))
         return self.k.shape[3]
 
     def columns(self, count):
@@ -217,7 +221,9 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         cos = self.cos[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         sin = self.sin[positions][:, :, None].to(x.dtype)
-        mask = None if seen is None else seen[:, None]     # (B, 1, T, S)
+        mask = None
+        if seen is not None:
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
@@ -304,25 +310,23 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     steps = min(max_new_tokens, model.config.max_position_embeddings - cache.length)
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
-    lengths = torch.full((len(rows),), steps, device=device)
+    lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
     ends = torch.tensor(list(end_ids), device=device)
     active = torch.arange(len(rows), device=device)  # which result row each row of the batch belongs to
     done = torch.zeros_like(active, dtype=torch.bool)
     for t in range(steps):
         # draw a token for each row of the batch
         token, logprob = sample(logits, temperature, top_p, generator)
-        going = active[~done]
-        ids[going, t] = token[~done]
-        logprobs[going, t] = logprob[~done]
-        ended = torch.isin(token, ends) & ~done
-        lengths[active[ended]] = t + 1
-        done |= ended
+        ids[active, t] = token.masked_fill(done, 0)
+        logprobs[active, t] = logprob.masked_fill(done, 0)
+        lengths[active] += ~done
+        done |= torch.isin(token, ends)
         # finished rows leave the batch, several at a time: a move costs a copy of the cache
         if t % 4 == 3 or len(active) == 1:
             left = (~done).nonzero()[:, 0]
             if len(left) == 0:
                 break
-            if len(left) <= (0.8 if device.type == "cpu" else 0.5) * len(active):
+            if len(left) <= 0.8 * len(active):
                 cache = cache.select(left)
                 active, token, done = active[left], token[left], done[left]
         # read the tokens

@@ -90,12 +90,12 @@ PRESETS = {
         compare_samples=32,
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
     "gpu": Preset(  # the same world and code, 32M parameters, more of everything; never run yet
-        model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), documents=1_000_000,
-        student_documents=300_000, problems=20_000, test=1020, samples=16, trace_prompts=8000, compare_samples=65536,
-        pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
+        model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), documents=200_000,
+        student_documents=100_000, problems=20_000, test=1020, trace_prompts=8000, compare_samples=65536,
+        pretrain=SFTConfig(lr=1e-3, epochs=2, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
         cold=SFTConfig(lr=1e-4, epochs=3, batch_tokens=4096, micro_batch_rows=128),
         sft2=SFTConfig(lr=3e-4, epochs=3, batch_tokens=16384, micro_batch_rows=128),
-        **rl_stages(rollouts=60, prompts_per_rollout=64, lr=3e-5, max_new_tokens=200, micro_batch_tokens=65536)),
+        **rl_stages(rollouts=45, prompts_per_rollout=64, lr=5e-5, max_new_tokens=200, micro_batch_tokens=65536)),
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(

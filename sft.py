@@ -97,14 +97,15 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 class CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target] of each row. logits (N, V), targets (N,) -> (N,) in fp32.
 
-    As F.cross_entropy, but the gradient, softmax - onehot, is computed in the forward pass, in pieces that stay in the
-    cache: (N, V) in fp32 is never written to memory.
+    As F.cross_entropy, but the gradient, softmax - onehot, is computed in the forward pass; on a CPU in pieces that
+    stay in the cache: (N, V) in fp32 is never written to memory.
     """
 
     @staticmethod
     def forward(ctx, logits, targets):
         losses, gradient = [], torch.empty_like(logits)
-        for x, target, g in zip(logits.split(128), targets[:, None].split(128), gradient.split(128)):
+        piece = 128 if logits.device.type == "cpu" else max(1, len(logits))
+        for x, target, g in zip(logits.split(piece), targets[:, None].split(piece), gradient.split(piece)):
             p = x.softmax(-1, dtype=torch.float32)
             # log p[target] by way of the likeliest token: p[target] itself may be too small for a float
             likeliest, likeliest_logprob = x.amax(-1, keepdim=True).float(), p.amax(-1, keepdim=True).log()
@@ -129,7 +130,8 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
 
     learned = (targets.flatten() >= 0).nonzero()[:, 0]  # (n,) positions with a target
     targets = targets.flatten()[learned]                # (n,)
-    with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
+    # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
+    with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False):
         if not (hasattr(model, "hidden") and hasattr(model, "head")):
             logits = model(ids, positions=positions, segments=segments).flatten(0, 1)         # (B*T, V)
             return CrossEntropy.apply(logits.index_select(0, learned), targets).sum()

@@ -9,10 +9,9 @@ from evaluate import EvalConfig, complete
 from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
 from lab.command import Parser, add_saving, fields_of, new_directory, saving
-from lab.graphs import with_graphs
+from lab.graphs import generate
 from lab.scripts import (PROBLEMS, StepPrinter, add_template, cut_warning, in_its_language, open_model,
                          read_problem_set, rules, save_model)
-from model import generate
 from sft import SFTConfig, tokenize, train
 
 
@@ -67,7 +66,7 @@ def sample_teacher(args, problems, dir):
     """Completions of each problem, saved in `dir` as they come."""
     teacher, tokenizer = open_model(args.teacher, getattr(torch, args.dtype), template=args.template)
     generator = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
-    sample = partial(with_graphs(generate), teacher, end_ids=tokenizer.end_ids, generator=generator)
+    sample = partial(generate, teacher, end_ids=tokenizer.end_ids, generator=generator)
     prompts = [tokenizer.encode_prompt(problem["prompt"]) for problem in problems]
     config = EvalConfig(args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
     with Checkpointer(dir, ["completions.jsonl"], args.save_every) as checkpointer:

@@ -1,56 +1,156 @@
-"""CUDA graphs for decoding: the hundreds of kernels of a step, a new token per row, are recorded once, launched as one.
+"""Decoding on a GPU: a step's hundreds of kernels, a new token for each row, are recorded once and launched as one.
 
-On a GPU small steps cost mostly their launches: each takes microseconds of the CPU, often more than the kernel runs.
-A recording uses fixed tensors, those of one KV cache: when the cache grows, or rows leave it, the step is recorded
-again. Sampling is not part of it.
+Small steps cost mostly their launches: each takes microseconds of the CPU, often more than the kernel runs. A recording
+(a CUDA graph) uses fixed memory, so a Decoder holds the weights, the cache and the ids that its recordings read, and is
+kept from call to call. The rows of a batch are a power of two and the columns a multiple of 128: few recordings serve
+all batches. Sampling is not part of them; it waits for the GPU every 16th step only (top_p below 1: at every step).
 
-No GPU run was ever made of this file. Without a GPU the tests run `Recorded` with a stand-in for `cuda_graph`.
-
-    generate = with_graphs(model.generate)   # on CUDA; elsewhere it changes nothing
+    generate(model, prompts, ...)   # as model.generate, which it is where the model is not on a GPU
 """
 
-import functools
-import weakref
+import copy
 
 import torch
 
+import model as transformer
+from model import prefill, sample
 
-def with_graphs(generate):
-    """The same function of (model, prompts, ...), its steps recorded where the model is on a GPU."""
-    def recorded(model, prompts, **settings):
-        device = next(model.parameters()).device
-        if device.type != "cuda":
-            return generate(model, prompts, **settings)
-        with torch.cuda.device(device):  # streams and recordings belong to the current device
-            return generate(Recorded(model, cuda_graph), prompts, **settings)
-    return recorded
+BLOCK = 128         # columns
+SHARE = 1 / 20      # of the GPU's memory: a Decoder that takes more is not kept
+decoders = {}       # (architecture, dtype, device) -> the Decoder of the last call
 
 
-@functools.cache
-def side_stream(device):
-    return torch.cuda.Stream(device)  # one for all recordings: each stream keeps a workspace for good
+def generate(model, prompts, **settings):
+    """As model.generate: the same arguments and results. The random numbers are drawn for other rows than there."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return transformer.generate(model, prompts, **settings)
+    with torch.cuda.device(device):  # streams and recordings belong to the current device
+        return generate_recorded(model, prompts, **settings)
 
 
-def cuda_graph(run):
-    """Records run() -> tensor. Returns that tensor, and a function that computes its content again."""
-    side = side_stream(torch.cuda.current_device())
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # the first calls allocate workspaces and choose kernels, which must not be recorded
-        run()
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
-        output = run()
-    return output, graph.replay
+@torch.no_grad()
+def generate_recorded(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None):
+    logits, cache = prefill(model, prompts)  # (N, V)
+    count, device = len(prompts) * n, logits.device
+    steps = min(max_new_tokens, model.config.max_position_embeddings - cache.length)
+    batch = torch.arange(power_of_two(count), device=device)
+    prompt_of = (batch // n).clamp(max=len(prompts) - 1)
+    decoder = decoder_for(model, len(batch), cache.length + steps)
+    decoder.begin(cache, prompt_of)
+    logits, cache = logits[prompt_of], None
+
+    # rows of the batch beyond `count` are spare: done from the start, they write to the last row, which nobody reads
+    active, done = batch.clamp(max=count), batch >= count
+    ids = torch.zeros(count + 1, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(count + 1, max_new_tokens, device=device)
+    lengths = torch.zeros(count + 1, dtype=torch.long, device=device)
+    ends = torch.tensor(list(end_ids), device=device)
+    for t in range(steps):
+        token, logprob = sample(logits, temperature, top_p, generator)
+        ids[active, t] = token.masked_fill(done, 0)
+        logprobs[active, t] = logprob.masked_fill(done, 0)
+        lengths[active] += ~done
+        done |= torch.isin(token, ends)
+        if t % 16 == 15 and len(ends) > 0:
+            left = (~done).nonzero()[:, 0]  # here the CPU waits
+            if len(left) == 0:
+                break
+            size = power_of_two(len(left))
+            if size < len(done):
+                batch = torch.arange(size, device=device)
+                rows = left[batch.clamp(max=len(left) - 1)]
+                done = batch >= len(left)
+                active, token = active[rows].masked_fill(done, count), token[rows]
+                decoder.keep(rows)
+        if t + 1 < steps:
+            logits = decoder.step(token)
+    if decoder.bytes() > SHARE * torch.cuda.get_device_properties(device).total_memory:
+        decoders.clear()
+    return ids[:count], lengths[:count], logprobs[:count]
+
+
+def power_of_two(count):
+    """The next one, from count on."""
+    return 1 << (count - 1).bit_length()
+
+
+def decoder_for(model, rows, columns, record=None):
+    """A Decoder with this model's weights and room for so much; if possible that of the last call."""
+    parameter = next(model.parameters())
+    key = repr(model.config), parameter.dtype, parameter.device
+    decoder = decoders.get(key)
+    if decoder is None or rows > decoder.rows or columns > decoder.columns:
+        decoder = None
+        decoders.clear()  # first: both would not fit
+        decoder = decoders[key] = Decoder(model, rows, columns, record or cuda_graph)
+    torch._foreach_copy_(list(decoder.model.parameters()), list(model.parameters()))
+    return decoder
+
+
+class Decoder:
+    """A model with the fixed memory of its recordings; record(run) -> (output, replay).
+
+    k, v (layers, rows, K, columns, d) and ids (rows, 1): a batch uses the first rows and columns of them.
+    """
+
+    def __init__(self, model, rows, columns, record):
+        c = model.config
+        self.model, self.record, self.recordings = copy.deepcopy(model), record, {}
+        self.rows, self.columns = rows, -(-columns // BLOCK) * BLOCK
+        like = next(model.parameters())
+        self.k, self.v = (like.new_zeros(c.num_hidden_layers, rows, c.num_key_value_heads, self.columns, c.head_dim)
+                          for _ in range(2))
+        self.start = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=like.device)
+        self.column = torch.zeros(1, dtype=torch.long, device=like.device)  # where the new token goes
+
+    def bytes(self):
+        return self.k.nbytes + self.v.nbytes + sum(p.nbytes for p in self.model.parameters())
+
+    def begin(self, cache, rows):
+        """Takes these rows of a KVCache, repeats allowed, as its batch."""
+        self.batch, self.length = len(rows), cache.length
+        self.start[:self.batch] = cache.start[rows]
+        for mine, theirs in ((self.k, cache.k), (self.v, cache.v)):
+            for layer in range(len(mine)):  # one after the other: the copies are small
+                mine[layer, :self.batch, :, :self.length] = theirs[layer, rows, :, :self.length]
+
+    def keep(self, rows):
+        """The batch becomes these rows of it."""
+        self.batch = len(rows)
+        self.start[:self.batch] = self.start[rows]
+        for tensor in (self.k, self.v):
+            for layer in tensor:
+                layer[:self.batch, :, :self.length] = layer[rows, :, :self.length]
+
+    def step(self, token):
+        """Logits (B, V) after one more token (B,) in each row; the next call overwrites them."""
+        columns = -(-(self.length + 1) // BLOCK) * BLOCK
+        self.ids[:self.batch, 0] = token
+        self.column.fill_(self.length)
+        if (self.batch, columns) not in self.recordings:
+            self.recordings[self.batch, columns] = self.record(self.run(self.batch, columns))
+        logits, replay = self.recordings[self.batch, columns]
+        replay()
+        self.length += 1
+        return logits
+
+    def run(self, batch, columns):
+        """The step of so many rows and columns as a function without arguments."""
+        def step():
+            return self.model(self.ids[:batch], cache=FixedCache(self, batch, columns))[:, -1]
+        return step
 
 
 class FixedCache:
-    """A KVCache as a recording needs it: the same tensors, but the new token's column is a number on the device."""
+    """What the model takes as its KVCache: the new token's column is a number on the device, for a recording."""
 
-    def __init__(self, cache):
-        self.k, self.v, self.start, self.length = cache.k, cache.v, cache.start, cache.length
-        self.column = torch.full((1,), cache.length, device=cache.start.device)
+    length = 0  # the model adds to it, and compares with its context: the column is what counts
+
+    def __init__(self, decoder, batch, columns):
+        self.k, self.v = decoder.k[:, :batch, :, :columns], decoder.v[:, :batch, :, :columns]
+        self.start, self.column = decoder.start[:batch], decoder.column
 
     def reserve(self, columns):
         return self.k.shape[3]
@@ -64,35 +164,15 @@ class FixedCache:
         return self.k[layer], self.v[layer]
 
 
-class Recorded:
-    """model.py's Transformer, with its steps of one token per row recorded by record(run) -> (output, replay)."""
-
-    def __init__(self, model, record):
-        self.model, self.record = model, record
-        self.recorded_keys = None  # a weak reference to the keys of the cache that the recording uses
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def __call__(self, ids, cache):
-        """Logits (B, 1, V) of ids (B, 1); the next call overwrites them."""
-        cache.reserve(1)
-        if self.recorded_keys is None or self.recorded_keys() is not cache.k:
-            self._record(ids, cache)
-        self.ids.copy_(ids)
-        self.column.fill_(cache.length)
-        self.replay()
-        cache.length += 1
-        return self.logits
-
-    def _record(self, ids, cache):
-        self.replay = self.logits = None  # frees the old recording's memory, once the caller has dropped its logits
-        fixed = FixedCache(cache)
-        self.ids, self.column = ids.clone(), fixed.column
-
-        def step():
-            fixed.length = cache.length  # the model has advanced it: the calls before the recording repeat one step
-            return self.model(self.ids, cache=fixed)
-
-        self.logits, self.replay = self.record(step)
-        self.recorded_keys = weakref.ref(cache.k)  # weak: a cache that grows must free its old keys
+def cuda_graph(run):
+    """Records run() -> tensor. Returns that tensor, and a function that computes its content again."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the first calls allocate workspaces and choose kernels, which must not be recorded
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+        output = run()
+    return output, graph.replay

@@ -1,11 +1,11 @@
-"""Layers in place of model.py's: attention and norms as a CPU computes them faster; blocks that save memory.
+"""Layers in place of model.py's: attention and norms as the device computes them faster; blocks that save memory.
 
-    fast_on_cpu(model)   # in place: the same weights and, up to rounding, the same result
+    fast_layers(model)   # in place: the same weights and, up to rounding, the same result
     recompute(model)
 
-torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and in
-bfloat16 its backward pass is five times slower than in float32. Autograd's RMSNorm passes over its input twice as often
-as the gradient by hand.
+On a CPU torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and
+in bfloat16 its backward pass is five times slower than in float32. Autograd's RMSNorm passes over its input twice as
+often as the gradient by hand. On a GPU keys and values need no copy for each query head.
 
 Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size.
 """
@@ -19,10 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from model import Attention, Block, RMSNorm, rotate
 
 
-def fast_on_cpu(model):
-    """The model, whose attention and norms are replaced where it is on a CPU."""
+def fast_layers(model):
+    """The model, with the attention and norms of its device."""
     if next(model.parameters()).device.type == "cpu":
         replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm})
+    else:
+        # cuDNN's attention plans anew for each shape, at half a second each, and our rows have many
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm})
     return model
 
 
@@ -47,39 +51,62 @@ class RecomputedBlock(Block):
 
 # ------------------------------------------------------------------------------------------- attention
 
-class CPUAttention(Attention):
+class SideBySide(Attention):
+    """q and k stay side by side: one norm and one rotation for both."""
+
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
         H, K = self.heads, self.kv_heads
         qkv = self.qkv_proj(x).view(B, T, H + 2 * K, self.head_dim)  # (B, T, H + 2K, d)
-        qk, v = qkv.split((H + K, K), dim=2)  # q and k stay side by side: one norm and one rotation for both
+        qk, v = qkv.split((H + K, K), dim=2)
         if hasattr(self, "q_norm"):
             weight = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))  # (H + K, d)
-            qk = rms_norm(qk, weight, self.q_norm.eps)
+            qk = self.norm(qk, weight, self.q_norm.eps)
         q, k = rotate(qk, cos, sin).transpose(1, 2).split((H, K), dim=1)  # (B, H, T, d), (B, K, T, d)
         v = v.transpose(1, 2)                                             # (B, K, T, d)
         if cache is not None:
             k, v = cache.update(layer, k, v)                              # (B, K, S, d)
-        y = attend(q, k, v, mask)                                         # (B, H, T, d)
+        y = self.attend(q, k, v, mask)                                    # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(d)) v: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
+class CUDAAttention(SideBySide):
+    def norm(self, x, weight, eps):
+        with torch.autocast("cuda", enabled=False):
+            return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
 
-    mask (B, 1, T, S): True where a query may look, or None for plain causal attention.
+    def attend(self, q, k, v, mask):
+        B, H, T, d = q.shape
+        if T == 1:  # a group's query heads become the rows of one product with their keys
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, d), k, v, attn_mask=mask)
+            return y.reshape(B, H, 1, d)
+        if mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return super().attend(q, k, v, mask)
+
+
+class CPUAttention(SideBySide):
+    def norm(self, x, weight, eps):
+        return rms_norm(x, weight, eps)
+
+    def attend(self, q, k, v, mask):
+        return attend(q, k, v, mask)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k' / sqrt(d)) v on a CPU: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
+
+    mask (B, 1, T, S): 0 where a query may look, -inf elsewhere; None: plain causal attention.
     """
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
     if T * S > 2 ** 18:
         return attend_long(q, k, v, mask)
     if mask is None:
-        bias = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    else:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
     q = (q * d ** -0.5).reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
-    weights = scores.add_(bias).softmax(-1)
+    weights = scores.add_(mask).softmax(-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
 
 
@@ -89,10 +116,17 @@ def attend_long(q, k, v, mask):
     with torch.autocast("cpu", enabled=False):
         k = k.repeat_interleave(group, dim=1).float()  # (B, H, S, d)
         v = v.repeat_interleave(group, dim=1).float()
+        mask = None if mask is None else mask.float()
         return F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, is_causal=mask is None).to(q.dtype)
 
 
 # ------------------------------------------------------------------------------------------- norm
+
+class CUDARMSNorm(RMSNorm):
+    def forward(self, x):
+        with torch.autocast("cuda", enabled=False):  # it would take x in float32; the kernel computes in float32 anyway
+            return super().forward(x)
+
 
 class CPURMSNorm(RMSNorm):
     def forward(self, x):

@@ -24,15 +24,14 @@ import model as transformer
 import sft
 from lab import checkpoint, claims, measure, report
 from lab.check_input import check_directory
-from lab.graphs import with_graphs
-from lab.layers import fast_on_cpu, recompute
+from lab.graphs import generate
+from lab.layers import fast_layers, recompute
 from lab.logs import BudgetSpent, RLLog, SFTLog
 from lab.scripts import cut_warning, rules
 from lab.terminal import line_of
 from variants.rope_scaling import scaled_frequencies
 
 ROOT = Path(__file__).resolve().parent.parent
-generate = with_graphs(transformer.generate)  # on a GPU a decoding step is one launch
 
 # The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
 # the samples that it starts from.
@@ -253,7 +252,7 @@ class Run:
         """The model with the layers that this run and its device ask for."""
         if self.recompute:
             recompute(model)
-        return fast_on_cpu(model)
+        return fast_layers(model)
 
     def say_what_changed(self):
         """One line if the code of finished stages has changed: the first such stage, and how to re-run from there."""

@@ -14,9 +14,9 @@ from lab import watch
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
 from lab.command import Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, saving
-from lab.graphs import with_graphs
-from lab.layers import fast_on_cpu, recompute
-from model import generate, load, save
+from lab.graphs import generate
+from lab.layers import fast_layers, recompute
+from model import load, save
 from tokenizer import TEMPLATES, Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
@@ -52,7 +52,7 @@ def open_model(dir, dtype=None, device=None, template=None):
     check_directory(dir, template)
     tokenizer = Tokenizer(dir, template)
     tokenizer.template  # a chat template that is not known is refused before anything is loaded
-    return fast_on_cpu(load(dir, device, dtype, rope=scaled_frequencies)), tokenizer
+    return fast_layers(load(dir, device, dtype, rope=scaled_frequencies)), tokenizer
 
 
 def save_model(model, dir, tokenizer):
@@ -114,7 +114,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         with saving(out, args) as checkpointer:
             train(model, examples,
                   encode=lambda example: tokenizer.encode_prompt(example["prompt"]), decode=tokenizer.decode,
-                  generate=with_graphs(generate), end_ids=tokenizer.end_ids,
+                  generate=generate, end_ids=tokenizer.end_ids,
                   rewards={name: rules()[name] for name in args.rewards}, config=config,
                   log=Printer(config, out), save=checkpointer.save, resume=checkpointer.resume, **in_place)
             save_model(model, out, tokenizer)
@@ -195,7 +195,7 @@ def measure_directory(config_class, complete, measure, summarise):
         config, examples = fields_of(args, config_class), read_problem_set(args.data)
         model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)
         generator = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
-        sample = partial(with_graphs(generate), model, end_ids=tokenizer.end_ids, generator=generator)
+        sample = partial(generate, model, end_ids=tokenizer.end_ids, generator=generator)
 
         def thinking_tokens(text):
             return len(tokenizer.encode(rewards.split(text)[0]))

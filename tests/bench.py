@@ -192,8 +192,7 @@ def train_nanogpt(c, rows, length, dtype, compiled, folder):
 def decode_ours(c, prompts, samples, prompt, new, dtype):
     model, ids = our_model(c, DTYPES[dtype]), random_ids(c, prompts, prompt).tolist()
     generator = torch.Generator(device=DEVICE).manual_seed(0)
-    generate = graphs.with_graphs(ours.generate)
-    return lambda: generate(model, ids, n=samples, max_new_tokens=new, generator=generator)
+    return lambda: graphs.generate(model, ids, n=samples, max_new_tokens=new, generator=generator)
 
 
 def decode_hf(c, prompts, samples, prompt, new, dtype):
@@ -238,8 +237,7 @@ def grpo_ours(c, dtype, compiled=False, old_logprobs="sampler"):
     config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=PROMPTS, group_size=GROUP, minibatches=1,
                              max_new_tokens=NEW, beta=0.04, old_logprobs=old_logprobs, dtype=NAMES[dtype],
                              micro_batch_tokens=2048 if DEVICE == "cpu" else 65536)
-    generate = graphs.with_graphs(ours.generate)
-    return lambda: grpo.train(model, prompts, encode=list, decode=str, generate=generate, end_ids=[],
+    return lambda: grpo.train(model, prompts, encode=list, decode=str, generate=graphs.generate, end_ids=[],
                               rewards={"even": is_even}, config=config)
 
 

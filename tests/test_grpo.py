@@ -1527,11 +1527,11 @@ def test_an_update_with_a_vocabulary_of_150_000_stays_within_the_readmes_formula
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, model, grpo
-from lab.layers import fast_on_cpu, recompute
+from lab.layers import fast_layers, recompute
 torch.manual_seed(0)
 c = model.Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=2,
                  num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=1280, model_type="qwen2")
-m = fast_on_cpu(recompute(model.Transformer(c).init_weights()))
+m = fast_layers(recompute(model.Transformer(c).init_weights()))
 def generate(model, prompts, n, max_new_tokens, **_):
     shape = (len(prompts) * n, max_new_tokens)
     return torch.randint(151936, shape), torch.full(shape[:1], max_new_tokens), torch.full(shape, -11.9)

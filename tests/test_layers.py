@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lab.layers import CPUAttention, CPURMSNorm, attend, fast_on_cpu, recompute, rms_norm
+from lab.layers import CPUAttention, CPURMSNorm, attend, fast_layers, recompute, rms_norm
 from model import Attention, KVCache, RMSNorm, generate
 from test_model import tiny
 
@@ -21,7 +21,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("segments", [False, True], ids=["", "packed"])
 def test_on_a_cpu_the_fast_layers_have_the_logits_and_gradients_of_the_models_own(kind, segments):
     plain = tiny(model_type=kind).double()
-    fast = fast_on_cpu(copy.deepcopy(plain))
+    fast = fast_layers(copy.deepcopy(plain))
     kinds = {type(part) for part in fast.modules()}
     assert {CPUAttention, CPURMSNorm} <= kinds and not {Attention, RMSNorm} & kinds
     ids = torch.randint(32, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -39,12 +39,12 @@ def test_the_fast_layers_decode_what_the_models_own_decode(kind):
     plain = tiny(model_type=kind)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     ids, lengths, logprobs = generate(plain, prompts, 2, 20, 0)
-    again, _, _ = generate(fast_on_cpu(copy.deepcopy(plain)), prompts, 2, 20, 0)
+    again, _, _ = generate(fast_layers(copy.deepcopy(plain)), prompts, 2, 20, 0)
     assert torch.equal(ids, again)
     cache = KVCache(plain.config, torch.tensor([2, 0]), torch.float32)
     other = KVCache(plain.config, torch.tensor([2, 0]), torch.float32)
     batch = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]])
-    fast = fast_on_cpu(copy.deepcopy(plain))
+    fast = fast_layers(copy.deepcopy(plain))
     for columns in (batch, batch[:, :1]):
         a, b = plain(columns, cache=cache), fast(columns, cache=other)
         torch.testing.assert_close(a[:, -1], b[:, -1], atol=1e-4, rtol=1e-4)

@@ -124,7 +124,7 @@ class PPO:
         self.config, self.ppo = config, ppo
         self.critic = Critic(model, hidden).eval()
         self.trained = [p for p in self.critic.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=ppo.critic_lr, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.Adam(self.trained, lr=ppo.critic_lr, betas=(0.9, 0.95), fused=True)
         self.objects = {"critic": self.critic, "critic_optimizer": self.optimizer}
         self.needs_reference = ppo.kl_in_reward > 0
 
@@ -147,7 +147,7 @@ class PPO:
         """(len(rows), t); t is where the longest of these rows ends."""
         t, dtype = max(r.ends[row] for row in rows) - 1, self.config.dtype
         ids = r.ids[rows, :t]
-        with torch.autocast(ids.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
+        with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False):
             return self.critic(ids)
 
     def learn(self, r, rows):

@@ -92,7 +92,7 @@ class PRIME:
         self.config, self.prime, self.outcome = config, prime, outcome
         self.prm = copy.deepcopy(model).eval()
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.prm.parameters(), lr=prime.prm_lr, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.Adam(self.prm.parameters(), lr=prime.prm_lr, betas=(0.9, 0.95), fused=True)
         self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_reference": self.reference}
         self.metrics = {}
 
@@ -136,7 +136,7 @@ class PRIME:
         """(len(rows), t) at the temperature of sampling; t is where the longest of these rows ends."""
         c, end = self.config, max(r.ends[row] for row in rows)
         ids, targets = r.ids[rows, :end - 1], r.ids[rows, 1:end]
-        with torch.autocast(ids.device.type, dtype=getattr(torch, c.dtype), enabled=c.dtype != "float32"):
+        with torch.autocast(ids.device.type, getattr(torch, c.dtype), c.dtype != "float32", cache_enabled=False):
             logits = model(ids).flatten(0, 1)  # (len(rows) * t, V)
         return -F.cross_entropy(logits.float() / c.temperature, targets.flatten(), reduction="none").view(ids.shape)
 

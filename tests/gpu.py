@@ -1,0 +1,465 @@
+"""What a CUDA GPU makes of this project: correctness beside the CPU, speeds beside the card's limits, the gpu preset.
+
+    python tests/gpu.py                        # about 8 minutes on an H100; a table, and results/gpu/NAME.json
+    python tests/gpu.py --only correct decode  # some parts
+    python tests/gpu.py --json FILE            # elsewhere
+
+Each part runs in a process of its own: one that fails does not stop the others, and makes the exit code 1. Without a
+GPU everything runs in miniature on the CPU, and nothing is written unless --json says where.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lab  # noqa: E402, F401
+import torch  # noqa: E402
+
+import grpo  # noqa: E402
+import model as transformer  # noqa: E402
+import sft  # noqa: E402
+from lab import checkpoint, graphs  # noqa: E402
+from lab.layers import fast_layers, recompute  # noqa: E402
+from pipeline import PRESETS  # noqa: E402
+from variants.ppo import PPO  # noqa: E402
+from variants.prime import PRIME  # noqa: E402
+
+ON_CARD = torch.cuda.is_available()
+DEVICE = "cuda" if ON_CARD else "cpu"
+
+WORLD = dict(vocab_size=1024, max_position_embeddings=512, **PRESETS["gpu"].model)
+SHAPES = {
+    "gpu preset": WORLD,
+    "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048),
+    "Qwen2.5-0.5B": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                         num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=2048,
+                         model_type="qwen2"),
+    "Qwen2.5-1.5B": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=2048,
+                         model_type="qwen2")}
+TINY = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256)
+if not ON_CARD:
+    SHAPES = {name: TINY | {"model_type": shape.get("model_type", "llama")} for name, shape in SHAPES.items()}
+
+rows_of_part = []
+
+
+def note(name, **figures):
+    """A line of the table, which is also kept."""
+    rows_of_part.append({"name": name} | figures)
+    print(f"  {name:34} " + "  ".join(f"{key} {show(value)}" for key, value in figures.items()), flush=True)
+
+
+def show(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def new_model(shape, device=DEVICE, dtype=torch.float32):
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = transformer.Transformer(transformer.Config(**shape))
+    return made.init_weights().to(dtype).eval()
+
+
+def synchronize():
+    if ON_CARD:
+        torch.cuda.synchronize()
+
+
+def seconds_of(run, repeats=3):
+    """The median of one call's seconds; a first call warms up."""
+    run()
+    taken = []
+    for _ in range(repeats):
+        synchronize()
+        started = time.perf_counter()
+        run()
+        synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def peak_gigabytes():
+    return torch.cuda.max_memory_allocated() / 1e9 if ON_CARD else math.nan
+
+
+def random_ids(vocab_size, rows, length):
+    return torch.randint(1, vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------------- correctness
+
+failed = []
+
+
+def check(name, figure, limit, **more):
+    """A figure that must not exceed its limit."""
+    good = figure <= limit
+    note(name, figure=float(figure), limit=float(limit), **more, verdict="ok" if good else "FAILED")
+    if not good:
+        failed.append(name)
+
+
+def relative(a, b):
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return ((a - b).norm() / b.norm()).item()
+
+
+@contextlib.contextmanager
+def catching(name):
+    """One check that breaks does not stop the others."""
+    try:
+        yield
+    except Exception as error:
+        failed.append(name)
+        note(name, verdict=f"FAILED: {type(error).__name__}: {error}"[:300])
+
+
+def correct():
+    """The card beside the CPU in float32; recorded beside plain decoding; a resumed training; the line on memory."""
+    for kind in ("llama", "qwen2", "qwen3"):
+        with catching(f"{kind}: model"):
+            compare_model(kind)
+    for name in ("GRPO", "PPO", "PRIME", "SFT"):
+        with catching(name):
+            a, b = (updated(name, device) for device in ("cpu", DEVICE))
+            start = flat(new_model(TINY, "cpu"))
+            check(f"{name}: an update beside the CPU's", relative(b - start, a - start), 0.02)
+    for name, compare in (("resume", compare_resumed), ("bfloat16", compare_bfloat16), ("memory", out_of_memory),
+                          ("smoke recipe", smoke)):
+        with catching(name):
+            compare()
+
+
+def compare_model(kind):
+    shape = TINY | {"model_type": kind}
+    plain = new_model(shape, "cpu")
+    fast = fast_layers(copy.deepcopy(plain).to(DEVICE))
+    ids = random_ids(96, 4, 60)
+    with torch.no_grad():
+        check(f"{kind}: logits beside the CPU's", relative(fast(ids.to(DEVICE)), plain(ids)), 1e-5)
+        segments = torch.tensor([1] * 20 + [2] * 30 + [0] * 10).expand(4, 60)
+        packed = fast(ids.to(DEVICE), segments=segments.to(DEVICE))[:, :50]
+        check(f"{kind}: packed logits", relative(packed, plain(ids, segments=segments)[:, :50]), 1e-5)
+    prompts = [row[:length].tolist() for row, length in zip(ids, (5, 9, 3, 9))]
+    settings = dict(n=8, max_new_tokens=150, end_ids=[7, 8])
+    theirs = transformer.generate(plain, prompts, temperature=0.0, **settings)
+    ours = graphs.generate(fast, prompts, temperature=0.0, **settings)
+    different = (ours[0].cpu() != theirs[0]).any(1).float().mean()
+    check(f"{kind}: rows of other greedy tokens", different, 0.05)
+    if ON_CARD:
+        settings = dict(n=8, max_new_tokens=150, temperature=1.0)
+        plain_ids, recorded_ids = (
+            generate(fast, prompts, generator=torch.Generator(device=DEVICE).manual_seed(0), **settings)[0]
+            for generate in (transformer.generate, graphs.generate))
+        different = (plain_ids != recorded_ids).any(1).float().mean()
+        check(f"{kind}: recorded rows of other samples", different, 0.05)
+
+
+def flat(model):
+    return torch.cat([p.detach().float().cpu().flatten() for p in model.parameters()])
+
+
+def canned(ids):
+    """A generate that gives these completions; their log-probabilities do not count."""
+    def generate(model, prompts, **_):
+        device = next(model.parameters()).device
+        lengths = torch.full((len(ids),), ids.shape[1], device=device)
+        return ids.to(device), lengths, torch.full(ids.shape, -4.0, device=device)
+    return generate
+
+
+def updated(name, device):
+    """The weights after one step of a method from the same weights and samples on this device."""
+    model = fast_layers(new_model(TINY, "cpu").to(device))
+    ids = random_ids(96, 16, 24)
+    if name == "SFT":
+        config = sft.SFTConfig(lr=1e-3, epochs=1, row_length=64, batch_tokens=4096, dtype="float32")
+        sft.train(model, [(row.tolist(), 4) for row in ids], config)
+        return flat(model)
+    config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=4, group_size=4, minibatches=1, warmup=1,
+                             max_new_tokens=24, dtype="float32", beta=0.0 if name == "PRIME" else 0.01)
+    estimators = {"PPO": partial(PPO, model, config), "PRIME": partial(PRIME, model, config, outcome="even")}
+    grpo.train(model, [[5, 6, 7], [8, 9], [3], [4, 5]], encode=list, decode=str, generate=canned(ids), end_ids=[],
+               rewards={"even": is_even}, config=config, advantage_estimator=estimators.get(name, lambda: None)())
+    return flat(model)
+
+
+def is_even(text, _=None):
+    return float(sum(map(ord, text)) % 2)
+
+
+def compare_resumed():
+    """Four rollouts beside two and, after a resume, two more: the same weights, bit by bit."""
+    def rollouts(count, dir=None):
+        model = fast_layers(new_model(TINY))
+        config = grpo.GRPOConfig(rollouts=count, prompts_per_rollout=4, group_size=4, max_new_tokens=24, lr=1e-3)
+        keep = checkpoint.Checkpointer(dir, every=0.0) if dir else None
+        if keep:
+            keep._has_time_for = lambda *_: True
+        grpo.train(model, [[5, 6, 7], [8, 9], [3], [4, 5]], encode=list, decode=str, generate=graphs.generate,
+                   end_ids=[7], rewards={"even": is_even}, config=config, save=keep and keep.save,
+                   resume=keep and keep.resume)
+        return flat(model)
+
+    with tempfile.TemporaryDirectory() as dir:
+        rollouts(2, dir)
+        resumed = rollouts(4, dir)
+    check("a resumed training's weights", (resumed != rollouts(4)).float().mean(), 0.0)
+
+
+def compare_bfloat16():
+    """What bfloat16 costs at the gpu preset's shape: logits, and the gap between sampler and trainer."""
+    model = fast_layers(new_model(SHAPES["gpu preset"]))
+    ids = random_ids(96, 8, 100).to(DEVICE)
+    with torch.no_grad():
+        exact = model(ids)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            check("bfloat16 logits beside float32's", relative(model(ids), exact), 0.03,
+                  norm_dtype=str(model.norm(model.embed_tokens(ids).bfloat16()).dtype))
+    metrics = []
+    config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=16, group_size=16, max_new_tokens=100)
+    grpo.train(model, [[5, 6, 7], [8, 9], [3], [4, 5]], encode=list, decode=str, generate=graphs.generate, end_ids=[7],
+               rewards={"even": is_even}, config=config, log=lambda m, _: metrics.append(m))
+    check("gap of sampler and trainer", metrics[0]["sampler_gap"], 0.02, kl=metrics[0]["kl"])
+
+
+OUT_OF_MEMORY = """
+import torch
+from lab.command import Parser
+with Parser(prog="test").one_line_errors():
+    torch.empty(10 ** 14, dtype=torch.uint8, device={device!r})
+"""
+
+
+def out_of_memory():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + OUT_OF_MEMORY.format(device=DEVICE)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    good = result.returncode == 2 and "out of memory" in result.stderr and result.stderr.count("\n") == 1
+    check("too little memory is one line", 0.0 if good else 1.0, 0.0, stderr=result.stderr[:150].strip())
+
+
+def smoke():
+    with tempfile.TemporaryDirectory() as dir:
+        started = time.time()
+        command = [sys.executable, "pipeline.py", "--preset", "smoke", "--device", DEVICE, "--out", dir, "--seed", "100"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        check("the smoke recipe's exit code", result.returncode, 0, seconds=time.time() - started)
+        if result.returncode:
+            print(result.stdout[-1500:], result.stderr[-3000:])
+
+
+# ------------------------------------------------------------------------------------------- speeds
+
+def limits():
+    """Bytes a second of a copy, read and written, and bf16 FLOPs a second of a large product."""
+    size = 2 ** 28 if ON_CARD else 2 ** 22
+    x = torch.empty(size, device=DEVICE)
+    y = torch.empty_like(x)
+    bandwidth = 8 * size / seconds_of(lambda: y.copy_(x))
+    n = 8192 if ON_CARD else 512
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return bandwidth, 2 * n ** 3 / seconds_of(lambda: a @ b)
+
+
+def decode():
+    """Tokens a second, and the share of the time that reading weights and cache once a step would take."""
+    bandwidth, rate = limits()
+    note("the card", card=torch.cuda.get_device_name() if ON_CARD else "CPU", torch=torch.__version__,
+         copy_TB_s=bandwidth / 1e12, bf16_TFLOP_s=rate / 1e12)
+    plan = [("gpu preset", 64), ("gpu preset", 256), ("gpu preset", 1024), ("SmolLM2-135M", 64), ("SmolLM2-135M", 256),
+            ("SmolLM2-135M", 1024), ("Qwen2.5-0.5B", 64), ("Qwen2.5-0.5B", 256), ("Qwen2.5-0.5B", 1024),
+            ("Qwen2.5-1.5B", 256)]
+    for name, rows in plan:
+        decode_shape(name, rows if ON_CARD else 4, bandwidth)
+
+
+def decode_shape(name, rows, bandwidth):
+    shape = SHAPES[name]
+    model = fast_layers(new_model(shape, dtype=torch.bfloat16))
+    prompt, new, n = (155, 200, 16) if ON_CARD else (8, 8, 2)
+    if name == "gpu preset" and ON_CARD:
+        prompt, new = 60, 130
+    prompts = random_ids(shape["vocab_size"], rows // n, prompt).tolist()
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+    graphs.decoders.clear()
+    if ON_CARD:
+        torch.cuda.reset_peak_memory_stats()
+    run = partial(graphs.generate, model, prompts, n=n, max_new_tokens=new, generator=generator)
+    started = time.perf_counter()
+    run()
+    synchronize()
+    first = time.perf_counter() - started
+    taken = seconds_of(run, 2)
+    c = model.config
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    cache = 4 * rows * (prompt + new / 2) * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    note(f"decode {name}, {rows} rows", tokens_s=rows * new / taken, ms_a_step=1e3 * taken / new, first_s=first,
+         of_bandwidth=new * (weights + cache) / bandwidth / taken, peak_GB=peak_gigabytes())
+
+
+def train():
+    """Tokens a second of next-token training, and 6 FLOPs a weight and token as a share of the measured bf16 rate."""
+    _, rate = limits()
+    for name, length, micro in (("gpu preset", 256, 32768), ("SmolLM2-135M", 1024, 16384),
+                                ("Qwen2.5-0.5B", 1024, 16384), ("Qwen2.5-1.5B", 1024, 8192)):
+        for packed in (False, True):
+            train_shape(name, length if ON_CARD else 32, micro if ON_CARD else 128, packed, rate)
+
+
+def train_shape(name, length, tokens, packed, rate):
+    shape = SHAPES[name]
+    model = fast_layers(new_model(shape))
+    if name == "Qwen2.5-1.5B":
+        recompute(model)
+    optimizer = sft.make_optimizer(model, 1e-3, 0.1)
+    ids = random_ids(shape["vocab_size"], tokens // length, length + 1).to(DEVICE)
+    segments = None
+    if packed:
+        segments = (torch.arange(length, device=DEVICE) // (length // 4)).expand(len(ids), length) + 1
+
+    def step():
+        sft.loss_sum(model, ids[:, :-1], segments=segments, positions=None, targets=ids[:, 1:], dtype="bfloat16"
+                     ).div(tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if ON_CARD:
+        torch.cuda.reset_peak_memory_stats()
+    taken = seconds_of(step)
+    weights = sum(p.numel() for p in model.parameters())
+    note(f"train {name}{', packed' if packed else ''}", tokens_s=tokens / taken,
+         of_rate=6 * weights * tokens / taken / rate, peak_GB=peak_gigabytes())
+
+
+def step():
+    """A GRPO step of 256 x (155 + 200) tokens at 0.5B, with reference; beside TRL's with its own generate."""
+    prompt, new, prompts, group = (155, 200, 16, 16) if ON_CARD else (8, 8, 2, 2)
+    shape = SHAPES["Qwen2.5-0.5B"]
+    model = fast_layers(new_model(shape))
+    timings = []
+    config = grpo.GRPOConfig(rollouts=3, prompts_per_rollout=prompts, group_size=group, minibatches=1,
+                             max_new_tokens=new, beta=0.04, old_logprobs="sampler", micro_batch_tokens=16384)
+    if ON_CARD:
+        torch.cuda.reset_peak_memory_stats()
+    grpo.train(model, random_ids(shape["vocab_size"], prompts, prompt).tolist(), encode=list, decode=str,
+               generate=graphs.generate, end_ids=[], rewards={"even": is_even}, config=config,
+               log=lambda m, _: timings.append((m["seconds"], m["sampling_seconds"], m["drift"])))
+    taken, sampling, gap = timings[-1]
+    weights = sum(p.numel() for p in model.parameters())
+    note("GRPO step, 0.5B, ours", seconds=taken, sampling=sampling, first=timings[0][0], gap=timings[0][2],
+         peak_GB=peak_gigabytes(), formula_GB=20 * weights / 1e9)
+    del model
+    graphs.decoders.clear()
+    if ON_CARD and importlib.util.find_spec("trl"):
+        torch.cuda.empty_cache()
+        trl_step(shape, prompt, new, prompts, group, taken)
+
+
+def trl_step(shape, prompt, new, prompts, group, ours):
+    sys.path.insert(0, str(ROOT / "tests"))
+    import bench
+    import transformers
+    config = transformers.Qwen2Config(**{key: value for key, value in shape.items() if key != "model_type"},
+                                      tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    bench.PROMPTS, bench.GROUP, bench.PROMPT, bench.NEW = prompts, group, prompt + 1, new
+    bench.hf_model = lambda c, dtype=torch.float32: transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    torch.cuda.reset_peak_memory_stats()
+    run = bench.grpo_trl(shape, "bf16")
+    taken = seconds_of(run, 1)
+    note("GRPO step, 0.5B, TRL", seconds=taken, ours_is_faster=taken / ours, peak_GB=peak_gigabytes())
+
+
+def recipe(stages="base,zero", limit=280):
+    """The gpu preset's first stages, and what the whole recipe would take by their figures."""
+    preset = "gpu" if ON_CARD else "smoke"
+    with tempfile.TemporaryDirectory() as dir:
+        dir = Path(dir)
+        command = [sys.executable, "pipeline.py", "--preset", preset, "--device", DEVICE, "--out", dir, "--seed", "100"]
+        command += ["--stages", stages] if stages else []
+        started = time.time()
+        try:
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+            output = result.stdout + result.stderr
+            check("the recipe's exit code", result.returncode, 0, seconds=time.time() - started)
+        except subprocess.TimeoutExpired as error:
+            output = (error.stdout or b"").decode()
+            failed.append("recipe")
+            note("recipe", verdict=f"FAILED: not over in {limit} s")
+        print(output[-6000:])
+        for name, seconds in json.loads((dir / "times.json").read_text())["stages"].items():
+            stage = json.loads((dir / "results.json").read_text())["stages"].get(name, {})
+            solved = stage.get("evaluation", {}).get("accuracy_any", [math.nan])[0]
+            note(f"gpu preset: {name}", seconds=float(seconds), solved=solved)
+
+
+# ------------------------------------------------------------------------------------------- the parts
+
+PARTS = {"correct": (correct, 150), "decode": (decode, 120), "train": (train, 100), "step": (step, 100),
+         "recipe": (recipe, 300)}
+
+
+def run_part(name, path):
+    """In a process of its own."""
+    part, limit = PARTS[name]
+    try:
+        part()
+        if failed:
+            raise SystemExit(1)
+    finally:
+        Path(path).write_text(json.dumps(rows_of_part))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--json", help="where the figures go; default: results/gpu/NAME.json, where there is a GPU")
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        return run_part(*args.part)
+    found, bad = {}, []
+    for name in args.only:
+        started = time.time()
+        print(f"\n{name}: {PARTS[name][0].__doc__}", flush=True)
+        with tempfile.TemporaryDirectory() as dir:
+            path = Path(dir) / "part.json"
+            command = [sys.executable, __file__, "--part", name, str(path)]
+            try:
+                code = subprocess.run(command, timeout=PARTS[name][1]).returncode
+            except subprocess.TimeoutExpired:
+                code = f"not over in {PARTS[name][1]} s"
+            if code != 0:
+                bad.append(name)
+                print(f"  {name} FAILED: {code}", flush=True)
+            found[name] = json.loads(path.read_text()) if path.exists() else []
+        print(f"  ({time.time() - started:.0f} s)", flush=True)
+    path = args.json
+    if path is None and ON_CARD:
+        path = ROOT / "results" / "gpu" / (re.sub(r"\W+", "_", torch.cuda.get_device_name()) + ".json")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(found, indent=1))
+    print(f"\n{'failed: ' + ', '.join(bad) if bad else 'all parts went well'}")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
