@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
+LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions x vocabulary: 1 GB or 256 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,8 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens,
                                       temperature=config.temperature, end_ids=end_ids, generator=generator)
     device = ids.device
-    completions = [row[:length] for row, length in zip(ids, lengths.tolist())]
-    texts = [decode(completion.tolist()) for completion in completions]
+    completions = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
+    texts = [decode(completion) for completion in completions]
 
     # the reward: the weighted sum of what the rules say
     examples_of_rows = [example for example in examples for _ in range(G)]
@@ -193,13 +192,14 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())  # (N, G)
 
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(G)  # (B,)
-    prompts_of_rows = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(G)]
-    rows = pad_sequence([torch.cat(row) for row in zip(prompts_of_rows, completions)], batch_first=True)  # (B, T+1)
+    prompts_of_rows = [prompt for prompt in prompts for _ in range(G)]
+    rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts_of_rows, completions)]
+    rows = pad_sequence(rows, batch_first=True).to(device)  # (B, T+1)
     target = torch.arange(1, rows.shape[1], device=device)  # by length, not by value: any id may be real
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
     sampled_logprobs = torch.zeros(mask.shape, device=device)
-    sampled_logprobs[mask] = torch.cat([row[:length] for row, length in zip(logprobs, lengths.tolist())]).float()
-    last_tokens = torch.stack([completion[-1] for completion in completions])
+    sampled_logprobs[mask] = logprobs[torch.arange(ids.shape[1], device=device) < lengths[:, None]].float()
+    last_tokens = ids.gather(1, lengths[:, None] - 1)[:, 0]
     return Rollout(
         examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
         finished=torch.isin(last_tokens, torch.tensor(list(end_ids), device=device)),
@@ -212,7 +212,7 @@ def draw_once(draw, prompts, count):
 
 def cast_copy(model, dtype):
     """A frozen copy for sampling and scoring: parameters are cast once, buffers (rotary angles) keep their dtype."""
-    cast = {id(p): nn.Parameter(p.detach().to(getattr(torch, dtype), copy=True)) for p in model.parameters()}
+    cast = {id(p): torch.nn.Parameter(p.detach().to(getattr(torch, dtype), copy=True)) for p in model.parameters()}
     return copy.deepcopy(model, cast).eval().requires_grad_(False)  # deepcopy takes what it is given as copied
 
 
@@ -235,8 +235,7 @@ def logprobs_of(model, r: Rollout, rows, config):
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
     # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
-    bf16 = config.dtype != "float32"
-    with torch.autocast(ids.device.type, getattr(torch, config.dtype), enabled=bf16, cache_enabled=False):
+    with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
         if hasattr(model, "hidden") and hasattr(model, "head"):
             states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
             logprobs = head_logprobs(model, states, targets, config.temperature)

@@ -95,9 +95,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, mask):
-        """mask (B, 1, T, S): 0 where a query may look, -inf elsewhere; None: plain causal attention."""
-        group = self.heads // self.kv_heads
-        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))  # (B, H, S, d)
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))  # (B, H, S, d)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
@@ -221,9 +219,7 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
         cos = self.cos[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
         sin = self.sin[positions][:, :, None].to(x.dtype)
-        mask = None
-        if seen is not None:
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
+        mask = None if seen is None else torch.where(seen, 0.0, -math.inf).to(x.dtype)[:, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, cache, i)
         if cache is not None:
@@ -250,11 +246,12 @@ def nucleus(logits, temperature, top_p):
 
     logits (B, V) -> the probabilities (B, C) of C candidates and their ids (B, C); ids None: all V tokens, in order.
     """
-    p = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)
+    p = (logits if temperature == 1 else logits.float() / temperature).softmax(-1, dtype=torch.float32)
     if top_p >= 1:
         return p, None
-    # sorting all V is slow: take the 8 likeliest, then 8 times as many for the rows where these fall short of top_p
-    V, k = p.shape[1], min(8, p.shape[1])
+    # sorting a large V is slow: take the 8 likeliest, then 8 times as many for the rows where these fall short of top_p
+    V = p.shape[1]
+    k = V if p.is_cuda and V <= 4096 else min(8, V)  # a GPU had rather sort than wait
     top, tokens = p.topk(k)
     while k < V and (short := top.sum(-1) < top_p).any():
         more = min(8 * k, V) - k
@@ -297,8 +294,7 @@ def prefill(model, prompts):
 def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None):
     """n samples of each prompt.
 
-    prompts: N lists of token ids, of any lengths. A row stops at the first token of `end_ids`, which is kept and
-    counted. Temperature 0 is greedy.
+    prompts: N lists of token ids. A row stops at the first token of end_ids, which counts. Temperature 0 is greedy.
     Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after a row's length;
     lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens, in the distribution they were drawn from.
     """

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary of one piece: 256 MB in fp32, a few times that at the peak
+LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions x vocabulary: 1 GB or 256 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
     learned = (targets.flatten() >= 0).nonzero()[:, 0]  # (n,) positions with a target
     targets = targets.flatten()[learned]                # (n,)
     # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
-    with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False):
+    with torch.autocast(ids.device.type, getattr(torch, dtype), dtype != "float32", cache_enabled=False):
         if not (hasattr(model, "hidden") and hasattr(model, "head")):
             logits = model(ids, positions=positions, segments=segments).flatten(0, 1)         # (B*T, V)
             return CrossEntropy.apply(logits.index_select(0, learned), targets).sum()

@@ -425,6 +425,7 @@ NO_ANSWER = r"none$|nothing$|unknown$|no (?:answer|idea)|(?:the )?(?:final )?ans
 FEW_WORDS = re.compile(rf"(?!{NO_ANSWER})[{LATIN}]{{2,}}(?:[ '-][{LATIN}]+){{0,2}}")
 
 
+@lru_cache(4096)  # several rules read the same text, and completions share their answers
 def read_answer(text: str):
     r"""The canonical value of an answer text, hashable, or None: two answers are equal iff their values are.
 

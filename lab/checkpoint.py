@@ -339,6 +339,12 @@ def _group_like(here: dict, group: dict) -> dict:
     return restored
 
 
+def is_out_of_memory(error):
+    """By its class or a library's own words: "illegal memory access" is something else."""
+    words = ("CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # of a GPU's cuBLAS, of a CPU's allocator
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
 # ------------------------------------------------------------------------------------------- signals
 
 
@@ -447,7 +453,7 @@ class Checkpointer:
             if type(rest["step"]) is not int or rest["step"] < 0:
                 raise ValueError(f"its step is {rest['step']!r}")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            if "memory" in str(error):  # the GPU's: nothing is wrong with the state
+            if is_out_of_memory(error):  # nothing is wrong with the state
                 raise
             raise ValueError(f"{self.dir / STATE}: not a state of this training ({error}); {RESTARTS}") from None
         self.state = None  # frees its memory

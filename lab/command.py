@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from lab.check_input import check_settings
-from lab.checkpoint import Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm, lock
+from lab.checkpoint import (Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
+                            is_out_of_memory, lock)
 
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
 LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference; "
@@ -41,10 +42,8 @@ class Parser(argparse.ArgumentParser):
             resumes = f"; the same command resumes here: {out}" if out else ""
             code = 143 if isinstance(interrupt, Terminated) else 130
             self.exit(code, f"\n{self.prog}: stopped{resumes}\n")
-        except MemoryError as error:
-            self.out_of_memory(error)
-        except RuntimeError as error:
-            if "memory" not in str(error):  # a mistake of ours: its traceback is wanted
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):  # a mistake of ours: its traceback is wanted
                 raise
             self.out_of_memory(error)
         except BaseException as error:

@@ -2,7 +2,7 @@
 
 Small steps cost mostly their launches: each takes microseconds of the CPU, often more than the kernel runs. A recording
 (a CUDA graph) uses fixed memory, so a Decoder holds the weights, the cache and the ids that its recordings read, and is
-kept from call to call. The rows of a batch are a power of two and the columns a multiple of 128: few recordings serve
+kept from call to call. The rows of a batch are a power of two and the columns a multiple of 64: few recordings serve
 all batches. Sampling is not part of them; it waits for the GPU every 16th step only (top_p below 1: at every step).
 
     generate(model, prompts, ...)   # as model.generate, which it is where the model is not on a GPU
@@ -15,7 +15,7 @@ import torch
 import model as transformer
 from model import prefill, sample
 
-BLOCK = 128         # columns
+BLOCK = 64          # columns
 SHARE = 1 / 20      # of the GPU's memory: a Decoder that takes more is not kept
 decoders = {}       # (architecture, dtype, device) -> the Decoder of the last call
 
@@ -65,9 +65,13 @@ def generate_recorded(model, prompts, n=1, max_new_tokens=128, temperature=1.0, 
                 decoder.keep(rows)
         if t + 1 < steps:
             logits = decoder.step(token)
-    if decoder.bytes() > SHARE * torch.cuda.get_device_properties(device).total_memory:
+    if decoder.bytes() > SHARE * memory_of(device):
         decoders.clear()
     return ids[:count], lengths[:count], logprobs[:count]
+
+
+def memory_of(device):
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def power_of_two(count):
@@ -75,15 +79,17 @@ def power_of_two(count):
     return 1 << (count - 1).bit_length()
 
 
-def decoder_for(model, rows, columns, record=None):
+def decoder_for(model, rows, columns):
     """A Decoder with this model's weights and room for so much; if possible that of the last call."""
     parameter = next(model.parameters())
     key = repr(model.config), parameter.dtype, parameter.device
     decoder = decoders.get(key)
     if decoder is None or rows > decoder.rows or columns > decoder.columns:
-        decoder = None
-        decoders.clear()  # first: both would not fit
-        decoder = decoders[key] = Decoder(model, rows, columns, record or cuda_graph)
+        decoder = decoders.pop(key, None)
+        if decoder is not None:  # it goes first: both might not fit
+            rows, columns = max(rows, decoder.rows), max(columns, decoder.columns)
+            del decoder
+        decoder = decoders[key] = Decoder(model, rows, columns, cuda_graph)
     torch._foreach_copy_(list(decoder.model.parameters()), list(model.parameters()))
     return decoder
 

@@ -370,6 +370,8 @@ class Run:
         """
         defaults = {"samples": self.preset.samples, "seed": self.seed,
                     "max_new_tokens": self.preset.zero.max_new_tokens}
+        if self.device.type == "cuda":
+            defaults["batch_rows"] = 2048
         config = evaluate.EvalConfig(**defaults | settings)
         prompts = [self.prompt(example) for example in examples]
         generator = torch.Generator(device=self.device).manual_seed(config.seed)
@@ -401,7 +403,7 @@ class Run:
 
 def machine(device):
     if device.type == "cuda":
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
     else:
         name = f"{torch.get_num_threads()} threads, {platform.machine()}"
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -258,7 +258,8 @@ def out_of_memory():
 def smoke():
     with tempfile.TemporaryDirectory() as dir:
         started = time.time()
-        command = [sys.executable, "pipeline.py", "--preset", "smoke", "--device", DEVICE, "--out", dir, "--seed", "100"]
+        command = [sys.executable, "pipeline.py", "--preset", "smoke", "--device", DEVICE, "--seed", "100", "--out",
+                   dir]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
         check("the smoke recipe's exit code", result.returncode, 0, seconds=time.time() - started)
         if result.returncode:

@@ -19,7 +19,7 @@ ALLOWED = {  # beside the standard library
     "sft": {"torch", "tqdm"}, "grpo": {"torch", "tqdm"}, "distill": set(), "evaluate": {"numpy", "tqdm"},
     "variants/ppo": {"torch", "tqdm"}, "variants/prime": {"torch", "tqdm"}, "variants/process": {"torch"},
     "variants/dapo": {"torch"}, "variants/rope_scaling": {"torch"}, "variants/configs": set(),
-    "lab/graphs": {"torch"}, "lab/checkpoint": {"torch", "safetensors", "numpy"}}
+    "lab/checkpoint": {"torch", "safetensors", "numpy"}}
 CONCEPTS = [*ALLOWED]
 FOLDERS = ("variants", "lab", "data")
 OURS = [path for folder in (ROOT, *(ROOT / name for name in FOLDERS)) for path in sorted(folder.glob("*.py"))]
@@ -140,12 +140,6 @@ EXAMPLES = {
         last = sft.train(net, [([1, 2, 3, 4], 1)] * 40, config)
         assert last["loss"] < 0.2 and net(torch.tensor([[2]])).argmax() == 3
     """,
-    "lab/graphs": """
-        import graphs
-        generate = graphs.with_graphs(lambda model, prompts, n: (model, prompts, n))
-        net = torch.nn.Linear(2, 2)
-        assert generate(net, [[1]], n=3) == (net, [[1]], 3)
-    """,
     "rewards": """
         import rewards
         example = {"prompt": "2+3?", "answer": "5", "language": "en", "kind": "reasoning"}
@@ -247,7 +241,7 @@ def test_the_folder_of_variants_copied_as_it_is_imports_alone(tmp_path):
 def test_every_concept_file_has_an_example_here():
     top = {path.stem for path in ROOT.glob("*.py")} - {"pipeline"}
     variants = {f"variants/{path.stem}" for path in ROOT.glob("variants/*.py")} - {"variants/__init__"}
-    assert EXAMPLES.keys() == ALLOWED.keys() == top | variants | {"lab/graphs", "lab/checkpoint"}
+    assert EXAMPLES.keys() == ALLOWED.keys() == top | variants | {"lab/checkpoint"}
 
 
 # ------------------------------------------------------------------------------------------- who imports whom

@@ -512,7 +512,7 @@ def test_a_state_of_wrong_shapes_or_types_is_refused_in_one_line_that_names_its_
 def test_a_gpu_without_memory_is_no_fault_of_the_state(tmp_path):
     class Full(torch.nn.Linear):
         def named_parameters(self, *args, **kwargs):
-            raise RuntimeError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory")
     checkpoint.save(tmp_path, *checkpoint.state_of(model=torch.nn.Linear(2, 2), step=1))
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         checkpoint.Checkpointer(tmp_path).resume(model=Full(2, 2))
@@ -618,9 +618,18 @@ def test_without_memory_the_line_names_the_knobs(capsys):
     assert exit.value.code == 2 and "out of memory" in said and "--micro-batch-tokens" in said and said.count("\n") == 1
 
 
-def test_a_mistake_of_our_own_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="shapes"), Parser().one_line_errors():
-        raise RuntimeError("shapes")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")])
+def test_a_gpus_words_for_too_little_memory_are_known(error, capsys):
+    with pytest.raises(SystemExit), Parser(prog="grpo.py").one_line_errors():
+        raise error
+    assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("message", ["shapes", "CUDA error: an illegal memory access was encountered"])
+def test_a_mistake_of_our_own_keeps_its_traceback(message):
+    with pytest.raises(RuntimeError, match=message), Parser().one_line_errors():
+        raise RuntimeError(message)
 
 
 # ---- the scripts, one by one

@@ -1,4 +1,6 @@
-"""CUDA graphs: the recorded step against the plain one. Without a GPU a stand-in for the recording repeats the step."""
+"""Decoding as on a GPU: recorded steps beside plain ones. A stand-in for the recording repeats the step."""
+
+import copy
 
 import pytest
 import torch
@@ -21,59 +23,118 @@ class Recorder:
         return output, lambda: output.copy_(run())
 
 
-def samples(model, **settings):
-    return generate(model, PROMPTS, n=8, max_new_tokens=56, generator=torch.Generator().manual_seed(0), **settings)
+@pytest.fixture
+def record(monkeypatch):
+    """A stand-in for cuda_graph, in a process that has decoded nothing so far and has no GPU whose memory ends."""
+    record = Recorder()
+    monkeypatch.setattr(graphs, "cuda_graph", record)
+    monkeypatch.setattr(graphs, "decoders", {})
+    monkeypatch.setattr(graphs, "BLOCK", 16)
+    monkeypatch.setattr(graphs, "memory_of", lambda device: 10 ** 12)
+    return record
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("end_ids", [(), (6,), (6, 7, 8, 9)], ids=["none ends", "few end", "most end"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_recorded_steps_sample_what_plain_steps_do_while_the_cache_grows_and_rows_leave(tiny, end_ids, temperature):
-    model, record = tiny(seed=2).eval(), Recorder()
-    plain = samples(model, end_ids=end_ids, temperature=temperature)
-    recorded = samples(graphs.Recorded(model, record), end_ids=end_ids, temperature=temperature)
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_recorded_steps_find_the_greedy_tokens_of_plain_ones_while_columns_join_and_rows_leave(
+        tiny, record, end_ids, n):
+    model = tiny(seed=2).eval()
+    settings = dict(n=n, max_new_tokens=56, end_ids=end_ids, temperature=0.0)
+    plain, recorded = generate(model, PROMPTS, **settings), graphs.generate_recorded(model, PROMPTS, **settings)
     for ours, theirs in zip(recorded, plain):
         assert torch.equal(ours, theirs)
-    lasted = plain[1].max().item()
-    assert 1 <= record.count < lasted  # recorded less often than it stepped
+    assert 1 <= record.count < plain[1].max()  # recorded less often than it stepped
 
 
-def test_a_recording_lasts_until_the_cache_grows(tiny):
-    record = Recorder()
-    samples(graphs.Recorded(tiny().eval(), record))  # 5 + 55 columns, 32 at a time
-    assert record.count == 2
+def test_recorded_steps_sample_what_plain_ones_do_where_the_batch_is_the_same(tiny, record):
+    """32 rows are a power of two, and none leaves: the same random numbers fall to the same rows."""
+    model = tiny(seed=2).eval()
+    settings = dict(n=8, max_new_tokens=56, temperature=1.0)
+    plain = generate(model, PROMPTS, generator=seeded(), **settings)
+    recorded = graphs.generate_recorded(model, PROMPTS, generator=seeded(), **settings)
+    assert all(torch.equal(*pair) for pair in zip(recorded, plain))
 
 
-def test_recording_near_the_end_of_the_context_runs_beyond_it_no_more_than_the_plain_step(tiny):
+def test_rows_that_leave_change_nothing_in_the_distribution_of_those_that_stay(tiny, record):
+    """Against the model's own log-probabilities of what was sampled, row by row."""
+    model, prompt = tiny(seed=2).eval(), [3, 5, 7]
+    ids, lengths, logprobs = graphs.generate_recorded(
+        model, [prompt], n=50, max_new_tokens=40, end_ids=(6,), generator=seeded())
+    assert lengths.min() < 8 and lengths.max() > 24  # some leave at once, some stay long
+    for row, length, found in zip(ids, lengths.tolist(), logprobs):
+        tokens = torch.tensor([prompt + row[:length].tolist()])
+        expected = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[0, len(prompt) - 1:, 0]
+        torch.testing.assert_close(found[:length], expected.detach(), atol=1e-4, rtol=1e-4)
+        assert (row[:length - 1] != 6).all() and not row[length:].any() and not found[length:].any()
+
+
+def test_recordings_are_kept_from_call_to_call_and_follow_the_weights(tiny, record):
+    model, other = tiny(seed=2).eval(), tiny(seed=3).eval()
+    settings = dict(n=4, max_new_tokens=20, temperature=0.0)
+    first = graphs.generate_recorded(model, PROMPTS, **settings)[0]
+    count = record.count
+    ours = graphs.generate_recorded(other, PROMPTS, **settings)[0]  # other weights of the same shape
+    assert torch.equal(ours, generate(other, PROMPTS, **settings)[0]) and not torch.equal(ours, first)
+    assert torch.equal(graphs.generate_recorded(model, PROMPTS, **settings)[0], first)
+    assert record.count == count
+
+
+def test_a_decoder_grows_where_more_rows_or_columns_are_asked_for(tiny, record):
+    model = tiny(seed=2).eval()
+    for prompts, n, new in ((PROMPTS[:1], 1, 4), (PROMPTS, 2, 4), (PROMPTS, 2, 30), (PROMPTS[:2], 1, 3)):
+        ours = graphs.generate_recorded(model, prompts, n=n, max_new_tokens=new, temperature=0.0)
+        theirs = generate(model, prompts, n=n, max_new_tokens=new, temperature=0.0)
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs))
+    decoder, = graphs.decoders.values()
+    assert (decoder.rows, decoder.columns) == (8, 48)  # 5 + 30 columns, 16 at a time
+
+
+def test_a_decoder_that_takes_much_of_the_memory_is_not_kept(tiny, record, monkeypatch):
+    monkeypatch.setattr(graphs, "memory_of", lambda device: 10 ** 4)
+    graphs.generate_recorded(tiny().eval(), PROMPTS, max_new_tokens=3)
+    assert graphs.decoders == {}
+
+
+def test_near_the_end_of_the_context_it_runs_no_further_than_the_plain_step(tiny, record):
     model, prompts = tiny().eval(), [[1] * 62]  # the context is 64
-    plain = generate(model, prompts, max_new_tokens=9, temperature=0)
-    recorded = generate(graphs.Recorded(model, Recorder()), prompts, max_new_tokens=9, temperature=0)
+    plain = generate(model, prompts, max_new_tokens=9, temperature=0.0)
+    recorded = graphs.generate_recorded(model, prompts, max_new_tokens=9, temperature=0.0)
     assert torch.equal(plain[0], recorded[0]) and recorded[1].tolist() == [2]
 
 
-def test_a_second_call_with_another_batch_records_again(tiny):
-    model, record = tiny(seed=2).eval(), Recorder()
-    recorded = graphs.Recorded(model, record)
-    for prompts in (PROMPTS[:2], PROMPTS[2:]):
-        ours = generate(recorded, prompts, max_new_tokens=6, temperature=0)
-        theirs = generate(model, prompts, max_new_tokens=6, temperature=0)
-        assert all(torch.equal(*pair) for pair in zip(ours, theirs))
-    assert record.count == 2
+def test_another_architecture_gets_a_decoder_of_its_own(tiny, record):
+    for kind in ("llama", "qwen2", "qwen3"):
+        model = tiny(seed=2, model_type=kind).eval()
+        for dtype in (torch.float32, torch.bfloat16):
+            cast = copy.deepcopy(model).to(dtype)
+            ours = graphs.generate_recorded(cast, PROMPTS, n=2, max_new_tokens=12, temperature=0.0)
+            theirs = generate(cast, PROMPTS, n=2, max_new_tokens=12, temperature=0.0)
+            assert torch.equal(ours[0], theirs[0])
+    assert len(graphs.decoders) == 6
 
 
-def test_without_a_gpu_generate_gets_the_model_itself(tiny):
-    model, seen = tiny(), []
+def test_without_a_gpu_generate_is_the_models_own(tiny):
+    model = tiny().eval()
+    ours = graphs.generate(model, PROMPTS, n=2, max_new_tokens=9, generator=seeded())
+    theirs = generate(model, PROMPTS, n=2, max_new_tokens=9, generator=seeded())
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs))
 
-    def generate(model, prompts, **settings):
-        seen.append((model, prompts, settings))
 
-    graphs.with_graphs(generate)(model, [[1]], n=2)
-    assert seen == [(model, [[1]], {"n": 2})]
+@pytest.mark.parametrize("count, expected", [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_the_next_power_of_two(count, expected):
+    assert graphs.power_of_two(count) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_recorded_steps_sample_what_plain_steps_do(tiny):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_on_a_gpu_recorded_steps_sample_what_plain_steps_do(tiny, temperature):
     model = tiny(seed=2).eval().cuda()
-    settings = dict(n=8, max_new_tokens=56, temperature=0, end_ids=[6])
-    ours = graphs.with_graphs(generate)(model, PROMPTS, **settings)
-    theirs = generate(model, PROMPTS, **settings)
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    results = []
+    for sample in (graphs.generate, generate):
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        results.append(sample(model, PROMPTS, n=8, max_new_tokens=56, temperature=temperature, generator=generator))
+    assert all(torch.equal(*pair) for pair in zip(*results))

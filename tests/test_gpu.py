@@ -1,0 +1,65 @@
+"""tests/gpu.py in miniature: what it runs on a card runs here, so that it cannot rot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_its_speeds_run_on_a_cpu_and_go_where_they_are_sent(tmp_path):
+    before = {path: path.stat().st_mtime for path in ROOT.glob("results/gpu/*")}
+    command = [sys.executable, "tests/gpu.py", "--only", "decode", "train", "step", "--json", str(tmp_path / "cpu.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert [len(found[part]) for part in ("decode", "train", "step")] == [11, 8, 1]
+    assert all(row["tokens_s"] > 0 for row in found["decode"][1:] + found["train"])
+    assert before == {path: path.stat().st_mtime for path in ROOT.glob("results/gpu/*")}
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PARTS", {"broken": (gpu.decode, 0.01), "step": (gpu.step, 100)})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(tmp_path / "cpu.json")])
+    with pytest.raises(SystemExit) as exit:
+        gpu.main()
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert exit.value.code == 1 and "failed: broken" in said and found["broken"] == [] and len(found["step"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_its_comparison_of_models_finds_none_that_differ(kind, monkeypatch):
+    monkeypatch.setattr(gpu, "failed", [])
+    gpu.compare_model(kind)
+    assert gpu.failed == []
+
+
+def test_its_comparison_finds_a_model_that_computes_something_else(monkeypatch):
+    monkeypatch.setattr(gpu, "failed", [])
+    monkeypatch.setattr(gpu, "fast_layers", shifted)
+    gpu.compare_model("llama")
+    assert "llama: logits beside the CPU's" in gpu.failed
+
+
+def shifted(model):
+    model.lm_head.weight.data += 0.01
+    return model
+
+
+@pytest.mark.parametrize("method", ["GRPO", "PPO", "PRIME", "SFT"])
+def test_its_updates_move_the_weights(method):
+    """Else the comparison with the CPU's would be of nothing."""
+    start = gpu.flat(gpu.new_model(gpu.TINY, "cpu"))
+    assert 1e-5 < (gpu.updated(method, "cpu") - start).abs().max() < 0.1
+
+
+def test_its_resumed_training_is_compared(monkeypatch):
+    monkeypatch.setattr(gpu, "failed", [])
+    gpu.compare_resumed()
+    assert gpu.failed == []
