@@ -55,25 +55,26 @@ class Preset:
     model: dict = field(default_factory=lambda: sizes(128, 4, 4, 2, model_type="qwen3"))
     student: dict = field(default_factory=lambda: sizes(96, 3, 4, 2))
     context: int = 512
-    documents: int = 100_000          # of the base's corpus
+    documents: int = 80_000           # of the base's corpus
     student_documents: int = 50_000   # of a student's corpus, which is smaller and holds few chains
     problems: int = 4000              # for reinforcement learning and rejection sampling
     test: int = 510
-    hard: int = 200                   # problems with more steps than any in training
+    hard: int = 400                   # problems with more steps than any in training
     requests: int = 128               # general requests of the test, and as many unsafe ones
-    samples: int = 8                  # per test problem
+    samples: int = 4                  # per test problem; twice as many per request
     zero_samples: int = 16            # R1-Zero's, for maj@16
+    batch_rows: int = 1024            # completions sampled at once for a measurement
     many: int = 64                    # for pass@64, with --ablations
     cold_start: int = 60              # examples
     trace_prompts: int = 3000
     trace_samples: int = 3
-    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=256, warmup=0.03)
+    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=1920, row_length=160, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
     zero: GRPOConfig = rl_config(rollouts=45, lr=1.5e-4, max_new_tokens=200)
     control: GRPOConfig = rl_config(rollouts=45, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
-    rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4, max_new_tokens=200)
-    rl2: GRPOConfig = rl_config(rollouts=45, lr=2e-4, temperature=0.7, max_new_tokens=200)
+    rl1: GRPOConfig = rl_config(rollouts=25, lr=2e-4, max_new_tokens=200)
+    rl2: GRPOConfig = rl_config(rollouts=30, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
     compare_samples: int = 3072       # completions that each method of --compare may sample
     compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
@@ -99,7 +100,7 @@ PRESETS = {
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(
-        test=ALL, samples=16, zero_samples=16, cold_start=500, trace_prompts=ALL, trace_samples=4,
+        test=ALL, samples=16, zero_samples=16, batch_rows=512, cold_start=500, trace_prompts=ALL, trace_samples=4,
         cold=SFTConfig(lr=1e-5, epochs=2, batch_tokens=16384, micro_batch_rows=4, row_length=1024),
         sft2=SFTConfig(lr=1e-5, epochs=2, batch_tokens=65536, micro_batch_rows=4, row_length=1024),
         **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384)),
