@@ -41,7 +41,7 @@ def sizes(width, layers, heads, kv_heads, **more):
 # Advantages are not divided by the group's std: in groups that are all correct, that would magnify small differences of
 # the language reward. pi_old's log-probabilities are the sampler's own: they agree with the trainer's to 1e-4 here, and
 # save a forward pass.
-rl_config = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=5)
+rl_config = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=4)
 
 
 def rl_stages(**settings):
@@ -71,10 +71,10 @@ class Preset:
     pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=1920, row_length=160, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
-    zero: GRPOConfig = rl_config(rollouts=45, lr=1.5e-4, max_new_tokens=200)
-    control: GRPOConfig = rl_config(rollouts=45, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
-    rl1: GRPOConfig = rl_config(rollouts=25, lr=2e-4, max_new_tokens=200)
-    rl2: GRPOConfig = rl_config(rollouts=30, lr=2e-4, temperature=0.7, max_new_tokens=200)
+    zero: GRPOConfig = rl_config(rollouts=36, lr=1.5e-4, max_new_tokens=200)
+    control: GRPOConfig = rl_config(rollouts=48, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
+    rl1: GRPOConfig = rl_config(rollouts=24, lr=2e-4, max_new_tokens=200)
+    rl2: GRPOConfig = rl_config(rollouts=28, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
     compare_samples: int = 3072       # completions that each method of --compare may sample
     compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
@@ -96,14 +96,15 @@ PRESETS = {
         pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
         cold=SFTConfig(lr=1e-4, epochs=3, batch_tokens=4096, micro_batch_rows=128),
         sft2=SFTConfig(lr=3e-4, epochs=3, batch_tokens=16384, micro_batch_rows=128),
-        **rl_stages(rollouts=60, prompts_per_rollout=64, lr=3e-5, max_new_tokens=200, micro_batch_tokens=65536)),
+        **rl_stages(rollouts=60, prompts_per_rollout=64, lr=3e-5, max_new_tokens=200, micro_batch_tokens=65536,
+                    validate_every=5)),
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(
         test=ALL, samples=16, zero_samples=16, batch_rows=512, cold_start=500, trace_prompts=ALL, trace_samples=4,
         cold=SFTConfig(lr=1e-5, epochs=2, batch_tokens=16384, micro_batch_rows=4, row_length=1024),
         sft2=SFTConfig(lr=1e-5, epochs=2, batch_tokens=65536, micro_batch_rows=4, row_length=1024),
-        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384)),
+        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384, validate_every=5)),
 }
 
 # ------------------------------------------------------------------------------------------- the recipe

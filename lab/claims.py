@@ -129,7 +129,7 @@ def claims_of_zero(values, lengths):
     thinks = [f"{values.percent(stage, 'thinks'):.0f}%" for stage in ("base", "zero")]
     right = [f"{values.percent(stage, 'accuracy_any_if_thinking'):.0f}%" for stage in ("base", "zero")]
     slopes = growth(lengths)
-    last_third = Part(np.zeros_like(slopes), slopes, says="output per 10 rollouts, in the last third:")
+    last_third = Part(np.zeros_like(slopes), slopes, says="output per 10 rollouts, in the last third, of validation problems:")
     return [
         Claim("1", "RL without SFT raises reasoning (zero > base)", "R1 v1 fig. 2", "AIME 15.6 -> 77.9",
               [values.part("base", "zero", "accuracy_any")],
