@@ -64,8 +64,9 @@ def make_claims(values, difference, best=None, lengths=None):
     lengths: {rollout: the length of R1-Zero's outputs, one value per validation problem}.
     """
     values = Values(values)
-    claims = claims_of_zero(values, lengths or {}) + claims_of_the_recipe(values) + claims_of_students(values, best or {})
-    claims += claims_of_votes(values) + claims_of_budgets(values) + claims_of_reflection(values)
+    claims = claims_of_zero(values, lengths or {}) + claims_of_the_recipe(values)
+    claims += claims_of_students(values, best or {}) + claims_of_votes(values)
+    claims += claims_of_budgets(values) + claims_of_reflection(values)
     return [row_of(claim, difference) for claim in claims if all(map(is_measured, claim.parts))]
 
 
@@ -129,7 +130,8 @@ def claims_of_zero(values, lengths):
     thinks = [f"{values.percent(stage, 'thinks'):.0f}%" for stage in ("base", "zero")]
     right = [f"{values.percent(stage, 'accuracy_any_if_thinking'):.0f}%" for stage in ("base", "zero")]
     slopes = growth(lengths)
-    last_third = Part(np.zeros_like(slopes), slopes, says="output per 10 rollouts, in the last third, of validation problems:")
+    says = "output per 10 rollouts, in the last third, of validation problems:"
+    last_third = Part(np.zeros_like(slopes), slopes, says=says)
     return [
         Claim("1", "RL without SFT raises reasoning (zero > base)", "R1 v1 fig. 2", "AIME 15.6 -> 77.9",
               [values.part("base", "zero", "accuracy_any")],
