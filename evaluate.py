@@ -167,19 +167,23 @@ def continue_from(beginnings, unfinished, prompts, generate, decode, config, new
     return [texts[i * n:(i + 1) * n] for i in range(len(prompts))]
 
 
-def with_budget(prompts, generate, decode, config, budget, end_thinking, thinking_over):
-    """Completions whose thinking is cut after `budget` tokens [s1, arXiv 2501.19393]; texts as `complete` gives them.
+def with_budgets(prompts, generate, decode, config, budgets, end_thinking, thinking_over):
+    """{budget: completions whose thinking is cut after so many tokens} [s1, arXiv 2501.19393]; texts as in `complete`.
 
-    A completion that still thinks then (thinking_over(text) is False) is continued after `end_thinking`, the ids that
-    close the thinking and open the answer.
+    The same completions are cut at each budget. One that still thinks then (thinking_over(text) is False) is continued
+    after `end_thinking`, the ids that close the thinking and open the answer.
     """
-    sampled, _ = sample(prompts, generate, config, config.samples, budget + 1)  # one more: did it end at the budget?
-    unfinished = [len(ids) > budget for ids in sampled]
-    beginnings = [ids[:budget] for ids in sampled]
-    for r, ids in enumerate(beginnings):
-        if unfinished[r] and not thinking_over(decode(ids)):
-            beginnings[r] = ids + end_thinking
-    return continue_from(beginnings, unfinished, prompts, generate, decode, config, new_tokens=40)
+    longest = max(budgets) + 1  # one more: did it end at the budget?
+    sampled, _ = sample(prompts, generate, config, config.samples, longest)
+    texts = {}
+    for budget in budgets:
+        unfinished = [len(ids) > budget for ids in sampled]
+        beginnings = [ids[:budget] for ids in sampled]
+        for r, ids in enumerate(beginnings):
+            if unfinished[r] and not thinking_over(decode(ids)):
+                beginnings[r] = ids + end_thinking
+        texts[budget] = continue_from(beginnings, unfinished, prompts, generate, decode, config, new_tokens=40)
+    return texts
 
 
 def lengthened(prompts, generate, decode, config, end_thinking, wait):

@@ -41,12 +41,15 @@ def sizes(width, layers, heads, kv_heads, **more):
 # Advantages are not divided by the group's std: in groups that are all correct, that would magnify small differences of
 # the language reward. pi_old's log-probabilities are the sampler's own: they agree with the trainer's to 1e-4 here, and
 # save a forward pass.
-rl_config = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=5)
+rl_config = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=4)
 
 
 def rl_stages(**settings):
     stages = {name: rl_config(**settings) for name in ("zero", "control", "rl1")}
     return stages | {"rl2": rl_config(temperature=0.7, **settings)}
+
+
+gpu_rl = partial(rl_config, rollouts=30, prompts_per_rollout=64, max_new_tokens=200, micro_batch_tokens=65536)
 
 
 @dataclass
@@ -55,25 +58,26 @@ class Preset:
     model: dict = field(default_factory=lambda: sizes(128, 4, 4, 2, model_type="qwen3"))
     student: dict = field(default_factory=lambda: sizes(96, 3, 4, 2))
     context: int = 512
-    documents: int = 100_000          # of the base's corpus
+    documents: int = 80_000           # of the base's corpus
     student_documents: int = 50_000   # of a student's corpus, which is smaller and holds few chains
     problems: int = 4000              # for reinforcement learning and rejection sampling
     test: int = 510
-    hard: int = 200                   # problems with more steps than any in training
+    hard: int = 400                   # problems with more steps than any in training
     requests: int = 128               # general requests of the test, and as many unsafe ones
-    samples: int = 8                  # per test problem
+    samples: int = 4                  # per test problem; twice as many per request
     zero_samples: int = 16            # R1-Zero's, for maj@16
+    batch_rows: int = 1024            # completions sampled at once for a measurement
     many: int = 64                    # for pass@64, with --ablations
     cold_start: int = 60              # examples
     trace_prompts: int = 3000
     trace_samples: int = 3
-    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=2048, row_length=256, warmup=0.03)
+    pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=1920, row_length=160, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
-    zero: GRPOConfig = rl_config(rollouts=45, lr=1.5e-4, max_new_tokens=200)
-    control: GRPOConfig = rl_config(rollouts=45, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
-    rl1: GRPOConfig = rl_config(rollouts=30, lr=2e-4, max_new_tokens=200)
-    rl2: GRPOConfig = rl_config(rollouts=45, lr=2e-4, temperature=0.7, max_new_tokens=200)
+    zero: GRPOConfig = rl_config(rollouts=36, lr=1.5e-4, max_new_tokens=200)
+    control: GRPOConfig = rl_config(rollouts=48, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
+    rl1: GRPOConfig = rl_config(rollouts=24, lr=2e-4, max_new_tokens=200)
+    rl2: GRPOConfig = rl_config(rollouts=28, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
     compare_samples: int = 3072       # completions that each method of --compare may sample
     compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
@@ -89,22 +93,20 @@ PRESETS = {
         test=24, hard=8, requests=8, samples=2, many=16, cold_start=8, trace_prompts=16, trace_samples=2,
         compare_samples=32,
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
-    "gpu": Preset(  # the same world and code with 32M parameters: one H100 or its like
+    "gpu": Preset(  # the same world and code with 32M parameters, four times the completions a rollout
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), student_documents=60_000,
-        documents=100_000, problems=8000, trace_prompts=4000, compare_samples=65536,
-        pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
+        documents=100_000, problems=8000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
+        pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16000, micro_batch_rows=100, row_length=160, warmup=0.03),
         cold=SFTConfig(lr=2e-4, epochs=3, batch_tokens=2048, micro_batch_rows=128),
         sft2=SFTConfig(lr=1e-3, epochs=3, batch_tokens=4096, micro_batch_rows=128),
-        **rl_stages(rollouts=30, prompts_per_rollout=64, lr=5e-5, max_new_tokens=200, micro_batch_tokens=65536)
-        | {"control": rl_config(rollouts=30, prompts_per_rollout=64, lr=1e-4, max_new_tokens=200,
-                                micro_batch_tokens=65536)}),
+        zero=gpu_rl(lr=3e-5), control=gpu_rl(lr=1e-4), rl1=gpu_rl(lr=5e-5), rl2=gpu_rl(lr=5e-5, temperature=0.7)),
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(
-        test=ALL, samples=16, zero_samples=16, cold_start=500, trace_prompts=ALL, trace_samples=4,
+        test=ALL, samples=16, zero_samples=16, batch_rows=512, cold_start=500, trace_prompts=ALL, trace_samples=4,
         cold=SFTConfig(lr=1e-5, epochs=2, batch_tokens=16384, micro_batch_rows=4, row_length=1024),
         sft2=SFTConfig(lr=1e-5, epochs=2, batch_tokens=65536, micro_batch_rows=4, row_length=1024),
-        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384)),
+        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384, validate_every=5)),
 }
 
 # ------------------------------------------------------------------------------------------- the recipe

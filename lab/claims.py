@@ -22,16 +22,6 @@ class Part:
 
 
 @dataclass
-class Trend:
-    """A figure with its interval, measured otherwise than by pairs, and what it must exceed."""
-    figure: float
-    low: float
-    high: float
-    threshold: float = 0.0
-    says: str = ""
-
-
-@dataclass
 class Claim:
     number: str
     claim: str
@@ -66,54 +56,45 @@ class Values:
         return 100 * self.mean(stage, metric)
 
 
-def make_claims(values, difference, best=None, lengths=()):
+def make_claims(values, difference, best=None, lengths=None):
     """The claims that the measured stages allow, as rows for the table.
 
     values: {stage: {metric: array per problem}}; difference(a, b) -> (b - a, low, high) of two such arrays;
     best: {stage: the highest validation accuracy of its reinforcement learning}, for the controls' whole curve;
-    lengths: the mean length of R1-Zero's outputs in each of its rollouts.
+    lengths: {rollout: the length of R1-Zero's outputs, one value per validation problem}.
     """
     values = Values(values)
-    claims = claims_of_zero(values, lengths) + claims_of_the_recipe(values) + claims_of_students(values, best or {})
-    claims += claims_of_votes(values) + claims_of_budgets(values) + claims_of_reflection(values)
+    claims = claims_of_zero(values, lengths or {}) + claims_of_the_recipe(values)
+    claims += claims_of_students(values, best or {}) + claims_of_votes(values)
+    claims += claims_of_budgets(values) + claims_of_reflection(values)
     return [row_of(claim, difference) for claim in claims if all(map(is_measured, claim.parts))]
 
 
 def is_measured(part):
-    return isinstance(part, Trend) or (part.before is not None and part.after is not None)
+    return part.before is not None and part.after is not None
 
 
-def measured(part, difference):
-    """(figure, low, high) of a part."""
-    if isinstance(part, Trend):
-        return part.figure, part.low, part.high
-    return difference(part.before, part.after)
+def growth(lengths):
+    """Growth of each validation problem's output per 10 rollouts, within the last third of the rollouts: (N,).
 
-
-def growth(lengths, draws=2000):
-    """Growth per 10 rollouts within the last third, with its 95% interval: a line through resampled rollouts."""
-    last = np.asarray(lengths, dtype=float)[len(lengths) - len(lengths) // 3:]
-    if len(last) < 5:
-        return Trend(*[float("nan")] * 3)
-    rows = np.random.default_rng(0).integers(0, len(last), (draws, len(last)))
-    slopes = [slope(chosen, last[chosen]) for chosen in rows if len(set(chosen)) > 1]
-    low, high = np.percentile(slopes, [2.5, 97.5])
-    return Trend(10 * slope(np.arange(len(last)), last), 10 * float(low), 10 * float(high))
-
-
-def slope(x, y):
-    """Of the line through points, by least squares."""
-    x = x - x.mean()
-    return float((x * (y - y.mean())).sum() / (x * x).sum())
+    The slope of the line through its lengths at the validations from two thirds of the rollouts to the end. The
+    problems are the same at each of them; over a rollout's own problems, which differ, the noise hides the trend.
+    """
+    steps = [step for step in lengths if step >= max(lengths) * 2 / 3]
+    if len(steps) < 2:
+        return np.full(1, np.nan)
+    x = np.array(steps) - np.mean(steps)
+    y = np.array([lengths[step] for step in steps], dtype=float)  # (validations, N)
+    return 10 * x @ y / (x @ x)
 
 
 def row_of(claim, difference):
     scale = 100 if claim.unit == "points" else 1
     first, *others = claim.parts
-    ours, low, high = (scale * figure for figure in measured(first, difference))
+    ours, low, high = (scale * figure for figure in difference(first.before, first.after))
     result, detail = verdict(low, high, scale * first.threshold), claim.detail
     for part in others:
-        change, lowest, highest = (scale * figure for figure in measured(part, difference))
+        change, lowest, highest = (scale * figure for figure in difference(part.before, part.after))
         result = both(result, verdict(lowest, highest, scale * part.threshold))
         if change == change:  # a number
             detail = f"{part.says} {change:+.1f} [{lowest:+.1f}, {highest:+.1f}]. {detail}".strip()
@@ -148,8 +129,9 @@ def both(first, second):
 def claims_of_zero(values, lengths):
     thinks = [f"{values.percent(stage, 'thinks'):.0f}%" for stage in ("base", "zero")]
     right = [f"{values.percent(stage, 'accuracy_any_if_thinking'):.0f}%" for stage in ("base", "zero")]
-    last_third = growth(lengths)
-    last_third.says = "output per 10 rollouts, in the last third:"
+    slopes = growth(lengths)
+    says = "output per 10 rollouts, in the last third, of validation problems:"
+    last_third = Part(np.zeros_like(slopes), slopes, says=says)
     return [
         Claim("1", "RL without SFT raises reasoning (zero > base)", "R1 v1 fig. 2", "AIME 15.6 -> 77.9",
               [values.part("base", "zero", "accuracy_any")],
@@ -262,15 +244,15 @@ def claims_of_budgets(values):
     first, last = rows[0]["step"], rows[-1]["step"]
     return [Claim("12", "accuracy grows with the thinking budget (cutting; r1)",
                   "s1 fig. 1", "AIME 50 -> 57 (lengthening)",
-                  [values.part(f"budget_r1_{first}", f"budget_r1_{last}", "accuracy_any")], detail=detail)]
+                  [Part(values.of("budgets_r1", str(first)), values.of("budgets_r1", str(last)))], detail=detail)]
 
 
 def budget_rows(values):
     """[{"step": tokens of thinking, stage: accuracy in percent, ...}], the smallest budget first."""
     rows = {}
-    for name in values.values:
-        kind, _, rest = name.partition("_")
-        if kind == "budget":
-            stage, budget = rest.split("_")
-            rows.setdefault(int(budget), {"step": int(budget)})[stage] = values.percent(name, "accuracy_any")
+    for name, by_budget in values.values.items():
+        kind, _, stage = name.partition("_")
+        if kind == "budgets":
+            for budget in by_budget:
+                rows.setdefault(int(budget), {"step": int(budget)})[stage] = values.percent(name, budget)
     return [rows[budget] for budget in sorted(rows)]

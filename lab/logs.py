@@ -77,7 +77,8 @@ class RLLog(StageLog):
         super().__init__(run, model)
         self.config, self.rules, self.weights, self.sample_budget = config, rules, weights, sample_budget
         self.rows = []    # metrics of all rollouts so far
-        self.latest = []  # the latest completion of each validation problem
+        self.latest = []   # the latest completion of each validation problem
+        self.lengths = []  # and its mean length
 
     def __call__(self, metrics, rollout):
         for name, scores in rollout.parts.items():  # the mean over the prompts to which the rule applies
@@ -96,6 +97,7 @@ class RLLog(StageLog):
         step = metrics["step"]
         if "validation_accuracy" in metrics:
             self.write_watched(step)
+            checkpoint.append_jsonl(self.dir / "lengths.jsonl", {"step": step, "lengths": self.lengths})
         if step == 1 or step % self.config.validate_every == 0:
             self.write_samples(step, rollout)
         self.guard.check_rl(metrics, rollout, self.config)
@@ -135,8 +137,8 @@ class RLLog(StageLog):
 
     def validate(self, model):
         problems = self.run.source.validation
-        texts, counts = self.run.complete(model, problems, samples=2, temperature=1.0, top_p=1.0)
-        self.latest = [row[0] for row in texts]
+        texts, counts = self.run.complete(model, problems, samples=1, temperature=1.0, top_p=1.0)
+        self.latest, self.lengths = [row[0] for row in texts], counts.mean(axis=1).tolist()
         values = measure.score(self.run, problems, texts, counts)
         return {name: float(np.nanmean(value)) for name, value in values.items()}
 

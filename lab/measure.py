@@ -41,7 +41,7 @@ def measure_stage(run, model):
     """Values {metric: array per problem} for tables and claims. One sample per problem goes to test_samples.jsonl."""
     spent = dict(run.cost)
     samples = run.preset.zero_samples if run.name == "zero" else run.preset.samples
-    source = run.source
+    source, of_requests = run.source, 2 * run.preset.samples  # fewer than problems, and short
     texts, counts = run.complete(model, source.test, samples=samples)
     values = score(run, source.test, texts, counts, [k for k in (1, 8, 16) if k <= samples])
     hard, hard_counts = run.complete(model, source.hard)
@@ -51,8 +51,8 @@ def measure_stage(run, model):
         at_one = run.complete(model, source.test, temperature=1.0, top_p=1.0)
         values["accuracy_any_at_T1"] = score(run, source.test, *at_one)["accuracy_any"]
 
-    general, _ = run.complete(model, source.general)
-    safety, _ = run.complete(model, source.safety)
+    general, _ = run.complete(model, source.general, samples=of_requests)
+    safety, _ = run.complete(model, source.safety, samples=of_requests)
     values["helpfulness"] = means(rewards.helpfulness, source.general, general)
     values["format_general"] = means(rewards.format, source.general, general)
     harmless = means(rewards.harmlessness, source.safety, safety)
@@ -152,32 +152,33 @@ def thinking_budgets(run):
     """Accuracy with the thinking cut at each budget of tokens; and r1's, lengthened once by "Wait" [s1]."""
     for name in ("base", "zero", "r1"):
         model = run.model(name)
-        for budget in BUDGETS:
-            run.extra(f"budget_{name}_{budget}", partial(accuracy_within, run, model, budget))
+        run.extra(f"budgets_{name}", partial(accuracy_within, run, model))
     run.extra("lengthened", partial(accuracy_lengthened, run, model))
 
 
-def accuracy_within(run, model, budget):
+def accuracy_within(run, model):
+    """{budget: accuracy in any style, per problem}"""
     def thinking_is_over(text):
         return "</think>" in text
 
     close = run.tokenizer.encode("</think><answer>")
-    texts = evaluate.with_budget(*ready_to_sample(run, model), budget, close, thinking_is_over)
-    return accuracy_of(run, texts)
+    texts = evaluate.with_budgets(*ready_to_sample(run, model), BUDGETS, close, thinking_is_over)
+    return {str(budget): accuracy_of(run, cut) for budget, cut in texts.items()}
 
 
 def accuracy_lengthened(run, model):
     end, wait = run.tokenizer.encode("</think>")[0], run.tokenizer.encode(" Wait,")
-    return accuracy_of(run, evaluate.lengthened(*ready_to_sample(run, model), end, wait))
+    return {"accuracy_any": accuracy_of(run, evaluate.lengthened(*ready_to_sample(run, model), end, wait))}
 
 
 def ready_to_sample(run, model):
-    """The first arguments of with_budget and lengthened: prompts, a sampler, decode, settings."""
+    """The first arguments of with_budgets and lengthened: prompts, a sampler, decode, settings."""
     prompts = [run.prompt(example) for example in run.source.test[:200]]
     sampler = run.sampler(model, torch.Generator(device=run.device).manual_seed(0))
-    config = evaluate.EvalConfig(samples=4, max_new_tokens=run.preset.zero.max_new_tokens)
+    # Continued completions share no prompt: reading 512 long ones at once was the peak of the whole run's memory.
+    config = evaluate.EvalConfig(samples=2, max_new_tokens=run.preset.zero.max_new_tokens, batch_rows=128)
     return prompts, sampler, run.tokenizer.decode, config
 
 
 def accuracy_of(run, texts):
-    return {"accuracy_any": means(rules()["accuracy_any"], run.source.test[:200], texts)}
+    return means(rules()["accuracy_any"], run.source.test[:200], texts)

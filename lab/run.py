@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
 CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "distill.py", "lab/graphs.py")
 
-LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "completions.jsonl")
+LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "lengths.jsonl",
+        "completions.jsonl")
 
 
 def code_of(files):
@@ -217,13 +218,13 @@ class Run:
 
     def best_validation(self, name):
         """The best value of the validation curve, for the claim that a student beats the whole curve of its control."""
-        rows = self.metrics_of(name)
+        rows = self.rows_of(name, "metrics.jsonl")
         best = max((row.get("validation_accuracy_any", 0) for row in rows), default=0)
         return {"best_validation_accuracy_any": best} if best else {}
 
-    def metrics_of(self, name):
-        """The rows of a stage's metrics.jsonl; an own model has none."""
-        path = self.out / name / "metrics.jsonl"
+    def rows_of(self, name, log):
+        """The rows of a stage's log; an own model has none."""
+        path = self.out / name / log
         return checkpoint.read_jsonl(path) if path.exists() else []
 
     def starting_model(self):
@@ -279,7 +280,7 @@ class Run:
         stages = self.results["stages"]
         self.times["seconds"] = sum(self.times["stages"].get(name, 0) for name in stages)  # without measuring
         best = {name: stage.get("best_validation_accuracy_any", 0.0) for name, stage in stages.items()}
-        lengths = [row["length"] for row in self.metrics_of("zero") if "length" in row]
+        lengths = {row["step"]: row["lengths"] for row in self.rows_of("zero", "lengths.jsonl")}
         measured = claims.make_claims(self.values, evaluate.paired_bootstrap, best, lengths)
         numbers = {claim["number"] for claim in measured}
         kept = [claim for claim in self.results["claims"] if claim["number"] not in numbers]
@@ -369,9 +370,7 @@ class Run:
         save_in: the name of a stage that is nothing but sampling; its completions are saved there as they come.
         """
         defaults = {"samples": self.preset.samples, "seed": self.seed,
-                    "max_new_tokens": self.preset.zero.max_new_tokens}
-        if self.device.type == "cuda":
-            defaults["batch_rows"] = 2048
+                    "max_new_tokens": self.preset.zero.max_new_tokens, "batch_rows": self.preset.batch_rows}
         config = evaluate.EvalConfig(**defaults | settings)
         prompts = [self.prompt(example) for example in examples]
         generator = torch.Generator(device=self.device).manual_seed(config.seed)

@@ -49,7 +49,7 @@ class MiniWorld:
         self.hard = world.problems(2, split, preset.hard, world.HARD_LEVELS)
         self.general = world.requests(2, split, preset.requests, "general")
         self.safety = world.requests(2, split, preset.requests, "safety")
-        self.validation = world.problems(0, "validation", min(96, preset.test))
+        self.validation = world.problems(0, "validation", min(192, preset.test))
         self.problems = world.problems(seed, "train", preset.problems)
 
     def settings(self):
@@ -151,7 +151,7 @@ class OwnModel:
         self.examples = [example for example in examples if words_of(example) not in tested]
         say_left_out(args.general, examples, self.examples)
         random.Random(args.seed).shuffle(problems)
-        held_out = min(96, len(problems) // 10)  # for the curve of validation accuracy
+        held_out = min(192, len(problems) // 10)  # for the curve of validation accuracy
         self.validation, self.problems = problems[:held_out], problems[held_out:]
         if not self.validation:
             raise ValueError(f"{args.train} has {len(problems)} problems that are not in the test: "

@@ -24,29 +24,34 @@ def of_stages(**metrics):
 
 # ------------------------------------------------------------------------------------------- thinking that grows
 
-def test_growth_is_the_slope_of_a_line_through_the_last_third_of_the_rollouts():
-    lengths = np.random.default_rng(0).normal(60, 5, 45) + 0.8 * np.arange(45)
-    trend = claims.growth(lengths)
-    assert trend.figure == pytest.approx(10 * np.polyfit(np.arange(15), lengths[30:], 1)[0])
-    assert trend.low < trend.figure < trend.high
+def validations(mean, problems=64, rollouts=45, noise=0.0):
+    """{rollout: lengths of these problems} at every fifth rollout: mean(rollout), and what each problem adds to it."""
+    rng = np.random.default_rng(1)
+    own = rng.normal(0, 20, problems)
+    return {step: (mean(step) + own + rng.normal(0, noise, problems)).tolist() for step in range(5, rollouts + 1, 5)}
 
 
-def test_the_interval_of_a_growth_holds_the_true_one_nearly_always():
-    rng, held = np.random.default_rng(1), 0
-    for _ in range(60):
-        trend = claims.growth(rng.normal(0, 3, 60) + 0.5 * np.arange(60), draws=300)
-        held += trend.low <= 5 <= trend.high
-    assert held >= 51  # of 60; 57 on average were the interval exact
+def test_growth_is_each_problems_slope_over_the_validations_of_the_last_third():
+    lengths = validations(lambda step: 60 + 0.8 * step, noise=9)
+    steps = [30, 35, 40, 45]
+    expected = [10 * np.polyfit(steps, [lengths[step][i] for step in steps], 1)[0] for i in range(64)]
+    assert claims.growth(lengths) == pytest.approx(np.array(expected))
 
 
-@pytest.mark.parametrize("lengths, verdict", [
-    ([20 + 2 * i for i in range(45)], "holds"),               # grows to the end
-    ([min(20 + 4 * i, 80) for i in range(45)], "unsettled"),  # stands still in the last third
-    ([20 + 4 * min(i, 60 - i) for i in range(45)], "contradicted"),
-    ([20, 30, 40], "unsettled")])                             # too short a run to tell
-def test_claim_2_holds_where_thinking_is_longer_and_still_grows_in_the_last_third(lengths, verdict):
+def test_problems_that_differ_much_do_not_widen_the_interval_of_their_common_growth():
+    slopes = claims.growth(validations(lambda step: 60 + 0.5 * step, noise=4))
+    mean, low, high = paired_bootstrap(np.zeros_like(slopes), slopes)
+    assert low < 5 < high and high - low < 2 and mean == pytest.approx(slopes.mean())
+
+
+@pytest.mark.parametrize("mean, rollouts, verdict", [
+    (lambda step: 20 + 2 * step, 45, "holds"),                    # grows to the end
+    (lambda step: min(20 + 4 * step, 140), 45, "unsettled"),      # stands still in the last third
+    (lambda step: 20 + 4 * min(step, 60 - step), 45, "contradicted"),
+    (lambda step: 20 + 2 * step, 5, "unsettled")])                # too short a run to tell
+def test_claim_2_holds_where_thinking_is_longer_and_still_grows_in_the_last_third(mean, rollouts, verdict):
     values = of_stages(length_if_thinking=(20.0, 80.0))
-    made = claims.make_claims(values, paired_bootstrap, lengths=lengths)
+    made = claims.make_claims(values, paired_bootstrap, lengths=validations(mean, rollouts=rollouts))
     assert row(made, "2")["verdict"] == verdict and row(made, "2")["ours"] == 60
 
 
@@ -67,8 +72,9 @@ def test_claim_1_names_the_best_rule_without_a_search_where_there_is_one():
 
 def test_the_budgets_are_rows_in_order_and_claim_12_compares_the_smallest_with_the_largest():
     accuracies = {("base", 8): 0.2, ("base", 64): 0.4, ("r1", 64): 0.9, ("r1", 8): 0.25, ("r1", 16): 0.5}
-    values = {f"budget_{stage}_{budget}": {"accuracy_any": np.full(9, accuracy)}
-              for (stage, budget), accuracy in accuracies.items()}
+    values = {"budgets_base": {}, "budgets_zero": {}, "budgets_r1": {}}
+    for (stage, budget), accuracy in accuracies.items():
+        values[f"budgets_{stage}"][str(budget)] = np.full(9, accuracy)
     rows = claims.budget_rows(claims.Values(values))
     expected = [{"step": 8, "base": 20, "r1": 25}, {"step": 16, "r1": 50}, {"step": 64, "base": 40, "r1": 90}]
     assert [list(row) for row in rows] == [list(row) for row in expected]

@@ -10,7 +10,7 @@ import rewards
 from lab.check_input import check_settings
 from data.math_answers import read_answer, read_end
 from evaluate import (EvalConfig, bootstrap, complete, majority_at_k, measure, paired_bootstrap, pass_at_k, summarise,
-                      with_budget)
+                      with_budgets)
 
 END = 256
 
@@ -143,9 +143,10 @@ def thinker(prompt, j):
 
 
 def budgeted(tokenizer, budget, reply=thinker, **fields):
-    return with_budget([tokenizer.encode("a?"), tokenizer.encode("bb?")], scripted(reply), tokenizer.decode,
-                       EvalConfig(samples=2, **fields), budget, tokenizer.encode("</think><answer>"),
-                       lambda text: "</think>" in text)
+    texts = with_budgets([tokenizer.encode("a?"), tokenizer.encode("bb?")], scripted(reply), tokenizer.decode,
+                         EvalConfig(samples=2, **fields), (budget, 100), tokenizer.encode("</think><answer>"),
+                         lambda text: "</think>" in text)
+    return texts[budget]
 
 
 @pytest.mark.parametrize("batch_rows", [1, 100])
