@@ -49,7 +49,8 @@ def rl_stages(**settings):
     return stages | {"rl2": rl_config(temperature=0.7, **settings)}
 
 
-gpu_rl = partial(rl_config, rollouts=30, prompts_per_rollout=64, max_new_tokens=200, micro_batch_tokens=65536)
+gpu_rl = partial(rl_config, rollouts=30, prompts_per_rollout=64, lr=5e-5, max_new_tokens=200,
+                 micro_batch_tokens=65536)
 
 
 @dataclass
@@ -93,13 +94,13 @@ PRESETS = {
         test=24, hard=8, requests=8, samples=2, many=16, cold_start=8, trace_prompts=16, trace_samples=2,
         compare_samples=32,
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
-    "gpu": Preset(  # the same world and code with 32M parameters, four times the completions a rollout
-        model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), student_documents=60_000,
-        documents=100_000, problems=8000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
-        pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16000, micro_batch_rows=100, row_length=160, warmup=0.03),
+    "gpu": Preset(  # the same world with 32M parameters; base and zero ran like this on one H200 (results/gpu)
+        model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), student_documents=100_000,
+        documents=200_000, problems=20_000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
+        pretrain=SFTConfig(lr=1e-3, epochs=2, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
         cold=SFTConfig(lr=2e-4, epochs=3, batch_tokens=2048, micro_batch_rows=128),
         sft2=SFTConfig(lr=1e-3, epochs=3, batch_tokens=4096, micro_batch_rows=128),
-        zero=gpu_rl(lr=3e-5), control=gpu_rl(lr=1e-4), rl1=gpu_rl(lr=5e-5), rl2=gpu_rl(lr=5e-5, temperature=0.7)),
+        zero=gpu_rl(rollouts=45), control=gpu_rl(lr=1e-4), rl1=gpu_rl(), rl2=gpu_rl(temperature=0.7)),
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(

@@ -3,7 +3,8 @@
 Small steps cost mostly their launches: each takes microseconds of the CPU, often more than the kernel runs. A recording
 (a CUDA graph) uses fixed memory, so a Decoder holds the weights, the cache and the ids that its recordings read, and is
 kept from call to call. The rows of a batch are a power of two and the columns a multiple of 64: few recordings serve
-all batches. Sampling is not part of them; it waits for the GPU every 16th step only (top_p below 1: at every step).
+all batches. Sampling is not part of them; it waits for the GPU at every 16th step only (with top_p below 1 and a large
+vocabulary: at each).
 
     generate(model, prompts, ...)   # as model.generate, which it is where the model is not on a GPU
 """

@@ -1448,6 +1448,22 @@ def test_log_probabilities_and_their_gradient_do_not_depend_on_how_many_logits_t
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+def test_the_gradient_of_a_head_in_pieces_is_summed_in_float32(tiny, monkeypatch):
+    """In bfloat16 each piece casts the head's weights anew: pieces that shared a cast would sum into it in bfloat16."""
+    config, r = scored_rollout(tiny)
+    weights = torch.randn(r.mask.shape, generator=torch.Generator().manual_seed(0))
+    errors, exact = [], None
+    for dtype, rows in (("float32", 10**6), ("bfloat16", 10**6), ("bfloat16", 1)):
+        model = sharp(tiny, 1)
+        monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", rows * 16)
+        logprobs = grpo.logprobs_of(model, r, list(range(12)), replace(config, dtype=dtype))
+        (logprobs * weights[:, :logprobs.shape[1]]).sum().backward()
+        gradient = model.lm_head.weight.grad
+        exact = gradient if exact is None else exact
+        errors.append(((gradient - exact).norm() / exact.norm()).item())
+    assert 0 < errors[2] < 1.3 * errors[1]
+
+
 def test_the_head_sees_sampled_positions_only_and_no_more_of_them_at_once_than_allowed(tiny, monkeypatch):
     config, r = scored_rollout(tiny)
     model, seen = sharp(tiny, 1), []
@@ -1509,6 +1525,16 @@ def test_an_offloaded_reference_is_on_the_models_device_only_while_it_scores(tin
     run(tiny(), small(rollouts=2, beta=0.1, old_logprobs="sampler", offload_reference=True))
     device = torch.device("cpu")  # of the model, where "cpu" is the word for elsewhere
     assert moves == ["cpu"] + [device, "scores", "cpu"] * 2
+
+
+def test_a_cast_copy_takes_no_memory_for_a_copy_in_float32(tiny, monkeypatch):
+    model, copied = tiny(), []
+    deepcopy = torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(1) or deepcopy(self, memo))
+    for dtype in ("bfloat16", "float32"):
+        cast = grpo.cast_copy(model, dtype)
+        pointers = [{p.data_ptr() for p in m.parameters()} for m in (model, cast)]
+        assert not copied and not pointers[0] & pointers[1]
 
 
 def test_a_copy_to_run_has_its_weights_cast_its_buffers_kept_and_nothing_to_train(tiny):
