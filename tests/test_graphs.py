@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from lab import graphs
 from model import generate
 
@@ -115,6 +117,45 @@ def test_another_architecture_gets_a_decoder_of_its_own(tiny, record):
             theirs = generate(cast, PROMPTS, n=2, max_new_tokens=12, temperature=0.0)
             assert torch.equal(ours[0], theirs[0])
     assert len(graphs.decoders) == 6
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result a CPU waits on a GPU: values, and sizes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masks = []
+        if name == "index":
+            masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+        if masks or name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "unique_dim"):
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+def waits(run):
+    with Waits() as counted:
+        run()
+    return counted.names
+
+
+def test_a_gpu_is_waited_for_at_every_16th_step_and_never_within_a_recording(tiny, record):
+    model = tiny(seed=2).eval()
+    settings = dict(n=8, max_new_tokens=50, end_ids=(6,), generator=seeded())
+    graphs.generate_recorded(model, PROMPTS, **settings)
+    found = waits(lambda: graphs.generate_recorded(model, PROMPTS, **settings))
+    assert found.count("nonzero") <= 50 // 16 and set(found) == {"nonzero"}
+    decoder, = graphs.decoders.values()
+    decoder.column.zero_()
+    assert waits(decoder.run(decoder.batch, 16)) == []
+
+
+def test_a_wait_would_be_noticed():
+    x = torch.arange(3)
+    assert waits(lambda: x.sum().item()) == ["_local_scalar_dense"] and waits(lambda: x[x > 1]) == ["index"]
 
 
 def test_without_a_gpu_generate_is_the_models_own(tiny):
