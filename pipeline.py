@@ -61,7 +61,7 @@ class Preset:
     test: int = 510
     hard: int = 400                   # problems with more steps than any in training
     requests: int = 128               # general requests of the test, and as many unsafe ones
-    samples: int = 4                  # per test problem; twice as many per request
+    samples: int = 4                  # per test problem; half as many per hard one, twice as many per request
     zero_samples: int = 16            # R1-Zero's, for maj@16
     batch_rows: int = 1024            # completions sampled at once for a measurement
     many: int = 64                    # for pass@64, with --ablations

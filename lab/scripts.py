@@ -3,7 +3,7 @@
 They get what they run as arguments, so that no file here imports the one that called it.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -24,6 +24,8 @@ from variants.rope_scaling import scaled_frequencies
 
 PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py)"
 
+# A text is read by both accuracies and by the vote, and short answers come again: most reading is saved.
+read_answer, read_end = (lru_cache(maxsize=2 ** 14)(read) for read in (read_answer, read_end))
 final_answer = partial(rewards.final_answer, read=read_answer, read_end=read_end)
 
 
