@@ -71,6 +71,7 @@ class Preset:
     pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=1920, row_length=160, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
+    student_sft: SFTConfig | None = SFTConfig(lr=2e-3, epochs=4, batch_tokens=512)  # None: as SFT-2
     zero: GRPOConfig = rl_config(rollouts=36, lr=1.5e-4, max_new_tokens=200)
     control: GRPOConfig = rl_config(rollouts=44, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
     rl1: GRPOConfig = rl_config(rollouts=24, lr=2e-4, max_new_tokens=200)
@@ -93,18 +94,19 @@ PRESETS = {
     "gpu": Preset(  # the same world and code, 32M parameters, more of everything; never run yet
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), documents=1_000_000,
         student_documents=300_000, problems=20_000, test=1020, samples=16, trace_prompts=8000, compare_samples=65536,
+        student_sft=None,
         pretrain=SFTConfig(lr=1e-3, epochs=1, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
         cold=SFTConfig(lr=1e-4, epochs=3, batch_tokens=4096, micro_batch_rows=128),
         sft2=SFTConfig(lr=3e-4, epochs=3, batch_tokens=16384, micro_batch_rows=128),
-        **rl_stages(rollouts=60, prompts_per_rollout=64, lr=3e-5, max_new_tokens=200, micro_batch_tokens=65536,
-                    validate_every=5)),
+        **rl_stages(rollouts=60, prompts_per_rollout=64, lr=3e-5, max_new_tokens=200, micro_batch_tokens=65536)),
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(
         test=ALL, samples=16, zero_samples=16, batch_rows=512, cold_start=500, trace_prompts=ALL, trace_samples=4,
+        student_sft=None,
         cold=SFTConfig(lr=1e-5, epochs=2, batch_tokens=16384, micro_batch_rows=4, row_length=1024),
         sft2=SFTConfig(lr=1e-5, epochs=2, batch_tokens=65536, micro_batch_rows=4, row_length=1024),
-        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384, validate_every=5)),
+        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384)),
 }
 
 # ------------------------------------------------------------------------------------------- the recipe
@@ -184,7 +186,8 @@ def sft_on_traces(run):
     traces = checkpoint.read_jsonl(run.out / "traces" / "traces.jsonl", whole=True)
     general = run.source.general_examples()
     rows = distill.mix(traces, general, ratio=3, seed=run.seed) if general else traces
-    return run.sft(run.starting_model(), rows, run.preset.sft2)
+    of_student = run.preset.student_sft if run.name != "dev3" else None
+    return run.sft(run.starting_model(), rows, of_student or run.preset.sft2)
 
 
 def rl2(run):

@@ -13,7 +13,7 @@ from lab.scripts import final_answer, rules
 
 RULES = ("accuracy", "accuracy_any", "format", "language_consistency")  # of problems
 REFLECTION = ("tries", "checks", "returns", "false_yes", "false_no")  # what a search is counted by (data/search.py)
-BUDGETS = (8, 16, 32, 64, 96, 128)  # tokens of thinking
+BUDGETS = (8, 16, 32, 48, 64, 96, 128)  # tokens of thinking
 
 
 def score(run, examples, texts, counts, ks=()):
