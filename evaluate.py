@@ -173,8 +173,7 @@ def with_budgets(prompts, generate, decode, config, budgets, end_thinking, think
     The same completions are cut at each budget. One that still thinks then (thinking_over(text) is False) is continued
     after `end_thinking`, the ids that close the thinking and open the answer.
     """
-    longest = max(budgets) + 1  # one more: did it end at the budget?
-    sampled, _ = sample(prompts, generate, config, config.samples, longest)
+    sampled, _ = sample(prompts, generate, config, config.samples, max(budgets) + 1)  # one more: did it end there?
     texts = {}
     for budget in budgets:
         unfinished = [len(ids) > budget for ids in sampled]

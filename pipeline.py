@@ -65,18 +65,18 @@ class Preset:
     test: int = 510
     hard: int = 400                   # problems with more steps than any in training
     requests: int = 128               # general requests of the test, and as many unsafe ones
-    samples: int = 4                  # per test problem; twice as many per request
+    samples: int = 4                  # per test problem; half as many per hard one, twice as many per request
     zero_samples: int = 16            # R1-Zero's, for maj@16
     batch_rows: int = 1024            # completions sampled at once for a measurement
     many: int = 64                    # for pass@64, with --ablations
     cold_start: int = 60              # examples
-    trace_prompts: int = 3000
+    trace_prompts: int = 4000
     trace_samples: int = 3
     pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=1920, row_length=160, warmup=0.03)
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
     zero: GRPOConfig = rl_config(rollouts=36, lr=1.5e-4, max_new_tokens=200)
-    control: GRPOConfig = rl_config(rollouts=48, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
+    control: GRPOConfig = rl_config(rollouts=52, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
     rl1: GRPOConfig = rl_config(rollouts=24, lr=2e-4, max_new_tokens=200)
     rl2: GRPOConfig = rl_config(rollouts=28, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
@@ -107,7 +107,7 @@ PRESETS = {
         test=ALL, samples=16, zero_samples=16, batch_rows=512, cold_start=500, trace_prompts=ALL, trace_samples=4,
         cold=SFTConfig(lr=1e-5, epochs=2, batch_tokens=16384, micro_batch_rows=4, row_length=1024),
         sft2=SFTConfig(lr=1e-5, epochs=2, batch_tokens=65536, micro_batch_rows=4, row_length=1024),
-        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384, validate_every=5)),
+        **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384)),
 }
 
 # ------------------------------------------------------------------------------------------- the recipe

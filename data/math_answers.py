@@ -425,7 +425,7 @@ NO_ANSWER = r"none$|nothing$|unknown$|no (?:answer|idea)|(?:the )?(?:final )?ans
 FEW_WORDS = re.compile(rf"(?!{NO_ANSWER})[{LATIN}]{{2,}}(?:[ '-][{LATIN}]+){{0,2}}")
 
 
-@lru_cache(4096)  # several rules read the same text, and completions share their answers
+@lru_cache(2 ** 14)  # several rules read the same text, and completions share their answers
 def read_answer(text: str):
     r"""The canonical value of an answer text, hashable, or None: two answers are equal iff their values are.
 
@@ -468,6 +468,7 @@ def read_answer(text: str):
 
 # ---- what rewards.py asks ----
 
+@lru_cache(2 ** 14)
 def read_end(completion: str):
     r"""What a completion without answer tags ends on, as `read_answer` reads it.
 

@@ -13,7 +13,7 @@ from lab.scripts import final_answer, rules
 
 RULES = ("accuracy", "accuracy_any", "format", "language_consistency")  # of problems
 REFLECTION = ("tries", "checks", "returns", "false_yes", "false_no")  # what a search is counted by (data/search.py)
-BUDGETS = (8, 16, 32, 64, 96, 128)  # tokens of thinking
+BUDGETS = (8, 16, 32, 48, 64, 96, 128)  # tokens of thinking
 
 
 def score(run, examples, texts, counts, ks=()):
@@ -44,7 +44,7 @@ def measure_stage(run, model):
     source, of_requests = run.source, 2 * run.preset.samples  # fewer than problems, and short
     texts, counts = run.complete(model, source.test, samples=samples)
     values = score(run, source.test, texts, counts, [k for k in (1, 8, 16) if k <= samples])
-    hard, hard_counts = run.complete(model, source.hard)
+    hard, hard_counts = run.complete(model, source.hard, samples=max(1, run.preset.samples // 2))  # long ones
     hard_values = score(run, source.hard, hard, hard_counts)
     add_parts(values, source, hard_values)
     if run.name == "base":
