@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_its_speeds_run_on_a_cpu_and_go_where_they_are_sent(tmp_path):
     before = {path: path.stat().st_mtime for path in ROOT.glob("results/gpu/*")}
-    command = [sys.executable, "tests/gpu.py", "--json", str(tmp_path / "cpu.json"), "--only", "decode", "train", "step"]
+    command = [sys.executable, "tests/gpu.py", "--only", "decode", "train", "step"]
+    command += ["--json", str(tmp_path / "cpu.json")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "cpu.json").read_text())
