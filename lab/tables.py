@@ -319,7 +319,7 @@ def section(directory, picture):
     if first["zero"]:
         parts += [f"### R1-Zero, {group}, {first['name']}\n", f"![R1-Zero's curve]({picture})\n",
                   "Of the completions sampled in each rollout:\n", health_table(first["zero"])]
-    if first["compare"]:
+    if any(run["compare"] for run in runs):
         parts += [f"### Methods, {group}\n", metric_table("method", evaluations(runs, "compare"), METHODS)]
     cheats = [row for row in first["samples"] if row.get("false_yes")]
     if cheats:
