@@ -317,8 +317,8 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
         logprobs[active, t] = logprob.masked_fill(done, 0)
         lengths[active] += ~done
         done |= torch.isin(token, ends)
-        # finished rows leave the batch, several at a time: a move costs a copy of the cache
-        if t % 4 == 3 or len(active) == 1:
+        # finished rows leave the batch, several at a time: a move costs a copy of the cache, a look makes a GPU wait
+        if t % (4 if device.type == "cpu" else 16) == 3 or len(active) == 1:
             left = (~done).nonzero()[:, 0]
             if len(left) == 0:
                 break

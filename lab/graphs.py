@@ -2,11 +2,10 @@
 
 Small steps cost mostly their launches: each takes microseconds of the CPU, often more than the kernel runs. A recording
 (a CUDA graph) uses fixed memory, so a Decoder holds the weights, the cache and the ids that its recordings read, and is
-kept from call to call. The rows of a batch are a power of two and the columns a multiple of 64: few recordings serve
-all batches. Sampling is not part of them; it waits for the GPU at every 16th step only (with top_p below 1 and a large
-vocabulary: at each).
+kept from call to call. A recording's rows are a power of two and its columns a multiple of 64: few serve all batches.
+The loop around the steps is model.generate's; sampling is not recorded.
 
-    generate(model, prompts, ...)   # as model.generate, which it is where the model is not on a GPU
+    generate(model, prompts, ...)   # as model.generate: the same arguments, results and random numbers
 """
 
 import copy
@@ -14,15 +13,13 @@ import copy
 import torch
 
 import model as transformer
-from model import prefill, sample
 
-BLOCK = 64          # columns
-SHARE = 1 / 20      # of the GPU's memory: a Decoder that takes more is not kept
-decoders = {}       # (architecture, dtype, device) -> the Decoder of the last call
+BLOCK = 64      # columns
+SHARE = 1 / 20  # of the GPU's memory: a Decoder that takes more is not kept
+decoders = {}   # (architecture, dtype, device) -> its Decoder
 
 
 def generate(model, prompts, **settings):
-    """As model.generate: the same arguments and results. The random numbers are drawn for other rows than there."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return transformer.generate(model, prompts, **settings)
@@ -30,45 +27,13 @@ def generate(model, prompts, **settings):
         return generate_recorded(model, prompts, **settings)
 
 
-@torch.no_grad()
-def generate_recorded(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None):
-    logits, cache = prefill(model, prompts)  # (N, V)
-    count, device = len(prompts) * n, logits.device
-    steps = min(max_new_tokens, model.config.max_position_embeddings - cache.length)
-    batch = torch.arange(power_of_two(count), device=device)
-    prompt_of = (batch // n).clamp(max=len(prompts) - 1)
-    decoder = decoder_for(model, len(batch), cache.length + steps)
-    decoder.begin(cache, prompt_of)
-    logits, cache = logits[prompt_of], None
-
-    # rows of the batch beyond `count` are spare: done from the start, they write to the last row, which nobody reads
-    active, done = batch.clamp(max=count), batch >= count
-    ids = torch.zeros(count + 1, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(count + 1, max_new_tokens, device=device)
-    lengths = torch.zeros(count + 1, dtype=torch.long, device=device)
-    ends = torch.tensor(list(end_ids), device=device)
-    for t in range(steps):
-        token, logprob = sample(logits, temperature, top_p, generator)
-        ids[active, t] = token.masked_fill(done, 0)
-        logprobs[active, t] = logprob.masked_fill(done, 0)
-        lengths[active] += ~done
-        done |= torch.isin(token, ends)
-        if t % 16 == 15 and len(ends) > 0:
-            left = (~done).nonzero()[:, 0]  # here the CPU waits
-            if len(left) == 0:
-                break
-            size = power_of_two(len(left))
-            if size < len(done):
-                batch = torch.arange(size, device=device)
-                rows = left[batch.clamp(max=len(left) - 1)]
-                done = batch >= len(left)
-                active, token = active[rows].masked_fill(done, count), token[rows]
-                decoder.keep(rows)
-        if t + 1 < steps:
-            logits = decoder.step(token)
-    if decoder.bytes() > SHARE * memory_of(device):
+def generate_recorded(model, prompts, n=1, max_new_tokens=128, **settings):
+    columns = min(max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings)
+    decoder = decoder_for(model, power_of_two(len(prompts) * n), columns)
+    result = transformer.generate(decoder, prompts, n=n, max_new_tokens=max_new_tokens, **settings)
+    if decoder.bytes() > SHARE * memory_of(decoder.start.device):
         decoders.clear()
-    return ids[:count], lengths[:count], logprobs[:count]
+    return result
 
 
 def memory_of(device):
@@ -78,6 +43,11 @@ def memory_of(device):
 def power_of_two(count):
     """The next one, from count on."""
     return 1 << (count - 1).bit_length()
+
+
+def blocks(columns):
+    """So many columns or more, a multiple of BLOCK."""
+    return -(-columns // BLOCK) * BLOCK
 
 
 def decoder_for(model, rows, columns):
@@ -91,63 +61,62 @@ def decoder_for(model, rows, columns):
             rows, columns = max(rows, decoder.rows), max(columns, decoder.columns)
             del decoder
         decoder = decoders[key] = Decoder(model, rows, columns, cuda_graph)
-    torch._foreach_copy_(list(decoder.model.parameters()), list(model.parameters()))
+    torch._foreach_copy_(list(decoder.model.parameters()), [p.detach() for p in model.parameters()])
     return decoder
 
 
 class Decoder:
-    """A model with the fixed memory of its recordings; record(run) -> (output, replay).
+    """model.py's Transformer, with its steps of one token per row recorded by record(run) -> (output, replay).
 
     k, v (layers, rows, K, columns, d) and ids (rows, 1): a batch uses the first rows and columns of them.
     """
 
     def __init__(self, model, rows, columns, record):
         c = model.config
-        self.model, self.record, self.recordings = copy.deepcopy(model), record, {}
-        self.rows, self.columns = rows, -(-columns // BLOCK) * BLOCK
-        like = next(model.parameters())
-        self.k, self.v = (like.new_zeros(c.num_hidden_layers, rows, c.num_key_value_heads, self.columns, c.head_dim)
-                          for _ in range(2))
+        self.model, self.record, self.recordings = copy.deepcopy(model).requires_grad_(False), record, {}
+        self.rows, self.columns = rows, blocks(columns)
+        like = next(self.model.parameters())
+        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, self.columns, c.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.start = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=like.device)
         self.column = torch.zeros(1, dtype=torch.long, device=like.device)  # where the new token goes
+        self.cache = None  # the KVCache whose keys and values lie in k and v
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
 
     def bytes(self):
         return self.k.nbytes + self.v.nbytes + sum(p.nbytes for p in self.model.parameters())
 
-    def begin(self, cache, rows):
-        """Takes these rows of a KVCache, repeats allowed, as its batch."""
-        self.batch, self.length = len(rows), cache.length
-        self.start[:self.batch] = cache.start[rows]
-        for mine, theirs in ((self.k, cache.k), (self.v, cache.v)):
-            for layer in range(len(mine)):  # one after the other: the copies are small
-                mine[layer, :self.batch, :, :self.length] = theirs[layer, rows, :, :self.length]
-
-    def keep(self, rows):
-        """The batch becomes these rows of it."""
-        self.batch = len(rows)
-        self.start[:self.batch] = self.start[rows]
-        for tensor in (self.k, self.v):
-            for layer in tensor:
-                layer[:self.batch, :, :self.length] = layer[rows, :, :self.length]
-
-    def step(self, token):
-        """Logits (B, V) after one more token (B,) in each row; the next call overwrites them."""
-        columns = -(-(self.length + 1) // BLOCK) * BLOCK
-        self.ids[:self.batch, 0] = token
-        self.column.fill_(self.length)
-        if (self.batch, columns) not in self.recordings:
-            self.recordings[self.batch, columns] = self.record(self.run(self.batch, columns))
-        logits, replay = self.recordings[self.batch, columns]
+    def __call__(self, ids, cache):
+        """Logits (B, 1, V) of ids (B, 1); the next call overwrites them."""
+        if cache is not self.cache:  # after the prompts, and when rows have left
+            self.take(cache)
+        rows, columns = power_of_two(len(ids)), blocks(cache.length + 1)
+        self.ids[:len(ids)] = ids
+        self.column.fill_(cache.length)
+        if (rows, columns) not in self.recordings:
+            self.recordings[rows, columns] = self.record(self.step(rows, columns))
+        logits, replay = self.recordings[rows, columns]
         replay()
-        self.length += 1
-        return logits
+        cache.length += 1
+        return logits[:len(ids)]
 
-    def run(self, batch, columns):
+    def take(self, cache):
+        """Moves a cache into the fixed memory, from where its `select` copies rows out again."""
+        rows, live = len(cache.start), slice(cache.length)
+        self.start[:rows] = cache.start
+        for mine, theirs in ((self.k, cache.k), (self.v, cache.v)):
+            mine[:, :rows, :, live] = theirs[:, :, :, live]
+        cache.k, cache.v = self.k[:, :rows], self.v[:, :rows]
+        self.cache = cache
+
+    def step(self, rows, columns):
         """The step of so many rows and columns as a function without arguments."""
-        def step():
-            return self.model(self.ids[:batch], cache=FixedCache(self, batch, columns))[:, -1]
-        return step
+        def run():
+            return self.model(self.ids[:rows], cache=FixedCache(self, rows, columns))
+        return run
 
 
 class FixedCache:
@@ -155,9 +124,9 @@ class FixedCache:
 
     length = 0  # the model adds to it, and compares with its context: the column is what counts
 
-    def __init__(self, decoder, batch, columns):
-        self.k, self.v = decoder.k[:, :batch, :, :columns], decoder.v[:, :batch, :, :columns]
-        self.start, self.column = decoder.start[:batch], decoder.column
+    def __init__(self, decoder, rows, columns):
+        self.k, self.v = decoder.k[:, :rows, :, :columns], decoder.v[:, :rows, :, :columns]
+        self.start, self.column = decoder.start[:rows], decoder.column
 
     def reserve(self, columns):
         return self.k.shape[3]

@@ -24,7 +24,7 @@ def fast_layers(model):
     if next(model.parameters()).device.type == "cpu":
         replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm})
     else:
-        # cuDNN's attention plans anew for each shape, at half a second each, and our rows have many
+        # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)
         replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm})
     return model
@@ -72,7 +72,7 @@ class SideBySide(Attention):
 
 class CUDAAttention(SideBySide):
     def norm(self, x, weight, eps):
-        with torch.autocast("cuda", enabled=False):
+        with torch.autocast("cuda", enabled=False):  # as CUDARMSNorm
             return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
 
     def attend(self, q, k, v, mask):
