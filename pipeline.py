@@ -87,7 +87,8 @@ class Preset:
 ALL = 10 ** 9  # more than any file holds
 
 PRESETS = {
-    "cpu": Preset(),
+    "cpu": Preset(compare_lr={  # searched on seed 104
+        "grpo": 6e-4, "prime": 6e-4, "dr_grpo": 3e-4, "dapo": 3e-4, "gspo": 3e-4, "cispo": 3e-4, "ppo_1.0": 3e-4}),
     "smoke": Preset(
         model=sizes(32, 2, 2, 1, model_type="qwen3"), student=sizes(32, 1, 2, 1),
         documents=3000, student_documents=1000, problems=64,
