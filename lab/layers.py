@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import Attention, Block, RMSNorm, rotate
+from lab.prompts import SharingTransformer
+from model import Attention, Block, RMSNorm, Transformer, rotate
 
 
 def fast_layers(model):
     """The model, with the attention and norms of its device."""
+    replace(model, {Transformer: SharingTransformer})
     if next(model.parameters()).device.type == "cpu":
         replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm})
     else:
@@ -44,9 +46,9 @@ def replace(model, classes):
 
 class RecomputedBlock(Block):
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
-        if cache is not None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return super().forward(x, cos, sin, mask, cache, layer)
-        return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
+        return checkpoint(super().forward, x, cos, sin, mask, cache, layer, use_reentrant=False)
 
 
 # ------------------------------------------------------------------------------------------- attention

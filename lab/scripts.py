@@ -15,8 +15,9 @@ from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
 from lab.command import Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, saving
 from lab.graphs import generate
-from lab.layers import fast_layers, recompute
-from model import load, save
+from lab.layers import fast_layers, recompute, replace
+from lab.prompts import SharingTransformer
+from model import Transformer, load, save
 from tokenizer import TEMPLATES, Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
@@ -64,6 +65,7 @@ def prepare(model, args):
     if args.recompute:
         recompute(model)
     if args.compile:
+        replace(model, {SharingTransformer: Transformer})  # each layer would be compiled for its place in the cache
         for layer in model.layers:
             layer.compile(dynamic=True)
     compiled = ", compiled" if args.compile else ""
