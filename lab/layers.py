@@ -5,7 +5,8 @@
 
 On a CPU torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and
 in bfloat16 its backward pass is five times slower than in float32. Autograd's RMSNorm passes over its input twice as
-often as the gradient by hand. On a GPU keys and values need no copy for each query head.
+often as the gradient by hand. A group shares its prompt (lab/prompts.py); on a GPU its rows are faster whole. There keys
+and values need no copy for each query head.
 
 Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size.
 """
@@ -22,9 +23,8 @@ from model import Attention, Block, RMSNorm, Transformer, rotate
 
 def fast_layers(model):
     """The model, with the attention and norms of its device."""
-    replace(model, {Transformer: SharingTransformer})
     if next(model.parameters()).device.type == "cpu":
-        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm})
+        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer})
     else:
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)

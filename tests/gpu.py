@@ -33,8 +33,7 @@ import grpo  # noqa: E402
 import model as transformer  # noqa: E402
 import sft  # noqa: E402
 from lab import checkpoint, graphs  # noqa: E402
-from lab.layers import fast_layers, recompute, replace  # noqa: E402
-from lab.prompts import SharingTransformer  # noqa: E402
+from lab.layers import fast_layers, recompute  # noqa: E402
 from pipeline import PRESETS  # noqa: E402
 from variants.ppo import PPO  # noqa: E402
 from variants.prime import PRIME  # noqa: E402
@@ -142,9 +141,6 @@ def correct():
             a, b = (updated(name, device) for device in ("cpu", DEVICE))
             start = flat(new_model(TINY, "cpu"))
             check(f"{name}: an update beside the CPU's", relative(b - start, a - start), 0.02)
-            if name == "GRPO":
-                whole = updated(name, DEVICE, shared=False)
-                check("GRPO: an update beside that of whole rows", relative(b - start, whole - start), 0.02)
     for name, compare in (("resume", compare_resumed), ("bfloat16", compare_bfloat16), ("memory", out_of_memory),
                           ("smoke recipe", smoke)):
         with catching(name):
@@ -189,11 +185,9 @@ def canned(ids):
     return generate
 
 
-def updated(name, device, shared=True):
+def updated(name, device):
     """The weights after one step of a method from the same weights and samples on this device."""
     model = fast_layers(new_model(TINY, "cpu").to(device))
-    if not shared:
-        replace(model, {SharingTransformer: transformer.Transformer})
     ids = random_ids(96, 16, 24)
     if name == "SFT":
         config = sft.SFTConfig(lr=1e-3, epochs=1, row_length=64, batch_tokens=4096, dtype="float32")
@@ -357,22 +351,10 @@ def train_shape(name, length, tokens, packed, rate):
 
 
 def step():
-    """GRPO steps with reference: the gpu preset's, and 256 x (155 + 200) tokens at 0.5B; beside TRL's there."""
-    plan = [("gpu preset", 60, 60, 64, 16), ("Qwen2.5-0.5B", 155, 200, 16, 16)]
-    for name, *sizes in plan if ON_CARD else [(name, 8, 8, 2, 2) for name, *_ in plan]:
-        taken = {shared: our_step(name, *sizes, shared) for shared in (True, False)}
-        note(f"GRPO step, {name}: prompts read once", faster=taken[False] / taken[True])
-    if ON_CARD and importlib.util.find_spec("trl"):
-        torch.cuda.empty_cache()
-        trl_step(SHAPES["Qwen2.5-0.5B"], *plan[-1][1:], taken[True])
-
-
-def our_step(name, prompt, new, prompts, group, shared):
-    """Seconds of the third rollout with one update; shared: whether a prompt is computed once for its group."""
-    shape = SHAPES[name]
+    """A GRPO step of 256 x (155 + 200) tokens at 0.5B, with reference; beside TRL's with its own generate."""
+    prompt, new, prompts, group = (155, 200, 16, 16) if ON_CARD else (8, 8, 2, 2)
+    shape = SHAPES["Qwen2.5-0.5B"]
     model = fast_layers(new_model(shape))
-    if not shared:
-        replace(model, {SharingTransformer: transformer.Transformer})
     timings = []
     config = grpo.GRPOConfig(rollouts=3, prompts_per_rollout=prompts, group_size=group, minibatches=1,
                              max_new_tokens=new, beta=0.04, old_logprobs="sampler", micro_batch_tokens=16384)
@@ -383,10 +365,13 @@ def our_step(name, prompt, new, prompts, group, shared):
                log=lambda m, _: timings.append((m["seconds"], m["sampling_seconds"], m["drift"])))
     taken, sampling, gap = timings[-1]
     weights = sum(p.numel() for p in model.parameters())
-    note(f"GRPO step, {name}{'' if shared else ', whole rows'}", seconds=taken, sampling=sampling, first=timings[0][0],
-         gap=timings[0][2], peak_GB=peak_gigabytes(), formula_GB=20 * weights / 1e9)
+    note("GRPO step, 0.5B, ours", seconds=taken, sampling=sampling, first=timings[0][0], gap=timings[0][2],
+         peak_GB=peak_gigabytes(), formula_GB=20 * weights / 1e9)
+    del model
     graphs.decoders.clear()
-    return taken
+    if ON_CARD and importlib.util.find_spec("trl"):
+        torch.cuda.empty_cache()
+        trl_step(shape, prompt, new, prompts, group, taken)
 
 
 def trl_step(shape, prompt, new, prompts, group, ours):
