@@ -1,4 +1,4 @@
-"""What grpo.py computes of a prompt, once for all of its completions.
+"""What grpo.py computes of a prompt, once for all of its completions: for a CPU, where the tokens decide the time.
 
 The rows of a group repeat their prompt. Its states do not depend on what follows, and a completion needs only its keys
 and values: an update reads each prompt once, then each micro-batch reads its completions after them. Values and
