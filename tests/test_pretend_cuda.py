@@ -17,6 +17,7 @@ import grpo
 import model as transformer
 import pipeline
 import pretend_cuda
+import rewards
 import sft
 from forked import run_forked
 from data import search
