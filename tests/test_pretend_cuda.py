@@ -19,8 +19,8 @@ import pipeline
 import pretend_cuda
 import rewards
 import sft
-from forked import run_forked
 from data import search
+from forked import run_forked
 from lab import checkpoint, distill_script, graphs, measure
 from lab.layers import fast_layers
 from pretend_cuda import copies, waits
@@ -248,7 +248,7 @@ def killed_at_first_save(main):
 
 def distill_all():
     """A teacher that knows nothing, and whose completions pass."""
-    rewards.accuracy = lambda text, example: 1.0
+    rewards.accuracy = lambda text, example, **more: 1.0
     distill_script.in_its_language = lambda text, example: True
     distill.main()
 
