@@ -21,7 +21,7 @@ import rewards
 import sft
 from data import search
 from forked import run_forked
-from lab import checkpoint, distill_script, graphs, measure
+from lab import checkpoint, command, distill_script, graphs, measure
 from lab.layers import fast_layers
 from pretend_cuda import copies, waits
 from runs import STAGES, make, write
@@ -278,7 +278,11 @@ def test_a_script_runs_and_where_it_is_killed_resumes(name, tmp_path):
             on_the_gpu(killed_at_first_save, main, argv=argv, cwd=tmp_path)
         assert [*(tmp_path / "out").glob(f"**/{checkpoint.STATE}")], str(ended.value)
     on_the_gpu(main, argv=argv, cwd=tmp_path)
-    assert name == "evaluate" or (tmp_path / "out" / "model.safetensors").exists()
+    if name != "evaluate":
+        assert (tmp_path / "out" / "model.safetensors").exists()
+        settings = checkpoint.read_json(tmp_path / "out" / "settings.json")
+        rows = {"sft": 512, "distill": 64}  # of 32 and of 256 tokens
+        assert settings.get("micro_batch_tokens", 16384) == 16384 and settings.get("micro_batch_rows") == rows.get(name)
 
 
 def test_the_checks_of_gpu_py_pass():
@@ -292,3 +296,25 @@ def test_the_checks_of_gpu_py_pass():
         gpu.compare_resumed()
         assert gpu.failed == []
     on_the_gpu(program)
+
+
+@pytest.mark.parametrize("on_a_gpu, options, rows, tokens", [
+    (False, "", 16, 2048), (True, "", 16, 16384), (True, "--row-length 256", 64, 16384),
+    (True, "--row-length 20000", 1, 16384), (True, "--micro-batch-rows 3 --micro-batch-tokens 5", 3, 5)])
+def test_a_micro_batch_is_larger_by_default_on_a_gpu(on_a_gpu, options, rows, tokens, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_a_gpu)
+    monkeypatch.setattr("sys.argv", ["script.py", "--row-length", "1024", *options.split()])
+    parser = command.Parser()
+    parser.add_fields(sft.SFTConfig, ("micro_batch_rows", "row_length"))
+    parser.add_fields(grpo.GRPOConfig, ("micro_batch_tokens",))
+    args = parser.parse_with_rows()
+    assert (args.micro_batch_rows, args.micro_batch_tokens) == (rows, tokens)
+
+
+def test_the_help_names_both_defaults():
+    parser = command.Parser()
+    parser.add_fields(sft.SFTConfig, ("micro_batch_rows",))
+    parser.add_fields(grpo.GRPOConfig, ("micro_batch_tokens",))
+    said = parser.format_help()
+    assert f"default {sft.SFTConfig().micro_batch_rows}, on a GPU" in " ".join(said.split())
+    assert f"default {grpo.GRPOConfig().micro_batch_tokens}, on a GPU {command.GPU_TOKENS}" in " ".join(said.split())
