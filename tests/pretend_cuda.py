@@ -4,8 +4,8 @@
 
 Such a tensor refuses tensors of the CPU beside it. Where a GPU would be waited for, and where values are copied to it,
 is counted by line of the project (`waits`, `copies`), and not permitted while a CUDA graph is captured. A graph repeats
-the operations of its capture, so that a number which Python computed stays what it was. The kernels are the CPU's,
-autocast too: no numerics, no speed, no memory; all streams are one.
+the operations of its capture, so that a number which Python computed stays what it was; the capture computes too, where
+a GPU's only records. The kernels are the CPU's, autocast too: no numerics, no speed, no memory. All streams are one.
 
 To C++ the tensors are the CPU's, as a CPU build of torch accepts no others: `Everywhere` sees what names a device in
 Python, and a function that makes tensors of none in C++ must be named there.
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda:0")
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive",
-         "bincount", "multinomial"}  # their result is a value, or its size depends on values
+         "bincount", "multinomial", "repeat_interleave"}  # their result is a value, or its size depends on values
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 waits, copies = Counter(), Counter()  # "grpo.py:12 nonzero" -> how often
@@ -151,13 +151,13 @@ class Everywhere(TorchFunctionMode):
         if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
             target = {torch.Tensor.cpu: ("cpu",), torch.Tensor.cuda: ("cuda",)}.get(func, args[1:])
             return to(args[0], *target, **kwargs)
-        device = kwargs.get("device")
-        if func is torch.Tensor.new_tensor and device is None:
-            device = args[0].device
+        if func is torch.Tensor.new_tensor:
+            kwargs.setdefault("device", args[0].device)
+        device, generator = kwargs.get("device"), kwargs.get("generator")
         if device is not None:
             device = torch.device(device).type
-            kwargs["device"] = "cpu" if device == "cuda" else kwargs.get("device", device)
-        generator = kwargs.get("generator")
+        if device == "cuda":
+            kwargs["device"] = "cpu"
         result = func(*args, **kwargs)
         if device == "cuda":
             if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
@@ -222,7 +222,7 @@ class Graph:
     def replay(self):
         for func, args, kwargs, results in self.operations:
             for old, new in zip(results, tensors_in(func(*args, **kwargs)), strict=True):
-                if old is not new:  # else it was written in place
+                if old.data_ptr() != new.data_ptr():  # else it is a view, or was written in place
                     old.copy_(new)
 
 
