@@ -34,6 +34,9 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 STATE, DONE = "state.safetensors", "DONE"
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+          torch.complex64: "C64"}  # safetensors' names
 DISK = 5e8  # bytes per second, assumed until a state has been saved and its time is known
 SHARE = 0.02  # of the time that saving may take
 SKIPS = 5  # a training ends after this many updates in a row that are not finite
@@ -72,14 +75,14 @@ def atomic_write(path: str | Path, text: str):
         temporary.write_text(text, encoding="utf-8")
 
 
-def _write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None):
+def _write_tensors(path: str | Path, tensors: dict[str, Tensor]):
     with _replacing(path) as temporary:
         # safetensors 0.8 writes to a hidden file with a random name beside its target: here in a folder that is deleted
         folder = temporary.with_name(temporary.name + ".new")
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir()
-            save_file(tensors, folder / temporary.name, header)
+            save_file(tensors, folder / temporary.name)
             os.replace(folder / temporary.name, temporary)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -185,15 +188,39 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    """Written by hand, a safetensors file: of what lies on a GPU, one tensor at a time is in the CPU's memory."""
     counters = json.dumps(meta)
-    _write_tensors(Path(dir) / STATE, tensors, {"meta": counters, "checksum": _checksum(tensors, counters)})
+    size = len(_header(tensors, counters, 2 ** 32))  # its checksum, known last, has at most as many digits
+    size = -(-size // 8) * 8  # so that the tensors are aligned
+    checksum = zlib.crc32(counters.encode())
+    with _replacing(Path(dir) / STATE) as temporary, open(temporary, "wb") as file:
+        file.seek(8 + size)
+        for name in sorted(tensors):
+            content = _bytes(tensors[name])
+            checksum = zlib.crc32(content, checksum)
+            file.write(content)
+        file.seek(0)
+        file.write(size.to_bytes(8, "little") + _header(tensors, counters, checksum).ljust(size))
+
+
+def _header(tensors: dict[str, Tensor], meta: str, checksum: int) -> bytes:
+    """What a safetensors file begins with, after 8 bytes with its length."""
+    header, end = {"__metadata__": {"meta": meta, "checksum": str(checksum)}}, 0
+    for name in sorted(tensors):
+        t = tensors[name]
+        begin, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    return json.dumps(header).encode()
+
+
+def _bytes(t: Tensor) -> np.ndarray:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _checksum(tensors: dict[str, Tensor], meta: str) -> str:
     checksum = zlib.crc32(meta.encode())
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(_bytes(tensors[name]), checksum)
     return str(checksum)
 
 
@@ -226,7 +253,6 @@ def drop(dir: str | Path):
     """Deletes the state of a training that has ended, and what a killed writer left of one."""
     for name in (STATE, f"{STATE}.tmp"):
         (Path(dir) / name).unlink(missing_ok=True)
-    shutil.rmtree(Path(dir) / f"{STATE}.tmp.new", ignore_errors=True)
 
 
 def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
@@ -321,7 +347,11 @@ def _moments(optimizer: Optimizer, own: dict[str, Tensor]) -> dict[int, dict[str
         # Adam's fused step does not look at shapes: with another one it would write outside the moment's memory.
         if is_adam and (moment.shape != shape or not moment.is_floating_point()):
             raise ValueError(f"the optimizer's {name} of parameter {number} is {_layout(moment)}")
-        moments.setdefault(int(number), {})[name] = moment.clone()
+        if name == "step":  # load_state_dict chooses its device
+            moment = moment.clone()
+        else:
+            moment = moment.to(parameters[int(number)].device, copy=True)  # on a GPU, without a copy on the CPU
+        moments.setdefault(int(number), {})[name] = moment
     if len({frozenset(names) for names in moments.values()}) > 1:
         raise ValueError("the optimizer's moments are not the same for all parameters")
     return moments

@@ -1,6 +1,8 @@
 """What the command lines share: one-line errors, exit codes, a dataclass's fields as options, an output directory."""
 
 import argparse
+import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from lab.checkpoint import (Checkpointer, Terminated, check_same_settings, conte
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
 LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference; "
                "while sampling, fewer rows or new tokens")
+GPU_TOKENS = 16384  # of one forward pass by default: a GPU spends smaller ones on launches
+ONE_PASS = "of one forward pass, changes memory and speed alone; default"
+ABOUT = {"micro_batch_tokens": f"{ONE_PASS} 2048, on a GPU {GPU_TOKENS}",
+         "micro_batch_rows": f"{ONE_PASS} 16, on a GPU as many as hold {GPU_TOKENS} tokens"}
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,10 +68,19 @@ class Parser(argparse.ArgumentParser):
                 continue
             if name == "dtype":
                 default = fast_dtype()
+            if name == "micro_batch_tokens" and torch.cuda.is_available():
+                default = GPU_TOKENS
             kind = {"type": type(default)}
             if isinstance(default, bool):
                 kind = {"action": argparse.BooleanOptionalAction}
-            self.add_argument(f"--{name.replace('_', '-')}", default=default, help="default %(default)s", **kind)
+            self.add_argument(f"--{name.replace('_', '-')}", default=default,
+                              help=ABOUT.get(name, "default %(default)s"), **kind)
+
+    def parse_with_rows(self):
+        """The arguments, with a default of --micro-batch-rows by device and --row-length."""
+        if torch.cuda.is_available():
+            self.set_defaults(micro_batch_rows=max(1, GPU_TOKENS // max(1, self.parse_args().row_length)))
+        return self.parse_args()
 
 
 def first_line(error):
@@ -84,9 +100,22 @@ def fields_of(args, config_class):
 def device_of(name):
     """The torch.device of this name. Raises ValueError if this machine has none."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises a different one in each case
         raise ValueError(f"device {name}: {first_line(error)}") from None
+    if device.type == "cpu":
+        tell_of_unused_gpu()
+    return device
+
+
+def tell_of_unused_gpu():
+    """One line where an NVIDIA driver is there and torch finds no GPU: the CPU would be used in silence."""
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ or not NVIDIA_DRIVER.exists():
+        return
+    reason = "is built without CUDA"
+    if torch.version.cuda:
+        reason = f"finds no GPU: the driver may be older than CUDA {torch.version.cuda}, for which it is built"
+    print(f"an NVIDIA driver is there, but torch {torch.__version__} {reason}; this runs on the CPU", file=sys.stderr)
 
 
 def fast_dtype(device=None):

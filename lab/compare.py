@@ -24,7 +24,7 @@ import torch
 import evaluate
 import grpo
 from grpo import GRPOConfig
-from lab import checkpoint, measure
+from lab import checkpoint, graphs, measure
 from lab.command import Parser
 from lab.run import changed_files
 from variants.configs import METHODS, PLAIN, SAMPLING
@@ -103,6 +103,8 @@ def run_jobs(run, jobs, open_run, weights):
     workers = 1 if run.device.type == "cuda" else max(1, torch.get_num_threads())
     spawn = multiprocessing.get_context("spawn")
     running = []
+    graphs.decoders.clear()    # what this process still holds of a GPU's memory since it measured the base
+    torch.cuda.empty_cache()
     try:
         while jobs or running:
             while jobs and len(running) < workers:

@@ -25,9 +25,9 @@ def parse():
     add_template(parser)
     parser.add_argument("--samples", type=int, default=4, help="per prompt; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
-    parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "row_length", "dtype"))
+    parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype"))
     add_saving(parser)
-    return parser, parser.parse_args()
+    return parser, parser.parse_with_rows()
 
 
 def run(rejection_sample, explain, distill):

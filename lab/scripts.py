@@ -13,7 +13,8 @@ from data.problems import read_problems, read_rows
 from lab import watch
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
-from lab.command import Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, saving
+from lab.command import (Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, saving,
+                         tell_of_unused_gpu)
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute, replace
 from lab.prompts import SharingTransformer
@@ -62,6 +63,8 @@ def save_model(model, dir, tokenizer):
 
 def prepare(model, args):
     """Does what add_speed's options ask for, and prints the precision in which the model is trained."""
+    if next(model.parameters()).device.type == "cpu":
+        tell_of_unused_gpu()
     if args.recompute:
         recompute(model)
     if args.compile:
@@ -170,7 +173,7 @@ def fine_tune(config_class, tokenize, train):
     parser.add_fields(config_class, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
     add_speed(parser)
     add_saving(parser)
-    args = parser.parse_args()
+    args = parser.parse_with_rows()
     with parser.one_line_errors(args.out):
         config, rows = fields_of(args, config_class), read_rows(args.data, ("prompt", "completion"))
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)

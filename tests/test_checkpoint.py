@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import model
-from forked import start_forked
+import pretend_cuda
+from forked import run_forked, start_forked
 from lab import checkpoint
 from lab.checkpoint import (STATE, Checkpointer, Terminated, append_jsonl, atomic_write, code_hash, finished, load,
                             mark_finished, read_jsonl, restore, save, save_directory, state_of, write_jsonl)
@@ -164,6 +167,77 @@ def test_no_file_is_a_pickle(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
 
 
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES)
+def test_safetensors_reads_the_file_of_a_state(dtype, tmp_path):
+    tensors = {"b.matrix": torch.arange(6).view(2, 3).to(dtype), "a": torch.ones((), dtype=dtype),
+               "none": torch.zeros(0, 3, dtype=dtype), "turned": torch.arange(6).view(2, 3).to(dtype).t(),
+               "bytes": torch.arange(3, dtype=torch.uint8)}  # after it nothing would be aligned
+    save(tmp_path, tensors, {"step": 1})
+    found = load_file(tmp_path / STATE)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert (int.from_bytes((tmp_path / STATE).read_bytes()[:8], "little") + 8) % 8 == 0
+
+
+def most_memory_of(run):
+    """By how many bytes this process grows meanwhile: without mapped files, which the system can take back."""
+    def now():
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    def watch():
+        while not over:
+            seen.append(now())
+            time.sleep(0.001)
+
+    over, seen = [], [now()]
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        over.append(True)
+        watcher.join()
+    return max(seen) - seen[0]
+
+
+def save_and_resume_on_a_gpu(folder):
+    pretend_cuda.install()
+
+    def make():
+        layers = nn.ModuleList([nn.Linear(512, 512, bias=False) for _ in range(32)]).cuda()
+        return layers, torch.optim.Adam(layers.parameters(), fused=True)
+
+    (layers, optimizer), (others, its_optimizer) = make(), make()
+    count = sum(p.numel() for p in layers.parameters())
+    for p in layers.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert most_memory_of(lambda: save(folder, *state_of(model=layers, optimizer=optimizer))) < 2 * count  # of 12
+    state = load(folder)
+    # the moments lie on the pretended GPU then, 8 bytes a parameter of the same memory
+    assert most_memory_of(lambda: restore(*state, model=others, optimizer=its_optimizer)) < 10 * count
+    p, other = layers[3].weight, others[3].weight
+    assert torch.equal(p, other) and torch.equal(optimizer.state[p]["exp_avg"], its_optimizer.state[other]["exp_avg"])
+    assert its_optimizer.state[other]["step"].is_cuda
+
+
+def test_a_state_of_a_gpu_passes_through_the_cpus_memory_tensor_by_tensor(tmp_path):
+    ended = run_forked(save_and_resume_on_a_gpu, tmp_path)
+    assert ended.status == 0, ended.stderr
+
+
+def test_a_restored_moment_does_not_lie_in_the_file(tmp_path):
+    """Adam writes to it, and the file is replaced."""
+    made, optimizer, generator = start(1)
+    steps(made, optimizer, generator, 0, 2)
+    save(tmp_path, *state_of(model=made, optimizer=optimizer))
+    tensors, meta = load(tmp_path)
+    restore(tensors, meta, model=made, optimizer=optimizer)
+    moment, = (optimizer.state[p]["exp_avg"] for p in [made.embedding.weight])
+    assert moment.untyped_storage().data_ptr() != tensors["optimizer.0.exp_avg"].untyped_storage().data_ptr()
+
+
 # ---- killed at any point
 
 def write_for_ever(dir):
@@ -237,7 +311,6 @@ def test_what_a_writer_left_that_was_killed_within_a_file_goes_with_the_next_sav
 
 def write_text(dir, number):
     atomic_write(dir / "file", str(number))
-    return 3
 
 
 def read_text(dir):
@@ -246,7 +319,6 @@ def read_text(dir):
 
 def write_state(dir, number):
     save(dir, {"w": torch.full((2,), float(number))}, {"step": number})
-    return 4  # out of safetensors' folder first
 
 
 def read_state(dir):
@@ -260,7 +332,8 @@ def test_whatever_part_of_a_write_is_done_when_it_stops_the_name_holds_a_whole_f
     """Stops before each of the calls that bring a file into place, as a kill would."""
     class Killed(BaseException):
         pass
-    parts = write(tmp_path, 0)
+    parts = 3  # the file is flushed, renamed, and its folder is flushed
+    write(tmp_path, 0)
     there = sorted(tmp_path.iterdir())
     for stopped_at in range(parts):
         write(tmp_path, 0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import grpo
-from lab import checkpoint, compare
+from lab import checkpoint, compare, graphs
 from lab.logs import BudgetSpent, RLLog
 from model import generate
 from variants.dapo import DAPO, DAPOConfig
@@ -65,6 +65,18 @@ def test_a_method_stops_where_its_budget_of_completions_is_spent_discarded_ones_
         grpo.train(model, [example], encode=run.prompt, decode=str, generate=generate, end_ids=[3], rewards=rules,
                    config=config, select=DAPO(DAPOConfig(resample=resample), 4).select, log=log)
     assert [row["samples"] for row in checkpoint.read_jsonl(tmp_path / "metrics.jsonl")] == samples
+
+
+def test_the_gpus_memory_is_free_before_a_method_starts(monkeypatch):
+    """Its process is another one: it could not use what this one's allocator keeps."""
+    freed = []
+    monkeypatch.setattr(graphs, "decoders", {"of the base": object()})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(len(graphs.decoders)))
+    started = SimpleNamespace(get_context=lambda kind: SimpleNamespace(Process=lambda **_: freed.append("started")))
+    monkeypatch.setattr(compare, "multiprocessing", started)
+    with pytest.raises(AttributeError):  # what stands in for a process cannot start
+        compare.run_jobs(SimpleNamespace(device=torch.device("cuda")), [("grpo", 1e-4)], None, None)
+    assert freed == [0, "started"]
 
 
 COMPARE = ["--preset", "smoke", "--device", "cpu", "--compare", "--out"]

@@ -327,3 +327,26 @@ def test_bad_input_gives_one_line_that_names_the_culprit_and_exit_code_2(what, f
     assert ended.status == 2, ended.stderr
     assert named in ended.stderr and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
     assert (finished_run / "r1" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("cuda, driver, hidden, said", [
+    ("13.0", True, False, "the driver may be older than CUDA 13.0"), (None, True, False, "is built without CUDA"),
+    ("13.0", False, False, ""), ("13.0", True, True, "")])
+def test_a_gpu_that_torch_does_not_find_is_told_of(cuda, driver, hidden, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(command, "NVIDIA_DRIVER", tmp_path / ("version" if driver else "none"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert command.device_of("cpu") == torch.device("cpu")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and said in "".join(lines)
+
+
+def test_a_gpu_that_is_used_is_not_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    command.device_of("cpu")  # as asked for
+    assert capsys.readouterr().err == ""
