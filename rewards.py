@@ -76,7 +76,7 @@ NUMBER = re.compile("".join([
     rf"(?<!{LETTER})",                                        # nor in x12
     *(f"(?<!{word})" for word in NOT_AFTER),                  # nor in "minus 12"
     r"(?P<sign>[-−]?)[$€£¥￥]?(?P<whole>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)",           # -$1,234 or -$1234
-    r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?(?P<percent> ?(?:[%％]|percent\b))?",  # .50, /4, %
+    r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?(?P<percent> ?(?:[%％]|per ?cent\b))?",  # .50, /4, %
     rf"(?![0-9])(?! ?[{OPERATORS}*=%％‰])",                   # no 12 in 1234, 12 + 3, 12=12
     r"(?! ?(?:[kxyzeπ]|bn|pi|(?-i:M))\b)",                    # nor in 12k, 12 x, 12M; "12 m" is fine
     r"(?! ?(?:per ?cent|plus|squared|cubed|and (?:an?|one)\b))",  # nor in "12 plus one", "12 and a half"
@@ -89,7 +89,7 @@ SPELLED = (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)|eleven|twelve|
 def extract_answer(text: str, last: bool = False) -> Fraction | None:
     r"""The one number of an answer text, or None.  "She has $1,234.50." -> 2469/2
 
-    1,234 = 1234.0; 3/4 = \frac{3}{4}; 50% = 1/2; a unit, \boxed{} and **bold** may surround it. None in doubt: numbers
+    1,234 = 1234.0; 3/4 = \frac{3}{4}; 50% = 1/2 (a Percent); a unit, \boxed{} and **bold** may surround it. None in doubt: numbers
     that differ, an expression (12=12), a malformed number (1,23), a date, 1e5, a number in words, a digit outside
     ASCII (５, ², ½), a hidden character. `last`: the last number of a worked line instead ("5 + 3 = 8" -> 8).
     """
@@ -114,14 +114,26 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
     return values[0] if apart and len(set(values)) == 1 else None
 
 
+class Percent(Fraction):
+    """N% as N / 100; `equal` takes it for N too."""
+
+
 def number_value(number: re.Match) -> Fraction | None:
     try:
         value = Fraction(number["whole"].replace(",", "") + (number["decimals"] or "")) / int(number["divisor"] or 1)
     except (ValueError, ZeroDivisionError):  # more digits than int() takes, or 3/0
         return None
-    if number["percent"]:
-        value /= 100
-    return -value if number["sign"] else value
+    value = -value if number["sign"] else value
+    return Percent(value / 100) if number["percent"] else value
+
+
+def equal(answer, reference) -> bool:
+    """Whether two values are the same, and not in doubt. N% is N and N / 100 where the other side has no %."""
+    if isinstance(reference, Percent):
+        answer, reference = reference, answer
+    if isinstance(answer, Percent) and isinstance(reference, Fraction) and not isinstance(reference, Percent):
+        return reference in (answer, 100 * answer)
+    return answer is not None and answer == reference
 
 
 def final_answer(completion: str, read=extract_answer, read_end=None):
@@ -154,21 +166,19 @@ def format(completion: str, example: dict) -> float:
     return float(not "".join(pieces[::2]).strip() and all(map(has_word, pieces[1::2])))
 
 
-def accuracy(completion: str, example: dict, read=extract_answer, read_expression=str) -> float:
+def accuracy(completion: str, example: dict, **readers) -> float:
     """1 iff the format is right and the answer equals the reference: the training reward.  R1 v2 eq. 4"""
-    if not format(completion, example):
-        return 0.0
-    return accuracy_any(completion, example, read, read_expression=read_expression)
+    return accuracy_any(completion, example, **readers) if format(completion, example) else 0.0
 
 
-def accuracy_any(completion: str, example: dict, read=extract_answer, read_end=None, read_expression=str) -> float:
+def accuracy_any(completion: str, example: dict, read=extract_answer, read_end=None, read_expression=str,
+                 equal=equal) -> float:
     """1 iff the final answer, with tags or without, equals the reference; 0 for other kinds than reasoning."""
     if example.get("kind", "reasoning") != "reasoning":
         return 0.0
     if "nums" in example:
         return float(solves(completion, example["nums"], example["target"], read_expression))
-    reference = read(example["answer"])
-    return float(reference is not None and final_answer(completion, read, read_end) == reference)
+    return float(equal(final_answer(completion, read, read_end), read(example["answer"])))
 
 
 OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.USub: neg}
@@ -283,8 +293,6 @@ REWARDS = {"accuracy": accuracy, "format": format, "language_consistency": langu
            "helpfulness": helpfulness, "harmlessness": harmlessness, "accuracy_any": accuracy_any}
 
 
-def rules_with(read, read_end=None, read_expression=str):
-    """REWARDS with accuracies by these readers; data/math_answers.py has all three for MATH and LaTeX."""
-    strict = partial(accuracy, read=read, read_expression=read_expression)
-    lenient = partial(accuracy_any, read=read, read_end=read_end, read_expression=read_expression)
-    return REWARDS | {"accuracy": strict, "accuracy_any": lenient}
+def rules_with(**readers):
+    """REWARDS with accuracies by these readers, keywords of accuracy_any; data/math_answers.py has MATH's: READERS."""
+    return REWARDS | {"accuracy": partial(accuracy, **readers), "accuracy_any": partial(accuracy_any, **readers)}

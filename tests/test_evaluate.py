@@ -213,7 +213,7 @@ EXAMPLES = [{"prompt": "2+3", "answer": "5", "language": "en", "kind": "reasonin
 TEXTS = [["<think>two and three</think><answer>5</answer>", "<think>so</think><answer>6</answer>",
           "<answer>5</answer>", "5"],
          ["3", "3", "2", "2"]]
-ALL_RULES = rewards.rules_with(read_answer, read_end)
+ALL_RULES = rewards.rules_with(read=read_answer, read_end=read_end)
 RULES = {name: ALL_RULES[name] for name in ("accuracy", "accuracy_any", "format", "language_consistency")}
 COUNTS = np.array([[10, 8, 3, 1], [1, 1, 1, 1]])
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 import rewards
-from data.math_answers import last_box, read_answer, read_end, read_expression
+from data.math_answers import READERS, equal, last_box, read_answer, read_end, read_expression, read_or_text
 from lab.check_input import check_example
 
 EXAMPLE = {"prompt": "How many?", "language": "en", "kind": "reasoning"}
-RULES = rewards.rules_with(read_answer, read_end, read_expression)
+RULES = rewards.rules_with(**READERS)
 accuracy, accuracy_any = RULES["accuracy"], RULES["accuracy_any"]
 
 

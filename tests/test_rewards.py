@@ -30,7 +30,7 @@ GOOD = "<think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>"
 
 
 NUMBERS = rewards.REWARDS  # with the reader that rewards.py has itself
-MATH = rewards.rules_with(math_answers.read_answer, math_answers.read_end, math_answers.read_expression)
+MATH = rewards.rules_with(**math_answers.READERS)
 with_either_reader = pytest.mark.parametrize("rules", [NUMBERS, MATH], ids=["numbers", "MATH"])
 
 
@@ -270,7 +270,7 @@ def test_a_reader_of_ones_own_decides_what_an_answer_is():
     assert accuracy_any("so\nYES", example, read=first_word) == 1.0
     assert accuracy_any("yes\nso", example, read=first_word) == 0.0
     assert accuracy_any("yes\nso", example, first_word, lambda completion: completion[:3]) == 1.0
-    rules = rewards.rules_with(first_word)
+    rules = rewards.rules_with(read=first_word)
     assert list(rules) == list(rewards.REWARDS) and rules["format"] is format
     assert scores(rules, "so\nYES", example) == (0.0, 1.0)
 
