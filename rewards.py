@@ -9,9 +9,8 @@
 
 A reward is a function (completion, example) -> float in [0, 1]. Any string gets a score, in linear time, and nothing
 that a model wrote is executed. Where a rule does not apply, all completions of a group score the same, so that it
-changes no advantage.
-Known limit: a rule reads numbers and words, not meaning. Departure from R1 (arXiv 2501.12948, its versions are cited
-as v1 and v2): helpfulness and harmlessness are reward models there.
+changes no advantage. Known limit: a rule reads numbers and words, not meaning. Departure from R1 (arXiv 2501.12948,
+its versions are cited as v1 and v2): helpfulness and harmlessness are reward models there.
 """
 import ast
 import re
@@ -36,7 +35,7 @@ def squeeze(text: str) -> str:
 
 
 def has_word(text: str) -> bool:  # dots and spaces are no content
-    return re.search(r"[^\W_]", text) is not None
+    return re.search(r"[^\W_]|[∅∞]", text) is not None
 
 
 def count_words(text: str) -> dict[str, int]:  # digits, operators and punctuation are neutral
@@ -89,7 +88,7 @@ SPELLED = (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)|eleven|twelve|
 def extract_answer(text: str, last: bool = False) -> Fraction | None:
     r"""The one number of an answer text, or None.  "She has $1,234.50." -> 2469/2
 
-    1,234 = 1234.0; 3/4 = \frac{3}{4}; 50% = 1/2 (a Percent); a unit, \boxed{} and **bold** may surround it. None in doubt: numbers
+    1,234 = 1234.0; 3/4 = \frac{3}{4}; 50% = 1/2; a unit, \boxed{} and **bold** may surround it. None in doubt: numbers
     that differ, an expression (12=12), a malformed number (1,23), a date, 1e5, a number in words, a digit outside
     ASCII (５, ², ½), a hidden character. `last`: the last number of a worked line instead ("5 + 3 = 8" -> 8).
     """
@@ -115,7 +114,7 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
 
 
 class Percent(Fraction):
-    """N% as N / 100; `equal` takes it for N too."""
+    """N% as N / 100."""
 
 
 def number_value(number: re.Match) -> Fraction | None:
@@ -128,12 +127,9 @@ def number_value(number: re.Match) -> Fraction | None:
 
 
 def equal(answer, reference) -> bool:
-    """Whether two values are the same, and not in doubt. N% is N and N / 100 where the other side has no %."""
-    if isinstance(reference, Percent):
-        answer, reference = reference, answer
-    if isinstance(answer, Percent) and isinstance(reference, Fraction) and not isinstance(reference, Percent):
-        return reference in (answer, 100 * answer)
-    return answer is not None and answer == reference
+    """Whether two values are the same, not in doubt. N% is N as well as N / 100: 20% for a reference of 20 or 1/5."""
+    as_written = [100 * value if isinstance(value, Percent) else value for value in (answer, reference)]
+    return answer is not None and (answer == reference or as_written[0] == as_written[1])
 
 
 def final_answer(completion: str, read=extract_answer, read_end=None):
@@ -149,9 +145,7 @@ def final_answer(completion: str, read=extract_answer, read_end=None):
         return read_end(completion)
     line = answer.rpartition("\n")[2]
     value = read(line)
-    if value is None and read is extract_answer:
-        value = extract_answer(line, last=True)
-    return value
+    return extract_answer(line, last=True) if value is None and read is extract_answer else value
 
 
 # ---- rewards for reasoning ----
@@ -171,8 +165,7 @@ def accuracy(completion: str, example: dict, **readers) -> float:
     return accuracy_any(completion, example, **readers) if format(completion, example) else 0.0
 
 
-def accuracy_any(completion: str, example: dict, read=extract_answer, read_end=None, read_expression=str,
-                 equal=equal) -> float:
+def accuracy_any(completion, example, read=extract_answer, read_end=None, read_expression=str, equal=equal) -> float:
     """1 iff the final answer, with tags or without, equals the reference; 0 for other kinds than reasoning."""
     if example.get("kind", "reasoning") != "reasoning":
         return 0.0
@@ -188,10 +181,8 @@ SIGNS = str.maketrans("×÷−", "*/-")
 def calculate(node: ast.expr) -> Fraction:  # of whole numbers, exactly
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
-    operation = OPERATIONS[type(node.op)]
-    if isinstance(node, ast.UnaryOp):
-        return operation(calculate(node.operand))
-    return operation(calculate(node.left), calculate(node.right))
+    operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    return OPERATIONS[type(node.op)](*map(calculate, operands))
 
 
 def solves(completion: str, nums: list[int], target: int, read_expression=str) -> bool:

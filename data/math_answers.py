@@ -3,10 +3,10 @@ r"""MATH's answers: LaTeX read as exact values, so that two ways to write an ans
     read_answer(r"\frac{\sqrt{12}}{4}") == read_answer(r"\sqrt{3}/2")   the value of an answer text
     read_end("so $x = 2$.\nHence it is \\boxed{2}.") == 2               of a completion without answer tags
     read_expression(r"\boxed{(50 - 1) \times 2 = 98}")                  "(50 - 1) * 2 = 98": what Countdown asks for
-    equal(read_answer("20%"), read_answer("20"))                       an answer beside its reference
+    equal(read_both("20%"), read_both("20"))                           an answer beside its reference
 
 rewards.rules_with(**READERS) scores with them. In doubt an answer is None, which scores nothing: a wrong answer that
-scores teaches a model to write it. A reference in doubt is compared as text (`read_or_text`).
+scores teaches a model to write it. A reference in doubt is compared as text (`read_both`).
 """
 import re
 from collections import Counter
@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from math import gcd
+from typing import NamedTuple
 
 import rewards
 from rewards import HAN, LATIN, LONGEST, OPERATORS, Percent, extract_answer, split, squeeze
@@ -212,9 +213,9 @@ def digits_of(match: re.Match) -> str:
 
 THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,? ?\\[,!]) ?[0-9]{3})+(?![0-9])"
 BRACKET_SIZE = r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!"
-TEXT = r"\\(?:text[a-z]*|mbox|hbox|emph|boxed|fbox|operatorname|math(?:rm|bf|it|sf|tt))"
+TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mbox|hbox|emph|boxed|fbox|operatorname|math(?:rm|bf|it|sf|tt))"
 POWER = r"(?: ?\^ ?(?:-?[1-4]|\{ ?-?[1-4] ?\})|[²³])"
-UNIT_POWER = rf"(\\(?:text[a-z]*|mbox|mathrm) ?\{{[ ~]?(?:[A-Za-z. /·]{{2,}}|[a-zA-Z]) ?\}}){POWER}"
+UNIT_POWER = rf"({TEXT} ?\{{[ ~]?(?:[A-Za-z. /·]{{2,}}|[a-zA-Z]) ?\}}){POWER}"
 DEGREES = r"\^ ?(?:\\circ(?![a-z])|\{ ?\\circ ?\})|°"
 SPACES = r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|\\?\$|(?<!\\)\\[()[\]]"  # and the borders of formulas
 OPENING = (r"(?i)^ ?(?:#+ )?(?:(?:so|thus|hence|therefore)[ ,]+)?(?:the )?(?:final )?"
@@ -226,11 +227,13 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
     (BRACKET_SIZE, ""),                                                                  # \left( -> (
     (r"(?<=[0-9A-Za-z}).])~(?=[A-Za-z\\])|(?<=\{)~", " "),                               # 5~\text{m} -> 5 \text{m}
     (r"\*\*([^*]*)\*\*", r" \1 "),                                                       # **5** -> 5
+    (rf"({TEXT} ?\{{[^{{}}]*\^ ?)\{{ ?(-?[1-4]) ?\}}", r"\1\2"),                          # \mathrm{s^{-2}}
     (UNIT_POWER, r"\1"),                                                                 # \text{cm}^2 -> \text{cm}
     (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{cm} -> cm
+    (r"\\mu +(?=[AFLVWgms](?![A-Za-z]))", "µ"), (r"\\Omega(?![a-z])", "Ω"),              # \mu\text{m} -> µm
     (f"{DEGREES}|{SPACES}", " "),                                                        # $90^\circ$ -> 90
     (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),                                  # 2pi -> 2\pi
-    (r"\\%|％", "%"),
+    (r"\\%|％", "%"), ("，|、", ","), ("；", ";"),
     (r"\\[dtc]?frac(?![a-z]) ?", r"\\frac"),                                             # \dfrac -> \frac
     (r"\\frac([0-9]) ?([0-9])(?![0-9])", r"\\frac{\1}{\2}"),                             # \frac12
     (r"\\frac(\\?pi|[0-9π]) ?(\\?pi(?![a-z])|[0-9π])(?![0-9])", r"\\frac{\1}{\2}"),      # \frac\pi 2
@@ -253,10 +256,11 @@ TYPOGRAPHY = [(re.compile(pattern), form) for pattern, form in (
     (r"\$|\\[()[\]]|^[*#]+|[*.。]+$", " "),                                                # $n$. -> n
     (r"[‘’]", "'"), ("[“”]", '"'), ("[–—−]", "-"), ("，|、", ","), ("；", ";"), ("：", ":"),
     (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"), (r"\\[dt]frac(?![a-z])", r"\\frac"),
-    (BRACKET_SIZE, ""), (r"\\[,;: ]|\\q?quad(?![a-z])|~", " "),
+    (BRACKET_SIZE, ""), (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~", " "),
     (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{even} -> even
     (OPENING, ""),
-    (r" ?([^\w ]) ?", r"\1"))]                                                           # 3 × 37 -> 3*37
+    (r" ?([^\w ]) ?", r"\1"),                                                            # 3 × 37 -> 3*37
+    ("[ .。*]+$", ""))]
 
 
 def clean(text: str) -> str:
@@ -284,6 +288,7 @@ DOUBT = re.compile("|".join([  # what extract_answer does not look for beside th
     r"\.[0-9]+ ?(?:\.\.|…)",                                                  # 4.99...
     rf"[0-9](?!{UNIT}){AZ}{{1,3}}(?!{AZ})", rf"[0-9]{AZ}(?!{AZ})",            # 5ab, 5x
     rf"[0-9] (?!{UNIT}){AZ}{{1,2}}$",                                         # 5 n
+    rf"[0-9] {AZ}{{1,2}}(?: ?/ ?(?!{UNIT}){AZ}{{1,2}}(?!{AZ})|\((?!s\)))",       # 5 m/n, 5 C(n)
     r"\b(?:about|around|over|under|above|below|up to) +[0-9]",
     r"\b(?:times|by|over|less|point) (?:one|two|three|four|five|six|seven|eight|nine|ten)\b",
     r"(?:不等于|并非|[大小多少高低]于|至[多少]|最[多少]|超过|不[到足]|约|根号|[点點]) ?[0-9]",
@@ -438,9 +443,9 @@ def read_measure(text: str):
 
 
 def read_scientific(number: str, power_of_ten: str | None, e: str | None) -> Fraction | None:
-    """1.2*10^5 and 4.5e33; 5e1 is no way to write 50, so in doubt."""
+    """1.2*10^5 and 4.5e33; 5.7e1 is no way to write 57, so in doubt."""
     exponent = int(power_of_ten or e)
-    if exponent == 0 or abs(exponent) > 100 or (e and abs(exponent) < 3):
+    if exponent == 0 or abs(exponent) > 100 or (e and abs(exponent) < 2):
         return None
     return Fraction(number) * Fraction(10) ** exponent
 
@@ -530,16 +535,21 @@ def read_items(items: list[str], brackets: str, level: int):
 
 
 def read_formula(text: str) -> str | None:
-    """What is equal as a string alone: x^{2} + 1 = x^2+1."""
+    """What is equal as a string alone: x^{2} + 1 = x^2+1; 5 > x is x < 5."""
     letters = re.sub(r"\\(?:(?:begin|end)\{[pb]matrix\}|[A-Za-z]+)", r"\\", text)
-    if re.search(r"[A-Za-z] ?[0-9]|[A-Za-z]{4}|\b(?:or|and|is|not|the)\b|</?[A-Za-z]", letters):  # prose
+    if re.search(r"[A-Za-z] ?[0-9]|[A-Za-z]{4}|\b(?:or|and|is|not|the)\b|</?[A-Za-z]+>", letters):  # prose
         return None
     formula = " ".join(re.findall(r"\\[A-Za-z]+|[A-Za-z]|[0-9.]+|\S", text))
     if not re.search(r"[A-Za-z√_^∞∪]", formula.replace("\\frac", "")):  # a number that we could not read
         return None
     if not re.search("[^A-Za-z ]", formula) or not re.fullmatch("∞|[ !->@-~√π∞∪]{2,}", formula):
         return None
-    return re.sub(r"\{ (\\?\w+|\S) \}", r"\1", formula)
+    formula = re.sub(r"\{ (\\?\w+|\S) \}", r"\1", formula)
+    relations = re.findall(r" (>|\\ge|<|\\le|=|\\ne|\\in) ", formula)
+    if relations and set(relations) <= {">", "\\ge"}:
+        sides = re.split(r" (>|\\ge) ", formula)[::-1]
+        formula = " ".join({">": "<", "\\ge": "\\le"}.get(side, side) for side in sides)
+    return formula
 
 
 NO_ANSWER = r"none$|nothing$|unknown$|no (?:answer|idea)|(?:the )?(?:final )?answer$"
@@ -557,8 +567,8 @@ def read_answer(text: str):
     fractions, mixed numbers, roots, π, i, powers, percent: \sqrt{8} = 2\sqrt{2}; a tuple or an interval, whose brackets
     count; a set in any order, as are "1, 2", "1,2 and 3", "x = 1, x = 2" and "1 \pm 2" ("1 or 2" is kept apart), and a
     union; a matrix; a time or a ratio; up to three words or a choice, (A) = A, in any case; another formula as the same
-    string, spaces aside. "x =", units and degrees are dropped: 5 cm = 5 m. Boxes come first; several that differ are no
-    answer. A fraction need not be in lowest terms: 114/2 = 57.
+    string, spaces aside. "x =", units and degrees are dropped (but see `equal`). Boxes come first; several that differ
+    are no answer. A fraction need not be in lowest terms: 114/2 = 57.
     Undecided, so None or a mere string: a calculation left to do (12 + 45, 12π * 45/π), formulas with variables in
     other words, a decimal for a third, a root or π, and whatever is in doubt.
     """
@@ -599,7 +609,7 @@ def read_choice(cleaned: str):
     if not choice or re.search(r"(?<![A-Za-z])[A-J](?![A-Za-z])", choice[3]) or DOUBTED.search(choice[3]):
         return None
     content = read_answer(choice[3])
-    return None if content is None else ("choice", choice[1] or choice[2], content)
+    return "choice", choice[1] or choice[2], as_text(choice[3]) if content is None else content
 
 
 # ---- an answer beside its reference ----
@@ -611,48 +621,77 @@ def as_text(text: str) -> str:
     return text
 
 
-def read_or_text(text: str):
-    """As `read_answer`, but ("text", ...) where it is in doubt; None where there is nothing to compare."""
+class Reading(NamedTuple):
+    """An answer or a reference: its value, None in doubt, and its text."""
+    value: object
+    text: str
+
+    def vote(self, reference):
+        """What it stands for in a majority: the reference where it is right; a text only beside a text."""
+        if equal(self, reference):
+            return reference
+        return self.text if reference.value is None else self.value
+
+
+@lru_cache(2 ** 14)
+def read_both(text: str) -> Reading | None:
+    """The value and the text of an answer; None where there is nothing to compare."""
     value = read_answer(text)
-    if value is not None or len(text) > LONGEST:
-        return value
+    if len(text) > LONGEST:
+        return Reading(value, "") if value is not None else None
     found = boxes(text)
     if len(set(found)) == 1 and found[0] is not None:
         text = found[0]
-    plain_text = as_text(text)
-    return None if re.fullmatch(NOTHING, plain_text, re.IGNORECASE) else ("text", plain_text)
+    text = as_text(text)
+    return None if re.fullmatch(NOTHING, text, re.IGNORECASE) else Reading(value, text)
 
 
-def is_text(value) -> bool:
-    return isinstance(value, tuple) and value[0] == "text"
+def equal(answer: Reading | None, reference: Reading | None) -> bool:
+    """Whether an answer is right: by value, or where the reference has none, as the same text."""
+    if answer is None or reference is None:
+        return False
+    if reference.value is None:
+        return answer.text == reference.text
+    units = units_of(answer.text), units_of(reference.text)
+    return equal_values(answer.value, reference.value) and (units[0] == units[1] or not all(units))
 
 
-def equal(answer, reference) -> bool:
+UNITS = {word: names.split()[0] for names in (
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inches",
+    "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce", "ml mL", "L l",
+    "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent", "degree", "rad radian")
+    for word in re.findall("[A-Za-z]+", names)}
+
+
+def units_of(text: str) -> set[str]:
+    """The units that stand after numbers; 5 cm is not 5 m, while 5 apples may be anything."""
+    words = re.findall(r"[0-9)}π] ?([A-Za-z]+)", text)
+    return {UNITS[unit] for word in words for unit in (word, word.removesuffix("s")) if unit in UNITS}
+
+
+def equal_values(answer, reference) -> bool:
     """Whether an answer's value is the reference's. What only one of them has is no difference: %, a base, a choice's
-    letter or its content, a.m. or p.m.; and 1, 2 is right where the reference is "1 or 2"."""
-    if rewards.equal(answer, reference):
+    letter or its content, a.m. or p.m.; and 1, 2 is right where the reference is "1 or 2".
+    """
+    if rewards.equal(without_percent(answer), without_percent(reference)) or rewards.equal(answer, reference):
         return True
     if isinstance(reference, str) and isinstance(answer, Fraction):
-        digits = re.fullmatch(r"([0-9]+) _ \{? ?[0-9]+ ?\}?", reference)  # 52_8
+        digits = re.fullmatch(r"([0-9]+) _ (?:\{ )?[0-9]+(?: \})?", reference)  # 52_8
         return bool(digits) and answer == Fraction(digits[1])
     kinds = [value[0] if isinstance(value, tuple) else None for value in (answer, reference)]
     if "choice" in kinds and kinds != ["choice", "choice"]:
         choice, other = (answer, reference) if kinds[0] == "choice" else (reference, answer)
-        return other == choice[1] or equal(choice[2], other)
+        return other == choice[1] or equal_values(choice[2], other)
     if kinds == [":", ":"]:
         return answer[1] == reference[1] and "" in (answer[2], reference[2])
-    if kinds in (["{}", "{}"], ["or", "or"], ["{}", "or"]):
-        return equal_sets(answer[1], reference[1])
-    if kinds[0] == kinds[1] and kinds[0] in (*INTERVALS, ";"):
-        return len(answer[1]) == len(reference[1]) and all(map(equal, answer[1], reference[1]))
-    return False
+    return kinds == ["{}", "or"] and answer[1] == reference[1]
 
 
-def equal_sets(answers: frozenset, references: frozenset) -> bool:
-    """Whether each item has its equal, as often."""
-    return len(answers) == len(references) <= 20 and all(
-        any(n == m and equal(a, b) for b, m in references) for a, n in answers) and all(
-        any(n == m and equal(a, b) for a, n in answers) for b, m in references)
+def without_percent(value):
+    """20% -> 20, (20%, 30%) -> (20, 30): all of a list, so that 20%, 3000% is not 20, 30."""
+    if isinstance(value, Percent):
+        return 100 * value
+    return type(value)(map(without_percent, value)) if isinstance(value, (tuple, frozenset)) else value
 
 
 # ---- what rewards.py asks ----
@@ -667,10 +706,11 @@ def read_end(completion: str):
     return ending(completion)[0]
 
 
-def read_end_or_text(completion: str):
-    """As `read_end`, but ("text", ...) where it is in doubt."""
+def read_both_ends(completion: str) -> Reading | None:
+    """As `read_end`, with its text."""
     value, text = ending(completion)
-    return read_or_text(text) if value is None else value
+    both = read_both(text)
+    return both if value is None else Reading(value, both.text if both else "")
 
 
 @lru_cache(2 ** 14)
@@ -691,7 +731,7 @@ def ending(completion: str):
     return read_line(text), text
 
 
-MARKER = re.compile(r"####|\b(?:answers?|solution) ?(?:is|are)\b:?|\banswer\**:|答案[是为]?[:：]?", re.IGNORECASE)
+MARKER = re.compile(r"####|\b(?:answers?|solutions?) ?(?:is|are)\b:?|\banswer\**:|答案[是为]?[:：]?", re.IGNORECASE)
 BLOCK = re.compile(r"(\\\[|\$\$|```\w*\n)(.{,2000}?)(?:\\\]|\$\$|```)", re.DOTALL)
 TAKEN_BACK = re.compile(  # "The answer is 5. Wait, no: 6", "So it is 6."
     r"\b(?:wait|no|not|but|actually|however|instead|wrong|incorrect|mistake|sorry|correction|rather|hmm|oops)\b"
@@ -730,7 +770,7 @@ def read_line(line: str):
         if value is None and sentence.endswith(closing):
             value = read_answer(sentence.removesuffix(closing).rpartition(opening)[2])
     is_formula = re.search(r"[\\^_|√π∞∪±]", clean(line.rpartition("=")[2]))
-    if value is None and not is_formula:
+    if value is None and not is_formula and not re.search(r"\b(?:wrong|incorrect|false)\b", line):
         value = extract_answer(line, last=True)
     return value
 
@@ -743,4 +783,4 @@ def read_expression(text: str) -> str:
     return clean(text)
 
 
-READERS = {"read": read_or_text, "read_end": read_end_or_text, "read_expression": read_expression, "equal": equal}
+READERS = {"read": read_both, "read_end": read_both_ends, "read_expression": read_expression, "equal": equal}

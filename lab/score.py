@@ -6,7 +6,7 @@ import argparse
 import json
 
 import rewards
-from data.math_answers import READERS, read_or_text
+from data.math_answers import READERS, read_both
 from lab.check_input import KINDS, check_example
 
 
@@ -18,7 +18,7 @@ def read_scored_rows(lines):
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
                 raise ValueError("a row is an object with a string 'completion'")
-            check_example(row, read_or_text)
+            check_example(row, read_both)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from None
         rows.append(row)

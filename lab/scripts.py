@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import rewards
-from data.math_answers import READERS, equal, is_text, read_end_or_text, read_or_text
+from data.math_answers import READERS, read_both, read_both_ends
 from data.problems import read_problems, read_rows
 from lab import watch
 from lab.check_input import check_directory, check_example, check_length_buffer
@@ -27,11 +27,8 @@ PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/proble
 
 def final_answer(completion, example):
     """What a completion votes for: the reference where it is right; a text that no rule reads only beside another."""
-    value = rewards.final_answer(completion, read_or_text, read_end_or_text)
-    reference = read_or_text(example["answer"])
-    if equal(value, reference):
-        return reference
-    return None if is_text(value) and not is_text(reference) else value
+    answer, reference = rewards.final_answer(completion, read_both, read_both_ends), read_both(example["answer"])
+    return answer and reference and answer.vote(reference)
 
 
 def rules():
@@ -49,9 +46,9 @@ def read_problem_set(path):
 
     Raises ValueError with the file and line of a row that is no example.
     """
-    examples = read_problems(path, partial(check_example, read=read_or_text))
+    examples = read_problems(path, partial(check_example, read=read_both))
     texts = [example["answer"] for example in examples
-             if example["kind"] == "reasoning" and is_text(read_or_text(example["answer"]))]
+             if example["kind"] == "reasoning" and read_both(example["answer"]).value is None]
     if texts:
         print(f"{path}: {len(texts)} of {len(examples)} reference answers are compared as text, such as "
               f"{texts[0][:60]!r}", flush=True)
