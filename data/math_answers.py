@@ -253,14 +253,14 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
 
 
 TYPOGRAPHY = [(re.compile(pattern), form) for pattern, form in (
-    (r"\$|\\[()[\]]|^[*#]+|[*.。]+$", " "),                                                # $n$. -> n
+    (r"\$|\\[()[\]]|^[*#]+|(?<![*.。])[*.。]+$", " "),                                                # $n$. -> n
     (r"[‘’]", "'"), ("[“”]", '"'), ("[–—−]", "-"), ("，|、", ","), ("；", ";"), ("：", ":"),
     (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"), (r"\\[dt]frac(?![a-z])", r"\\frac"),
     (BRACKET_SIZE, ""), (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~", " "),
     (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{even} -> even
     (OPENING, ""),
     (r" ?([^\w ]) ?", r"\1"),                                                            # 3 × 37 -> 3*37
-    ("[ .。*]+$", ""))]
+    ("(?<![ .。*])[ .。*]+$", ""))]
 
 
 def clean(text: str) -> str:
@@ -289,6 +289,9 @@ DOUBT = re.compile("|".join([  # what extract_answer does not look for beside th
     rf"[0-9](?!{UNIT}){AZ}{{1,3}}(?!{AZ})", rf"[0-9]{AZ}(?!{AZ})",            # 5ab, 5x
     rf"[0-9] (?!{UNIT}){AZ}{{1,2}}$",                                         # 5 n
     rf"[0-9] {AZ}{{1,2}}(?: ?/ ?(?!{UNIT}){AZ}{{1,2}}(?!{AZ})|\((?!s\)))",       # 5 m/n, 5 C(n)
+    rf"[0-9] ?{AZ} {AZ}(?!{AZ})", rf"(?<!{AZ}){AZ} ?[+*^/]",                   # 2 a x+b
+    rf"[0-9] ?\([^)]*[+*/=^]", rf"(?<!{AZ}){AZ} ?\([^)]*[0-9]",               # 6(x+y), I(0)
+    r"=.*,.*=", r"^[\w-]+(?:, [\w-]+){3}",                                    # f(n)=n, g(n)=1; a list of words
     r"\b(?:about|around|over|under|above|below|up to) +[0-9]",
     r"\b(?:times|by|over|less|point) (?:one|two|three|four|five|six|seven|eight|nine|ten)\b",
     r"(?:不等于|并非|[大小多少高低]于|至[多少]|最[多少]|超过|不[到足]|约|根号|[点點]) ?[0-9]",
@@ -658,8 +661,8 @@ def equal(answer: Reading | None, reference: Reading | None) -> bool:
 
 UNITS = {word: names.split()[0] for names in (
     "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inches",
-    "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce", "ml mL", "L l",
-    "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent", "degree", "rad radian")
+    "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
+    "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent", "degree", "rad radian")
     for word in re.findall("[A-Za-z]+", names)}
 
 
@@ -725,13 +728,18 @@ def ending(completion: str):
         found = boxes(tail[max(0, at - 100):at + LONGEST])
         text = found[-1] if found and found[-1] is not None else answer
         return read_answer(text), text
+    if "</answer>" in tail:
+        tail = answer
     text = marked_answer(tail)
     if text is None:
         text = last_line(tail)
     return read_line(text), text
 
 
-MARKER = re.compile(r"####|\b(?:answers?|solutions?) ?(?:is|are)\b:?|\banswer\**:|答案[是为]?[:：]?", re.IGNORECASE)
+MARKER = re.compile("|".join([
+    r"####(?![ \t]*(?:[0-9]+[.)][ \t]|[A-Za-z]{2,}[ :]))",                 # #### 42; not #### Step 2, #### 1. Add
+    r"(?<!if )(?<!if the )\b(?:answers?|solutions?) ?(?:is|are)\b:?",          # The answer is 42
+    r"\banswer\**:", r"答案[是为]?[:：]?"]), re.IGNORECASE)                       # **Answer**: 42
 BLOCK = re.compile(r"(\\\[|\$\$|```\w*\n)(.{,2000}?)(?:\\\]|\$\$|```)", re.DOTALL)
 TAKEN_BACK = re.compile(  # "The answer is 5. Wait, no: 6", "So it is 6."
     r"\b(?:wait|no|not|but|actually|however|instead|wrong|incorrect|mistake|sorry|correction|rather|hmm|oops)\b"
@@ -739,7 +747,7 @@ TAKEN_BACK = re.compile(  # "The answer is 5. Wait, no: 6", "So it is 6."
 
 
 def marked_answer(tail: str) -> str | None:
-    """The line or the displayed formula after the last marker; None without one, or where it is taken back."""
+    """The line or the displayed formula after the last marker; None without one, or where what follows differs."""
     markers = list(MARKER.finditer(tail))
     if not markers:
         return None
@@ -747,6 +755,9 @@ def marked_answer(tail: str) -> str | None:
     block = BLOCK.match(after)
     text, _, rest = (block[2], "", after[block.end():]) if block else after.partition("\n")
     if not text.strip() or TAKEN_BACK.search(rest[:LONGEST]):
+        return None
+    last = re.sub(r"\\[A-Za-z]+", "", last_line(rest))
+    if re.search("[0-9]", last) and not re.search(f"{AZ}{{3}}|[{HAN}]", last):  # "x = 43": another answer
         return None
     return text.rstrip(" \t*")
 

@@ -92,7 +92,8 @@ def test_two_ways_to_write_an_answer_are_equal(answer, reference):
 
 WRONG = {  # reference: answers that are wrong, or in doubt, and look right
     "5": ["5 or 6", "6 or 5", "5, 6", r"\boxed{5} \boxed{6}", r"\boxed{6} \boxed{5}", "x=5, y=6", "x = 5 or x = 6",
-          "-5", "−5", "50%", r"0.05\%", "5%%", "5!", "5^2", "5²", r"5\pi", "5π", "5i", "5x", "5n", "5 n", "5ab", r"5\sqrt{2}",
+          "-5", "−5", "50%", r"0.05\%", "5%%",
+          "5!", "5^2", "5²", r"5\pi", "5π", "5i", "5x", "5n", "5 n", "5ab", r"5\sqrt{2}",
           "5k", "5 thousand", "5 million", "5 dozen", "5 hundred", "5 tenths", "5 quarters", "5 pct", "5 lakh", "1/5",
           "0.5", ".5", "5.0001", "4.999", "4.99...", "5 5", "55", "2+3", "2 + 3", "10/2 + 0", r"2 \cdot 2.5", "10 - 5",
           "5+0", "5*1", "5 × 1", "5=6", "(5,5)", r"\{5\}", "(5,6)", "[5,5]", "not 5", "isn't 5", "5 is wrong",
@@ -139,7 +140,8 @@ WRONG = {  # reference: answers that are wrong, or in doubt, and look right
           r"\{1 2\}", r"\{12\}", "1; 2", "{1,2)", r"\{1,2]"],
     r"1 \pm \sqrt{2}": [r"1 + \sqrt{2}", r"1 - \sqrt{2}", r"\pm 1 \pm \sqrt{2}", r"-1 \pm \sqrt{2}", r"1 \pm \sqrt{3}",
           "2.414, -0.414"],
-    "A": ["B", "a", "(B)", "A or B", "AB", "(A)(B)", "A, B", "A and B", "not A", "(B) 5", "(A) 5, (B) 6", r"\text{(B)}", "А", "none"],
+    "A": ["B", "a", "(B)", "A or B", "AB", "(A)(B)", "A, B", "A and B", "not A", "(B) 5", "(A) 5, (B) 6",
+          r"\text{(B)}", "А", "none"],
     r"\text{even}": ["odd", "not even", "even or odd", "uneven", "evenly", "e v e n", "even odd", "event", "even, odd"],
     "x^2+1": ["x^2-1", "x^{2+1}", "x^21", "x^2", "y^2+1", "X^2+1", "1+x^2+1", "x2+1", "2x+1", "x^2+10", "x^2+1=0", "5"],
     "2k": ["2", "k", "2 k k", "2K", "2n", "2k+2", "2.0", "2 kg"],
@@ -328,7 +330,9 @@ NEAR = {
         ("5", "5^2 cm"), ("5", "25 cm"), ("9.8", "9.8^2 m/s"), ("5", "5 C(n)"), ("5", r"5^\circ 30'"),
         ("5", "5 m/n"), ("5", "5 ab/c"), ("5", "5 k"), ("5", "5 million km"), ("5", "5 cm or 6 cm"),
         ("5", "5 cm, 6 cm"), ("5", "-5 N"), ("5", "5²"), ("5", "5 cm^5"), ("5", r"5 \text{ hundred}"), ("5", "5 x"),
-        ("5", "5 n^2"), ("5n", "5"), ("5n", "5 N"), ("5x^2", "5 cm^2"), ("5", "5 to 6 cm"), ("5", r"\text{5 dozen}")],
+        ("5", "5 n^2"), ("5n", "5"), ("5n", "5 N"), ("5x^2", "5 cm^2"), ("5", "5 to 6 cm"), ("5", r"\text{5 dozen}"),
+        ("$2 a x+b$", "2"), ("$6(x+y+z) $", "6"), ("I(0)", "0"), ("$f(n)=n$, $g(n)=1$", "1"),
+        (r"$2 \pi a b$", r"2\pi"), ("400, such, aware, content", "400"), ("5", "5 a b"), ("5", "5 (a+b)")],
     "other": [
         ("120000", r"1.2\times10^4"), ("120000", r"1.2\times10^{-5}"), ("120000", r"12\times10^5"),
         ("120000", r"1.2\times 10"), ("50", "5e1"), ("5", r"5\times10^0"), ("120000", "1.2e6"),
@@ -386,7 +390,9 @@ ENDS = [  # (reference, a completion without answer tags)
     ("42", "<think>40+2</think>The answer is 42.\n\nI hope this helps!"),
     ("42", "<think>x</think>It is\n\n\\[\n42\n\\]"), ("42", "#### 42\n\n#### 42"),
     ("20", "So 20% is it.\n#### 20%\nDone."), ("8, 12", "The solutions are 8,12.\nDone."),
-    ("42", "The answer is 42.\nWe used 2 rules.")]
+    ("42", "The answer is 42.\nWe used 2 rules."), ("42", "#### Step 2: add\n40 and 2 give 42."),
+    ("42", "#### 1. Add\nWe get 42"), ("3", "If the answer is 5, it fails.\nx = 3"),
+    ("42", "**Answer**: 42\n\n**Check**: it fits."), ("Tuesday", "so\n#### Tuesday\nDone.")]
 NO_ENDS = [
     ("42", "The answer is 42.\nNo, it is 43."), ("42", "#### 42\nWait, that is wrong.\n#### 43"),
     ("42", "The answer is 42.\nThe answer is 43."), ("42", "42\n43"), ("42", "42\nno idea"),
@@ -396,7 +402,10 @@ NO_ENDS = [
     ("42", "<think>The answer is 42.</think>I do not know."), ("42", "<think>The answer is 42."),
     ("42", "The answer is:\n\n\\[\n43\n\\]\n42 was wrong."), ("42", "The answer is 42.\nThe answer is unknown."),
     ("42", "42\n\nI hope this helps!"), ("42", "The answer is -42.\nDone."), ("42", "The answer is 42x.\nDone."),
-    ("42", "answer 42\n43\n---"), ("42", "\\[ 42 \\]\n43"), ("42", "The answer is 42.\nTherefore we get 43.")]
+    ("42", "answer 42\n43\n---"), ("42", "\\[ 42 \\]\n43"), ("42", "The answer is 42.\nTherefore we get 43."),
+    ("2", "#### Step 2: add\n40 and 2 give 42."), ("1", "#### 1. Add\n40+2 gives 42."),
+    ("42", "The answer is 42.\nx = 43"), ("42", "The answer is 42.\n$$x = 43$$"),
+    ("5", "If the answer is 5, all is well.\nIt may be so.")]
 
 
 @pytest.mark.parametrize("reference, completion", ENDS)
@@ -412,7 +421,8 @@ def test_an_answer_that_is_taken_back_or_passed_over_is_not_the_final_one(refere
 
 @pytest.mark.parametrize("answer, reference, right", [
     ("5 cm", "5 m", 0), ("5 m/s", "5 km/h", 0), ("5 hours", "5 minutes", 0), ("5 cm", "5 centimeters", 1),
-    ("5 mi", "5 miles", 1), ("5 cm", "5", 1), ("5", "5 cm", 1), ("5 apples", "5 cm", 1), (r"15\mbox{ cm}^2", "15 cm^2", 1)])
+    ("5 mi", "5 miles", 1), ("5 cm", "5", 1), ("5", "5 cm", 1), ("5 apples", "5 cm", 1),
+    (r"15\mbox{ cm}^2", "15 cm^2", 1)])
 def test_two_units_that_differ_are_two_answers_and_one_alone_is_ignored(answer, reference, right):
     assert score(reference, answer) == right
 

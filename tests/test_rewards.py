@@ -296,7 +296,8 @@ def test_hedging_inside_the_answer_block_scores_nothing(answer, rules):
 @pytest.mark.parametrize("answer, reference, right", [
     ("57%", "57", 1), (r"57\%", "57", 1), ("57 percent", "57", 1), ("57 per cent", "57", 1), (r"\boxed{57}\%", "57", 1),
     ("57", "57%", 1), ("57%", "0.57", 1), ("0.57", "57%", 1), ("57%", "57%", 1), ("0.57", "57", 0), ("5700", "57", 0),
-    ("-57%", "57", 0), ("5.7%", "57", 0), ("57", "0.57", 0), ("0.57%", "57%", 0), ("5700%", "57%", 0), ("57%%", "57", 0),
+    ("-57%", "57", 0), ("5.7%", "57", 0), ("57", "0.57", 0), ("0.57%", "57%", 0), ("5700%", "57%", 0),
+    ("57%%", "57", 0),
     ("57% or 58%", "57", 0), ("57‰", "57", 0), ("57%", "5.7", 0)])
 def test_a_percentage_is_its_number_and_its_hundredth(answer, reference, right, rules):
     assert scores(rules, reply(answer, "a"), PROBLEM | {"answer": reference}) == (right, right)
