@@ -221,8 +221,10 @@ SPACES = r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|\\?\$|(?<!\\)\\[()[\]]"  # and the 
 OPENING = (r"(?i)^ ?(?:#+ )?(?:(?:so|thus|hence|therefore)[ ,]+)?(?:the )?(?:final )?"
            r"(?:(?:answer|solution)s?(?: (?:is|are):?|:)(?: |$))?")
 SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
-    (r"\\n(?:eq|e)(?![a-z])|≠|!=", r"\\ne "), (r"≤|<=|\\leqslant(?![a-z])", r"\\le "),   # x ≤ 5 -> x \le 5
-    (r"≥|>=|\\geqslant(?![a-z])", r"\\ge "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\n(?:eq|e)(?![a-z])|≠|!=", r"\\ne "),                                            # x ≠ 5 -> x \ne 5
+    (r"≤|<=|\\leqslant(?![a-z])", r"\\le "),                                             # x ≤ 5, x <= 5 -> x \le 5
+    (r"≥|>=|\\geqslant(?![a-z])", r"\\ge "),                                             # x ≥ 5, x >= 5 -> x \ge 5
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),                                    # x \lt 5 -> x < 5
     (THOUSANDS, digits_of),                                                              # 1{,}234 -> 1234
     (BRACKET_SIZE, ""),                                                                  # \left( -> (
     (r"(?<=[0-9A-Za-z}).])~(?=[A-Za-z\\])|(?<=\{)~", " "),                               # 5~\text{m} -> 5 \text{m}
@@ -233,7 +235,7 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
     (r"\\mu +(?=[AFLVWgms](?![A-Za-z]))", "µ"), (r"\\Omega(?![a-z])", "Ω"),              # \mu\text{m} -> µm
     (f"{DEGREES}|{SPACES}", " "),                                                        # $90^\circ$ -> 90
     (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),                                  # 2pi -> 2\pi
-    (r"\\%|％", "%"), ("，|、", ","), ("；", ";"),
+    (r"\\%|％", "%"), ("，|、", ","), ("；", ";"),                                           # 5\% -> 5%, 5，6 -> 5,6
     (r"\\[dtc]?frac(?![a-z]) ?", r"\\frac"),                                             # \dfrac -> \frac
     (r"\\frac([0-9]) ?([0-9])(?![0-9])", r"\\frac{\1}{\2}"),                             # \frac12
     (r"\\frac(\\?pi|[0-9π]) ?(\\?pi(?![a-z])|[0-9π])(?![0-9])", r"\\frac{\1}{\2}"),      # \frac\pi 2
@@ -245,22 +247,25 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
     (r"\\sqrt(?![a-z0-9 ])", "√"),                                                       # \sqrt{2}
     (r"\\pi(?![a-z])", "π"), ("−", "-"), (r"\\infty(?![a-z])", "∞"), (r"\\pm(?![a-z])", "±"),
     (r"\\(?:big)?cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),                           # (0,1) U (2,3)
-    (r"\\(?:emptyset|varnothing|oslash)(?![a-z])|^\\\{ *\\\}$", "∅"), ("ℝ", r"\\mathbb{R}"),
-    (r"\\div(?![a-z])|÷", "/"), (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"),
+    (r"\\(?:emptyset|varnothing|oslash)(?![a-z])|^\\\{ *\\\}$", "∅"),                    # \{\} -> ∅
+    ("ℝ", r"\\mathbb{R}"), (r"\\div(?![a-z])|÷", "/"),                                   # 6 ÷ 3 -> 6 / 3
+    (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"),                                           # 6 \times 3 -> 6 * 3
     (r"\\([lg]e)q(?![a-z])", r"\\\1"),                                                   # \leq -> \le
     (OPENING, ""),                                                                       # So the answer is 5 -> 5
     (r"\.? *$", ""))]
 
 
 TYPOGRAPHY = [(re.compile(pattern), form) for pattern, form in (
-    (r"\$|\\[()[\]]|^[*#]+|(?<![*.。])[*.。]+$", " "),                                                # $n$. -> n
-    (r"[‘’]", "'"), ("[“”]", '"'), ("[–—−]", "-"), ("，|、", ","), ("；", ";"), ("：", ":"),
-    (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"), (r"\\[dt]frac(?![a-z])", r"\\frac"),
-    (BRACKET_SIZE, ""), (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~", " "),
+    (r"\$|\\[()[\]]|^[*#]+|(?<![*.。])[*.。]+$", " "),                                     # $n$., **n** -> n
+    (r"[‘’]", "'"), ("[“”]", '"'), ("[–—−]", "-"),                                       # “a” – b -> "a" - b
+    ("，|、", ","), ("；", ";"), ("：", ":"),                                                # 3：30 -> 3:30
+    (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"),                                           # 3 \times 37 -> 3 * 37
+    (r"\\[dt]frac(?![a-z])", r"\\frac"), (BRACKET_SIZE, ""),                             # \left(\dfrac -> (\frac
+    (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~", " "),                                       # a\,b -> a b
     (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{even} -> even
-    (OPENING, ""),
-    (r" ?([^\w ]) ?", r"\1"),                                                            # 3 × 37 -> 3*37
-    ("(?<![ .。*])[ .。*]+$", ""))]
+    (OPENING, ""),                                                                       # The answer is 1a1 -> 1a1
+    (r" ?([^\w ]) ?", r"\1"),                                                            # 3 * 37 -> 3*37; 3 37 stays
+    ("(?<![ .。*])[ .。*]+$", ""))]                                                        # what was before a $
 
 
 def clean(text: str) -> str:
@@ -662,7 +667,8 @@ def equal(answer: Reading | None, reference: Reading | None) -> bool:
 UNITS = {word: names.split()[0] for names in (
     "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inches",
     "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
-    "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent", "degree", "rad radian")
+    "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent",
+    "degree", "rad radian")
     for word in re.findall("[A-Za-z]+", names)}
 
 
