@@ -384,8 +384,8 @@ SYMBOLS = "|".join([
     rf"{SYMBOL}[²³]?",                                                  # 5 N, 5 m²; not 5 n, nor 5 m^2
     rf"(?:[nµμmckd]m|ft|in|yd|mi){POWER}",                              # 5 cm^2
     rf"{SYMBOL}{POWER}?(?: ?[/*] ?{SYMBOL}{POWER}?| {SYMBOL}{POWER})+"])  # 5 m/s^2, 5 kg*m/s, 5 m s^{-1}
-MEASURES = [re.compile(pattern) for pattern in (
-    rf"(.*[0-9π}})]) ?(?:{UNIT}|[A-Za-z. ]{{4,}})", rf"(.*[0-9π}})]) +(?:{SYMBOLS})")]
+WITH_WORDS = re.compile(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})")
+WITH_SYMBOLS = re.compile(rf"(.*[0-9π}})]) +(?:{SYMBOLS})")
 SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?: ?\* ?10 ?\^ ?\{? ?(-?[0-9]{1,3}) ?\}?|[eE][+]?(-?[0-9]{1,3}))")
 CLOCK = re.compile(r"([0-9]+(?: ?: ?[0-9]+)+(?:\.[0-9]+)?) ?(?:([ap])\.?m\.?)?", re.IGNORECASE)
 MATRIX = re.compile(r"[(\[]? ?\\begin ?\{([pb]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)(?:\\\\)? ?\\end ?\{\1\} ?[)\]]?")
@@ -432,11 +432,11 @@ def read_value(text: str, level: int = 0):
 
 def read_measure(text: str):
     r"""An exact number before a unit or a percent sign: a fraction; with roots, π or i ("number", its terms)."""
-    for measure in MEASURES:
-        measured = measure.fullmatch(text)
-        if measured and (measure is MEASURES[1] or number_in(f"1 {text[measured.end(1):]}") == 1):
-            text = measured[1]
-            break
+    measured = WITH_WORDS.fullmatch(text)
+    if not measured or number_in(f"1 {measured[2]}") != 1:  # "5 thousand" is not 5
+        measured = WITH_SYMBOLS.fullmatch(text)
+    if measured:
+        text = measured[1]
     scientific = SCIENTIFIC.fullmatch(text)
     if scientific:
         return read_scientific(*scientific.groups())
@@ -665,7 +665,7 @@ def equal(answer: Reading | None, reference: Reading | None) -> bool:
 
 
 UNITS = {word: names.split()[0] for names in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inches",
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inches",
     "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
     "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent",
     "degree", "rad radian")

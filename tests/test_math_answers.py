@@ -376,6 +376,18 @@ def test_a_wrong_answer_near_what_users_write_scores_nothing(kind):
     assert [pair for pair in NEAR[kind] if score(*pair) != 0] == [] and len(NEAR[kind]) >= 20
 
 
+def test_another_digit_makes_a_right_answer_wrong():
+    believed = []
+    for reference, answer in BROUGHT["percent"] + BROUGHT["text"] + BROUGHT["lists"]:
+        for place in re.finditer("[0-9]", answer):
+            for step in (1, 5):
+                digit = str((int(place[0]) + step) % 10)
+                changed = answer[:place.start()] + digit + answer[place.end():]
+                if score(reference, changed):
+                    believed.append((reference, changed))
+    assert believed == []
+
+
 ENDS = [  # (reference, a completion without answer tags)
     ("42", "The answer is 42.\n\nI hope this helps!"), ("42", "40+2\n#### 42\nThis agrees."),
     ("42", "So the answer is:\n\n\\[\n42\n\\]"), ("42", "Thus\n$$\nx = 42\n$$"), ("42", "so\n\\[ 42 \\]\n"),
