@@ -668,13 +668,13 @@ UNITS = {word: names.split()[0] for names in (
     "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inches",
     "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
     "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent",
-    "degree", "rad radian")
-    for word in re.findall("[A-Za-z]+", names)}
+    "degree", "rad radian", "% percent")
+    for word in names.split()}
 
 
 def units_of(text: str) -> set[str]:
     """The units that stand after numbers; 5 cm is not 5 m, while 5 apples may be anything."""
-    words = re.findall(r"[0-9)}π] ?([A-Za-z]+)", text)
+    words = re.findall(r"[0-9)}π] ?\\?([A-Za-z]+|%)", text)
     return {UNITS[unit] for word in words for unit in (word, word.removesuffix("s")) if unit in UNITS}
 
 

@@ -434,7 +434,7 @@ def test_an_answer_that_is_taken_back_or_passed_over_is_not_the_final_one(refere
 @pytest.mark.parametrize("answer, reference, right", [
     ("5 cm", "5 m", 0), ("5 m/s", "5 km/h", 0), ("5 hours", "5 minutes", 0), ("5 cm", "5 centimeters", 1),
     ("5 mi", "5 miles", 1), ("5 cm", "5", 1), ("5", "5 cm", 1), ("5 apples", "5 cm", 1),
-    (r"15\mbox{ cm}^2", "15 cm^2", 1)])
+    (r"15\mbox{ cm}^2", "15 cm^2", 1), ("12%", "12 minutes", 0), (r"5\%", "5 inches", 0), ("12%", "12 percent", 1)])
 def test_two_units_that_differ_are_two_answers_and_one_alone_is_ignored(answer, reference, right):
     assert score(reference, answer) == right
 
