@@ -718,7 +718,7 @@ def read_end(completion: str):
 def read_both_ends(completion: str) -> Reading | None:
     """As `read_end`, with its text."""
     value, text = ending(completion)
-    both = read_both(text)
+    both = read_both(text) if len(text) <= LONGEST else None  # an essay is no text to compare
     return both if value is None else Reading(value, both.text if both else "")
 
 
