@@ -111,7 +111,8 @@ def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking
     """{metric: (N,) one value a problem, NaN where it does not apply} of the completions texts[i][j].
 
     rules: {name: (completion, example) -> float}, averaged over the samples; among them "accuracy", in the asked form,
-    "accuracy_any", in any style, and "language_consistency". pass@k and maj@k go by any style.
+    "accuracy_any", in any style, and "language_consistency". pass@k and maj@k go by any style;
+    final_answer(completion, example) is what a completion votes for, None in doubt.
     """
     names = (*rules, "length", "thinks", "accuracy_any_if_thinking", "language_if_thinking", "length_if_thinking")
     values = {name: [] for name in names}
@@ -131,7 +132,8 @@ def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking
         values["language_if_thinking"].append(mean_or_nan(scores["language_consistency"][thought]))
         values["length_if_thinking"].append(mean_or_nan(thinking))
         if votes:
-            answers, reference = [final_answer(text) for text in completions], final_answer(example["answer"])
+            answers = [final_answer(text, example) for text in completions]
+            reference = final_answer(example["answer"], example)
         for k in votes:
             values[f"pass@{k}"].append(pass_at_k(len(completions), int(scores["accuracy_any"].sum()), k))
             values[f"maj@{k}"].append(majority_at_k(answers, reference, k))

@@ -9,9 +9,8 @@
 
 A reward is a function (completion, example) -> float in [0, 1]. Any string gets a score, in linear time, and nothing
 that a model wrote is executed. Where a rule does not apply, all completions of a group score the same, so that it
-changes no advantage.
-Known limit: a rule reads numbers and words, not meaning. Departure from R1 (arXiv 2501.12948, its versions are cited
-as v1 and v2): helpfulness and harmlessness are reward models there.
+changes no advantage. Known limit: a rule reads numbers and words, not meaning. Departure from R1 (arXiv 2501.12948,
+its versions are cited as v1 and v2): helpfulness and harmlessness are reward models there.
 """
 import ast
 import re
@@ -36,7 +35,7 @@ def squeeze(text: str) -> str:
 
 
 def has_word(text: str) -> bool:  # dots and spaces are no content
-    return re.search(r"[^\W_]", text) is not None
+    return re.search(r"[^\W_]|[∅∞]", text) is not None
 
 
 def count_words(text: str) -> dict[str, int]:  # digits, operators and punctuation are neutral
@@ -76,7 +75,7 @@ NUMBER = re.compile("".join([
     rf"(?<!{LETTER})",                                        # nor in x12
     *(f"(?<!{word})" for word in NOT_AFTER),                  # nor in "minus 12"
     r"(?P<sign>[-−]?)[$€£¥￥]?(?P<whole>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)",           # -$1,234 or -$1234
-    r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?(?P<percent> ?(?:[%％]|percent\b))?",  # .50, /4, %
+    r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?(?P<percent> ?(?:[%％]|per ?cent\b))?",  # .50, /4, %
     rf"(?![0-9])(?! ?[{OPERATORS}*=%％‰])",                   # no 12 in 1234, 12 + 3, 12=12
     r"(?! ?(?:[kxyzeπ]|bn|pi|(?-i:M))\b)",                    # nor in 12k, 12 x, 12M; "12 m" is fine
     r"(?! ?(?:per ?cent|plus|squared|cubed|and (?:an?|one)\b))",  # nor in "12 plus one", "12 and a half"
@@ -114,14 +113,23 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
     return values[0] if apart and len(set(values)) == 1 else None
 
 
+class Percent(Fraction):
+    """N% as N / 100."""
+
+
 def number_value(number: re.Match) -> Fraction | None:
     try:
         value = Fraction(number["whole"].replace(",", "") + (number["decimals"] or "")) / int(number["divisor"] or 1)
     except (ValueError, ZeroDivisionError):  # more digits than int() takes, or 3/0
         return None
-    if number["percent"]:
-        value /= 100
-    return -value if number["sign"] else value
+    value = -value if number["sign"] else value
+    return Percent(value / 100) if number["percent"] else value
+
+
+def equal(answer, reference) -> bool:
+    """Whether two values are the same, not in doubt. N% is N as well as N / 100: 20% for a reference of 20 or 1/5."""
+    as_written = [100 * value if isinstance(value, Percent) else value for value in (answer, reference)]
+    return answer is not None and (answer == reference or as_written[0] == as_written[1])
 
 
 def final_answer(completion: str, read=extract_answer, read_end=None):
@@ -137,9 +145,7 @@ def final_answer(completion: str, read=extract_answer, read_end=None):
         return read_end(completion)
     line = answer.rpartition("\n")[2]
     value = read(line)
-    if value is None and read is extract_answer:
-        value = extract_answer(line, last=True)
-    return value
+    return extract_answer(line, last=True) if value is None and read is extract_answer else value
 
 
 # ---- rewards for reasoning ----
@@ -154,21 +160,18 @@ def format(completion: str, example: dict) -> float:
     return float(not "".join(pieces[::2]).strip() and all(map(has_word, pieces[1::2])))
 
 
-def accuracy(completion: str, example: dict, read=extract_answer, read_expression=str) -> float:
+def accuracy(completion: str, example: dict, **readers) -> float:
     """1 iff the format is right and the answer equals the reference: the training reward.  R1 v2 eq. 4"""
-    if not format(completion, example):
-        return 0.0
-    return accuracy_any(completion, example, read, read_expression=read_expression)
+    return accuracy_any(completion, example, **readers) if format(completion, example) else 0.0
 
 
-def accuracy_any(completion: str, example: dict, read=extract_answer, read_end=None, read_expression=str) -> float:
+def accuracy_any(completion, example, read=extract_answer, read_end=None, read_expression=str, equal=equal) -> float:
     """1 iff the final answer, with tags or without, equals the reference; 0 for other kinds than reasoning."""
     if example.get("kind", "reasoning") != "reasoning":
         return 0.0
     if "nums" in example:
         return float(solves(completion, example["nums"], example["target"], read_expression))
-    reference = read(example["answer"])
-    return float(reference is not None and final_answer(completion, read, read_end) == reference)
+    return float(equal(final_answer(completion, read, read_end), read(example["answer"])))
 
 
 OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.USub: neg}
@@ -178,10 +181,8 @@ SIGNS = str.maketrans("×÷−", "*/-")
 def calculate(node: ast.expr) -> Fraction:  # of whole numbers, exactly
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
-    operation = OPERATIONS[type(node.op)]
-    if isinstance(node, ast.UnaryOp):
-        return operation(calculate(node.operand))
-    return operation(calculate(node.left), calculate(node.right))
+    operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    return OPERATIONS[type(node.op)](*map(calculate, operands))
 
 
 def solves(completion: str, nums: list[int], target: int, read_expression=str) -> bool:
@@ -283,8 +284,6 @@ REWARDS = {"accuracy": accuracy, "format": format, "language_consistency": langu
            "helpfulness": helpfulness, "harmlessness": harmlessness, "accuracy_any": accuracy_any}
 
 
-def rules_with(read, read_end=None, read_expression=str):
-    """REWARDS with accuracies by these readers; data/math_answers.py has all three for MATH and LaTeX."""
-    strict = partial(accuracy, read=read, read_expression=read_expression)
-    lenient = partial(accuracy_any, read=read, read_end=read_end, read_expression=read_expression)
-    return REWARDS | {"accuracy": strict, "accuracy_any": lenient}
+def rules_with(**readers):
+    """REWARDS with accuracies by these readers, keywords of accuracy_any; data/math_answers.py has MATH's: READERS."""
+    return REWARDS | {"accuracy": partial(accuracy, **readers), "accuracy_any": partial(accuracy_any, **readers)}

@@ -3,17 +3,21 @@ r"""MATH's answers: LaTeX read as exact values, so that two ways to write an ans
     read_answer(r"\frac{\sqrt{12}}{4}") == read_answer(r"\sqrt{3}/2")   the value of an answer text
     read_end("so $x = 2$.\nHence it is \\boxed{2}.") == 2               of a completion without answer tags
     read_expression(r"\boxed{(50 - 1) \times 2 = 98}")                  "(50 - 1) * 2 = 98": what Countdown asks for
+    equal(read_both("20%"), read_both("20"))                           an answer beside its reference
 
-rewards.rules_with(read_answer, read_end, read_expression) scores with them. In doubt an answer is None, which scores
-nothing: a wrong answer that scores teaches a model to write it.
+rewards.rules_with(**READERS) scores with them. In doubt an answer is None, which scores nothing: a wrong answer that
+scores teaches a model to write it. A reference in doubt is compared as text (`read_both`).
 """
 import re
+from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from math import gcd
+from typing import NamedTuple
 
-from rewards import HAN, LATIN, LONGEST, OPERATORS, extract_answer, split, squeeze
+import rewards
+from rewards import HAN, LATIN, LONGEST, OPERATORS, Percent, extract_answer, split, squeeze
 
 
 def need(condition, reason: str) -> None:
@@ -207,33 +211,61 @@ def digits_of(match: re.Match) -> str:
     return re.sub("[^0-9]", "", match[0])
 
 
-THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!]) ?[0-9]{3})+(?![0-9])"
+THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,? ?\\[,!]) ?[0-9]{3})+(?![0-9])"
 BRACKET_SIZE = r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!"
-UNIT_POWER = r"(\\(?:text|mbox|mathrm) ?\{ ?(?:[A-Za-z. ]{2,}|m) ?\}) ?\^ ?(?:[23]|\{[23]\})"
+TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mbox|hbox|emph|boxed|fbox|operatorname|math(?:rm|bf|it|sf|tt))"
+POWER = r"(?: ?\^ ?(?:-?[1-4]|\{ ?-?[1-4] ?\})|[²³])"
+UNIT_POWER = rf"({TEXT} ?\{{[ ~]?(?:[A-Za-z. /·]{{2,}}|[a-zA-Z]) ?\}}){POWER}"
 DEGREES = r"\^ ?(?:\\circ(?![a-z])|\{ ?\\circ ?\})|°"
 SPACES = r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|\\?\$|(?<!\\)\\[()[\]]"  # and the borders of formulas
-OPENING = r"(?i)^ ?(?:#+ )?(?:(?:so|thus|hence|therefore)[ ,]+)?(?:the )?(?:final )?(?:answer(?: is:?|:)(?: |$))?"
+OPENING = (r"(?i)^ ?(?:#+ )?(?:(?:so|thus|hence|therefore)[ ,]+)?(?:the )?(?:final )?"
+           r"(?:(?:answer|solution)s?(?: (?:is|are):?|:)(?: |$))?")
 SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
+    (r"\\n(?:eq|e)(?![a-z])|≠|!=", r"\\ne "),                                            # x ≠ 5 -> x \ne 5
+    (r"≤|<=|\\leqslant(?![a-z])", r"\\le "),                                             # x ≤ 5, x <= 5 -> x \le 5
+    (r"≥|>=|\\geqslant(?![a-z])", r"\\ge "),                                             # x ≥ 5, x >= 5 -> x \ge 5
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),                                    # x \lt 5 -> x < 5
     (THOUSANDS, digits_of),                                                              # 1{,}234 -> 1234
     (BRACKET_SIZE, ""),                                                                  # \left( -> (
+    (r"(?<=[0-9A-Za-z}).])~(?=[A-Za-z\\])|(?<=\{)~", " "),                               # 5~\text{m} -> 5 \text{m}
     (r"\*\*([^*]*)\*\*", r" \1 "),                                                       # **5** -> 5
+    (rf"({TEXT} ?\{{[^{{}}]*\^ ?)\{{ ?(-?[1-4]) ?\}}", r"\1\2"),                          # \mathrm{s^{-2}}
     (UNIT_POWER, r"\1"),                                                                 # \text{cm}^2 -> \text{cm}
-    (r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf)|boxed|fbox) ?\{([^{}]*)\}", r" \1 "),   # \text{cm} -> cm
+    (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{cm} -> cm
+    (r"\\mu +(?=[AFLVWgms](?![A-Za-z]))", "µ"), (r"\\Omega(?![a-z])", "Ω"),              # \mu\text{m} -> µm
     (f"{DEGREES}|{SPACES}", " "),                                                        # $90^\circ$ -> 90
     (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),                                  # 2pi -> 2\pi
-    (r"\\%", "%"),
+    (r"\\%|％", "%"), ("，|、", ","), ("；", ";"),                                           # 5\% -> 5%, 5，6 -> 5,6
     (r"\\[dtc]?frac(?![a-z]) ?", r"\\frac"),                                             # \dfrac -> \frac
     (r"\\frac([0-9]) ?([0-9])(?![0-9])", r"\\frac{\1}{\2}"),                             # \frac12
+    (r"\\frac(\\?pi|[0-9π]) ?(\\?pi(?![a-z])|[0-9π])(?![0-9])", r"\\frac{\1}{\2}"),      # \frac\pi 2
     (r"\\frac([0-9π])(?=\{)", r"\\frac{\1}"),                                            # \frac1{2}
     (r"(\\frac\{[^{}]*\}) ?([0-9])(?![0-9])", r"\1{\2}"),                                # \frac{1}2
     (r"^(-? ?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),                          # 1 1/2 -> 1\frac{1}{2}
+    (r"(?<=[0-9])\.(?=/)", ""),                                                          # 3./2 -> 3/2
     (r"\\sqrt ?([0-9])(?![0-9])", r"√{\1}"),                                             # \sqrt2
     (r"\\sqrt(?![a-z0-9 ])", "√"),                                                       # \sqrt{2}
-    (r"\\pi(?![a-z])", "π"), ("−", "-"), (r"\\infty(?![a-z])", "∞"), (r"\\cup(?![a-z])", "∪"), (r"\\pm(?![a-z])", "±"),
-    (r"\\div(?![a-z])|÷", "/"), (r"\\(?:times|cdot)(?![a-z])|[×·]", "*"),
-    (r"\\([lgn]e)q(?![a-z])", r"\\\1"),                                                  # \leq -> \le
+    (r"\\pi(?![a-z])", "π"), ("−", "-"), (r"\\infty(?![a-z])", "∞"), (r"\\pm(?![a-z])", "±"),
+    (r"\\(?:big)?cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),                           # (0,1) U (2,3)
+    (r"\\(?:emptyset|varnothing|oslash)(?![a-z])|^\\\{ *\\\}$", "∅"),                    # \{\} -> ∅
+    ("ℝ", r"\\mathbb{R}"), (r"\\div(?![a-z])|÷", "/"),                                   # 6 ÷ 3 -> 6 / 3
+    (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"),                                           # 6 \times 3 -> 6 * 3
+    (r"\\([lg]e)q(?![a-z])", r"\\\1"),                                                   # \leq -> \le
     (OPENING, ""),                                                                       # So the answer is 5 -> 5
     (r"\.? *$", ""))]
+
+
+TYPOGRAPHY = [(re.compile(pattern), form) for pattern, form in (
+    (r"\$|\\[()[\]]|^[*#]+|(?<![*.。])[*.。]+$", " "),                                     # $n$., **n** -> n
+    (r"[‘’]", "'"), ("[“”]", '"'), ("[–—−]", "-"),                                       # “a” – b -> "a" - b
+    ("，|、", ","), ("；", ";"), ("：", ":"),                                                # 3：30 -> 3:30
+    (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"),                                           # 3 \times 37 -> 3 * 37
+    (r"\\[dt]frac(?![a-z])", r"\\frac"), (BRACKET_SIZE, ""),                             # \left(\dfrac -> (\frac
+    (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~", " "),                                       # a\,b -> a b
+    (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{even} -> even
+    (OPENING, ""),                                                                       # The answer is 1a1 -> 1a1
+    (r" ?([^\w ]) ?", r"\1"),                                                            # 3 * 37 -> 3*37; 3 37 stays
+    ("(?<![ .。*])[ .。*]+$", ""))]                                                        # what was before a $
 
 
 def clean(text: str) -> str:
@@ -261,6 +293,10 @@ DOUBT = re.compile("|".join([  # what extract_answer does not look for beside th
     r"\.[0-9]+ ?(?:\.\.|…)",                                                  # 4.99...
     rf"[0-9](?!{UNIT}){AZ}{{1,3}}(?!{AZ})", rf"[0-9]{AZ}(?!{AZ})",            # 5ab, 5x
     rf"[0-9] (?!{UNIT}){AZ}{{1,2}}$",                                         # 5 n
+    rf"[0-9] {AZ}{{1,2}}(?: ?/ ?(?!{UNIT}){AZ}{{1,2}}(?!{AZ})|\((?!s\)))",       # 5 m/n, 5 C(n)
+    rf"[0-9] ?{AZ} {AZ}(?!{AZ})", rf"(?<!{AZ}){AZ} ?[+*^/]",                   # 2 a x+b
+    rf"[0-9] ?\([^)]{{,40}}[+*/=^]", rf"(?<!{AZ}){AZ} ?\([^)]{{,40}}[0-9]",     # 6(x+y), I(0)
+    r"^[^=]*=[^,]*,[^=]*=", r"^[\w-]+(?:, [\w-]+){3}",                                    # f(n)=n, g(n)=1; a list of words
     r"\b(?:about|around|over|under|above|below|up to) +[0-9]",
     r"\b(?:times|by|over|less|point) (?:one|two|three|four|five|six|seven|eight|nine|ten)\b",
     r"(?:不等于|并非|[大小多少高低]于|至[多少]|最[多少]|超过|不[到足]|约|根号|[点點]) ?[0-9]",
@@ -268,6 +304,7 @@ DOUBT = re.compile("|".join([  # what extract_answer does not look for beside th
     "或",
     r"n['’]t\b",
     rf"\b(?:{'|'.join(DOUBTFUL_WORDS)})\b"]), re.IGNORECASE)
+DOUBTED = re.compile(rf"\b(?:{'|'.join(DOUBTFUL_WORDS)})\b|n['’]t\b", re.IGNORECASE)
 
 
 def number_in(text: str) -> Fraction | None:
@@ -342,8 +379,22 @@ def boxes(text: str) -> list[str | None]:
 
 # ---- mathematical answers ----
 
-def split_at_commas(text: str) -> list[str]:
-    """The pieces between the commas that stand in no bracket; none if the brackets do not match."""
+SYMBOL = r"(?:[nµμmckdhMG]?(?:m|g|s|N|J|W|V|A|K|C|Hz|Pa|eV|mol|L|Ω)|min|hr?s?|lbs?|oz|in|ft|yd|mi|rad|F)"
+SYMBOLS = "|".join([
+    rf"{SYMBOL}[²³]?",                                                  # 5 N, 5 m²; not 5 n, nor 5 m^2
+    rf"(?:[nµμmckd]m|ft|in|yd|mi){POWER}",                              # 5 cm^2
+    rf"{SYMBOL}{POWER}?(?: ?[/*] ?{SYMBOL}{POWER}?| {SYMBOL}{POWER})+"])  # 5 m/s^2, 5 kg*m/s, 5 m s^{-1}
+WITH_WORDS = re.compile(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})")
+WITH_SYMBOLS = re.compile(rf"(.*[0-9π}})]) +(?:{SYMBOLS})")
+SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?: ?\* ?10 ?\^ ?\{? ?(-?[0-9]{1,3}) ?\}?|[eE][+]?(-?[0-9]{1,3}))")
+CLOCK = re.compile(r"([0-9]+(?: ?: ?[0-9]+)+(?:\.[0-9]+)?) ?(?:([ap])\.?m\.?)?", re.IGNORECASE)
+MATRIX = re.compile(r"[(\[]? ?\\begin ?\{([pb]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)(?:\\\\)? ?\\end ?\{\1\} ?[)\]]?")
+NAMED = re.compile(r" ?([A-Za-z])(?: ?_ ?\{?[0-9]\}?)? ?= ?([^=]*)")
+AND_OR = re.compile(r" ?,? ?(?<![A-Za-z])(and|or)(?![A-Za-z]) ?")
+
+
+def split_at(separator: str, text: str) -> list[str]:
+    """The pieces between the separators that stand in no bracket; none if the brackets do not match."""
     pieces, depth = [""], 0
     for token in re.findall(r"\\?.", text):
         if token[-1] in "([{":
@@ -352,7 +403,7 @@ def split_at_commas(text: str) -> list[str]:
             depth -= 1
         if depth < 0:
             return []
-        if token == "," and depth == 0:
+        if token == separator and depth == 0:
             pieces.append("")
         else:
             pieces[-1] += token
@@ -360,69 +411,160 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def read_value(text: str, level: int = 0):
-    """A cleaned text as a number, set, tuple, interval or formula; None in doubt."""
+    """A cleaned text as a number, set, tuple, interval, matrix or formula; None in doubt."""
     text = text.strip().removeprefix("+")
+    if text == "∅":
+        return "{}", frozenset()
+    if re.fullmatch("[A-Za-z]", text):  # a variable
+        return text
     bracket = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
     if bracket:
         opening, inside, closing = bracket.groups()
-        items = split_at_commas(inside)
+        items = split_at(",", inside)
         if len(items) > 1 or (items and opening == "\\{"):
             return read_items(items, opening[-1] + closing[-1], level)
     number = read_measure(text)
     if number is not None:
         return number
-    items = split_at_commas(text)
-    if len(items) < 2 and "±" not in text:
-        return read_formula(text) if items else None
-    if not bracket and re.search(f"[0-9],[0-9]{{{min(len(items), 3)}}}", text):  # 1,23
-        return None
-    return read_items(items, "{}", level)
+    value = read_matrix(text, level) or read_clock(text) or read_named_tuple(text, level)
+    return value or read_union(text, level) or read_list(text, level)
 
 
 def read_measure(text: str):
     r"""An exact number before a unit or a percent sign: a fraction; with roots, π or i ("number", its terms)."""
-    measured = re.fullmatch(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})", text)
-    if measured and number_in(f"1 {measured[2]}") == 1:
+    measured = WITH_WORDS.fullmatch(text)
+    if not measured or number_in(f"1 {measured[2]}") != 1:  # "5 thousand" is not 5
+        measured = WITH_SYMBOLS.fullmatch(text)
+    if measured:
         text = measured[1]
-    value = exact_value(text.removesuffix("%"))
+    scientific = SCIENTIFIC.fullmatch(text)
+    if scientific:
+        return read_scientific(*scientific.groups())
+    percent = re.fullmatch(r"(.*?) ?(?:%|per ?cent)", text)
+    value = exact_value(percent[1] if percent else text)
     if value is None:
         return None
-    if text.endswith("%"):
+    if percent:
         value = {base: c / 100 for base, c in value.items()}
+        return ("number", frozenset(value.items())) if plain(value) is None else Percent(plain(value))
     return ("number", frozenset(value.items())) if plain(value) is None else plain(value)
 
 
+def read_scientific(number: str, power_of_ten: str | None, e: str | None) -> Fraction | None:
+    """1.2*10^5 and 4.5e33; 5.7e1 is no way to write 57, so in doubt."""
+    exponent = int(power_of_ten or e)
+    if exponent == 0 or abs(exponent) > 100 or (e and abs(exponent) < 2):
+        return None
+    return Fraction(number) * Fraction(10) ** exponent
+
+
+def read_matrix(text: str, level: int):
+    r"""("matrix", rows): \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}, in round or square brackets."""
+    matrix = MATRIX.fullmatch(text)
+    if not matrix or level:
+        return None
+    rows = [tuple(read_value(cell, level + 1) for cell in row.split("&")) for row in matrix[2].split("\\\\")]
+    return None if any(None in row for row in rows) else ("matrix", tuple(rows))
+
+
+def read_clock(text: str):
+    """(":", numbers, "a", "p" or ""): the time 03:30:57 = 3:30:57, 3:30 p.m., or the ratio 3:1."""
+    clock = CLOCK.fullmatch(re.sub(r"^([0-9]+) to ([0-9]+)$", r"\1:\2", text))
+    if not clock:
+        return None
+    return ":", tuple(Fraction(number) for number in clock[1].split(":")), (clock[2] or "").lower()
+
+
+def read_named_tuple(text: str, level: int):
+    """(p, q) = (3, 2) is (3, 2), if the names stand in the order of the alphabet."""
+    named = re.fullmatch(r"\(([A-Za-z, ]+)\) ?= ?(\([^=]*\))", text)
+    names = re.findall("[A-Za-z]+", named[1]) if named else []
+    if not named or names != sorted(set(names)) or max(map(len, names)) > 1:
+        return None
+    value = read_value(named[2], level + 1)
+    return value if isinstance(value, tuple) and value[0] == "()" and len(value[1]) == len(names) else None
+
+
+def read_union(text: str, level: int):
+    """("∪", values): intervals and sets in any order."""
+    parts = split_at("∪", text)
+    if len(parts) < 2:
+        return None
+    values = [read_value(part, level + 1) for part in parts]
+    if not all(isinstance(value, tuple) and value[0] in INTERVALS for value in values):
+        return None
+    return "∪", frozenset(values)
+
+
+def read_list(text: str, level: int):
+    """Bare lists: "1, 2 and 3" a set, "1 or 2" a set that says so, "1; 2" in order; else a formula."""
+    items = split_at(";", text)
+    if len(items) > 1 and level == 0:
+        return read_items(items, ";", level)
+    words = set(AND_OR.findall(text))
+    items = split_at(",", AND_OR.sub(",", text) if words else text)
+    if len(items) < 2 and re.fullmatch("[A-H]( [A-H])+", text):  # A C D
+        items = text.split()
+    if len(items) < 2 and "±" not in text:
+        return read_formula(text) if items else None
+    if level > 0 and "," in text or is_doubtful_list(items):
+        return None
+    named = [NAMED.fullmatch(item) for item in items]
+    if all(named) and len({name[1] for name in named}) == 1:  # x = -2, x = 5
+        items = [name[2] for name in named]
+    value = read_items(items, "{}", level)
+    return ("or", value[1]) if value and words == {"or"} else value
+
+
+def is_doubtful_list(items: list[str]) -> bool:
+    """1,234, 5 may be two numbers or three. 1,23 and 1,5,100 are lists: as a number they would be malformed."""
+    spaced = [item.startswith(" ") for item in items[1:]]
+    thousands = [re.search("(?<![0-9.])[1-9][0-9]{0,2}$", a) and re.match("[0-9]{3}(?![0-9])", b)
+                 for a, b in zip(items, items[1:])]
+    return bool(thousands) and (all(thousands) or any(spaced) and any(thousands))
+
+
+INTERVALS = ("()", "(]", "[)", "[]", "{}")
+
+
 def read_items(items: list[str], brackets: str, level: int):
-    """(brackets, values): a tuple or an interval in order, a set {} in none; 1 ± 2 stands for two items."""
-    if brackets not in ("()", "(]", "[)", "[]", "{}") or level > 2:
+    """(brackets, values): a tuple or an interval in order, a set {} in none, each value with its number of times;
+    1 ± 2 stands for two items."""
+    if brackets not in (*INTERVALS, ";") or level > 2:
         return None
     if brackets != "{}":
-        values = [read_value(item, level + 1) for item in items]
+        values = [read_value(re.sub(r"""^ *(['"])(.*)\1 *$""", r"\2", item), level + 1) for item in items]
         return None if None in values else (brackets, tuple(values))
     values = []
     for item in items:
         signs = "+-" if item.count("±") == 1 else "+"
         values += [read_value(item.replace("±", sign), level + 1) for sign in signs]
-    if None in values or len(set(values)) < len(values):
-        return None
-    return brackets, frozenset(values)
+    return None if None in values else (brackets, frozenset(Counter(values).items()))
 
 
 def read_formula(text: str) -> str | None:
-    """What is equal as a string alone: x^{2} + 1 = x^2+1."""
+    """What is equal as a string alone: x^{2} + 1 = x^2+1; 5 > x is x < 5."""
     letters = re.sub(r"\\(?:(?:begin|end)\{[pb]matrix\}|[A-Za-z]+)", r"\\", text)
-    if re.search(r"[A-Za-z] ?[0-9]|[A-Za-z]{4}|\b(?:or|and|is|not|the)\b|</?[A-Za-z]", letters):  # prose
+    if re.search(r"[A-Za-z] ?[0-9]|[A-Za-z]{4}|\b(?:or|and|is|not|the)\b|</?[A-Za-z]+>", letters):  # prose
         return None
     formula = " ".join(re.findall(r"\\[A-Za-z]+|[A-Za-z]|[0-9.]+|\S", text))
     if not re.search(r"[A-Za-z√_^∞∪]", formula.replace("\\frac", "")):  # a number that we could not read
         return None
     if not re.search("[^A-Za-z ]", formula) or not re.fullmatch("∞|[ !->@-~√π∞∪]{2,}", formula):
         return None
-    return re.sub(r"\{ (\\?\w+|\S) \}", r"\1", formula)
+    formula = re.sub(r"\{ (\\?\w+|\S) \}", r"\1", formula)
+    relations = re.findall(r" (>|\\ge|<|\\le|=|\\ne|\\in) ", formula)
+    if relations and set(relations) <= {">", "\\ge"}:
+        sides = re.split(r" (>|\\ge) ", formula)[::-1]
+        formula = " ".join({">": "<", "\\ge": "\\le"}.get(side, side) for side in sides)
+    return formula
 
 
 NO_ANSWER = r"none$|nothing$|unknown$|no (?:answer|idea)|(?:the )?(?:final )?answer$"
+NOTHING = rf"[?.…_{{}}-]*|nan|null|n/?a|{NO_ANSWER}"
 FEW_WORDS = re.compile(rf"(?!{NO_ANSWER})[{LATIN}]{{2,}}(?:[ '-][{LATIN}]+){{0,2}}")
+CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])[ :]*(?!(?:is|was|are|has|can|may|seems)\b)(.+)")  # (C) 5, C. 5
+RULE_LINE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|_{3,}|={3,}|```\w*)[ \t]*$", re.MULTILINE)
 
 
 @lru_cache(2 ** 14)  # several rules read the same text, and completions share their answers
@@ -431,11 +573,12 @@ def read_answer(text: str):
 
     Decided: the one number of a text, as `extract_answer` reads it; else the whole text as an exact number with
     fractions, mixed numbers, roots, π, i, powers, percent: \sqrt{8} = 2\sqrt{2}; a tuple or an interval, whose brackets
-    count; a set in any order, as are "1, 2" and "1 \pm 2"; up to three words or a choice, (A) = A, in any case; another
-    formula as the same string, spaces aside. "x =", units and degrees are dropped: 5 cm = 5 m. Boxes come first;
-    several that differ are no answer. A fraction need not be in lowest terms: 114/2 = 57.
-    Undecided, so None or a mere string: several candidates ("5 or 6"), a calculation left to do (12 + 45, 12π * 45/π),
-    formulas with variables in other words, a decimal for a third, a root or π, and whatever is in doubt.
+    count; a set in any order, as are "1, 2", "1,2 and 3", "x = 1, x = 2" and "1 \pm 2" ("1 or 2" is kept apart), and a
+    union; a matrix; a time or a ratio; up to three words or a choice, (A) = A, in any case; another formula as the same
+    string, spaces aside. "x =", units and degrees are dropped (but see `equal`). Boxes come first; several that differ
+    are no answer. A fraction need not be in lowest terms: 114/2 = 57.
+    Undecided, so None or a mere string: a calculation left to do (12 + 45, 12π * 45/π), formulas with variables in
+    other words, a decimal for a third, a root or π, and whatever is in doubt.
     """
     if len(text) > LONGEST:
         text = squeeze(text)  # not before: boxes look at the lines
@@ -447,14 +590,13 @@ def read_answer(text: str):
     if found and found != {None}:
         values = {None if content is None else read_answer(content) for content in found}
         return values.pop() if len(values) == 1 else None
+    text = RULE_LINE.sub("", text)
     number, cleaned = number_in(text), clean(text)
-    if number is not None:
-        return number
+    choice = read_choice(cleaned)
+    if choice is not None or number is not None:
+        return number if choice is None else choice
     if len(cleaned) > 300:  # only a sentence is that long
         return None
-    choice = re.fullmatch(r"([A-J])|\(([A-Za-z])\)", cleaned)
-    if choice:
-        return (choice[1] or choice[2]).upper()
     value = None
     named = re.fullmatch(r"[A-Za-z] ?(?:=|\\in(?![a-z])) ?([^=]*)", cleaned)  # x = 5
     if named:
@@ -466,29 +608,177 @@ def read_answer(text: str):
     return value
 
 
-# ---- what rewards.py asks ----
+def read_choice(cleaned: str):
+    """C and (C) as "C"; "(C) 5" and "C. 5" as ("choice", "C", 5), unless what follows is in doubt or names another."""
+    choice = re.fullmatch(r"([A-J])|\(([A-Za-z])\)", cleaned)
+    if choice:
+        return (choice[1] or choice[2]).upper()
+    choice = CHOICE.fullmatch(cleaned)
+    if not choice or re.search(r"(?<![A-Za-z])[A-J](?![A-Za-z])", choice[3]) or DOUBTED.search(choice[3]):
+        return None
+    content = read_answer(choice[3])
+    return "choice", choice[1] or choice[2], as_text(choice[3]) if content is None else content
+
+
+# ---- an answer beside its reference ----
+
+def as_text(text: str) -> str:
+    """What is compared where no value can be read: the text, its spaces and typography aside."""
+    for pattern, form in TYPOGRAPHY:
+        text = pattern.sub(form, squeeze(text))
+    return text
+
+
+class Reading(NamedTuple):
+    """An answer or a reference: its value, None in doubt, and its text."""
+    value: object
+    text: str
+
+    def vote(self, reference):
+        """What it stands for in a majority: the reference where it is right; a text only beside a text."""
+        if equal(self, reference):
+            return reference
+        return self.text if reference.value is None else self.value
+
 
 @lru_cache(2 ** 14)
+def read_both(text: str) -> Reading | None:
+    """The value and the text of an answer; None where there is nothing to compare."""
+    value = read_answer(text)
+    if len(text) > LONGEST:
+        return Reading(value, "") if value is not None else None
+    found = boxes(text)
+    if len(set(found)) == 1 and found[0] is not None:
+        text = found[0]
+    text = as_text(text)
+    return None if re.fullmatch(NOTHING, text, re.IGNORECASE) else Reading(value, text)
+
+
+def equal(answer: Reading | None, reference: Reading | None) -> bool:
+    """Whether an answer is right: by value, or where the reference has none, as the same text."""
+    if answer is None or reference is None:
+        return False
+    if reference.value is None:
+        return answer.text == reference.text
+    units = units_of(answer.text), units_of(reference.text)
+    return equal_values(answer.value, reference.value) and (units[0] == units[1] or not all(units))
+
+
+UNITS = {word: names.split()[0] for names in (
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inches",
+    "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
+    "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent",
+    "degree", "rad radian", "% percent")
+    for word in names.split()}
+
+
+def units_of(text: str) -> set[str]:
+    """The units that stand after numbers; 5 cm is not 5 m, while 5 apples may be anything."""
+    words = re.findall(r"[0-9)}π] ?\\?([A-Za-z]+|%)", text)
+    return {UNITS[unit] for word in words for unit in (word, word.removesuffix("s")) if unit in UNITS}
+
+
+def equal_values(answer, reference) -> bool:
+    """Whether an answer's value is the reference's. What only one of them has is no difference: %, a base, a choice's
+    letter or its content, a.m. or p.m.; and 1, 2 is right where the reference is "1 or 2".
+    """
+    if rewards.equal(without_percent(answer), without_percent(reference)) or rewards.equal(answer, reference):
+        return True
+    if isinstance(reference, str) and isinstance(answer, Fraction):
+        digits = re.fullmatch(r"([0-9]+) _ (?:\{ )?[0-9]+(?: \})?", reference)  # 52_8
+        return bool(digits) and answer == Fraction(digits[1])
+    kinds = [value[0] if isinstance(value, tuple) else None for value in (answer, reference)]
+    if "choice" in kinds and kinds != ["choice", "choice"]:
+        choice, other = (answer, reference) if kinds[0] == "choice" else (reference, answer)
+        return other == choice[1] or equal_values(choice[2], other)
+    if kinds == [":", ":"]:
+        return answer[1] == reference[1] and "" in (answer[2], reference[2])
+    return kinds == ["{}", "or"] and answer[1] == reference[1]
+
+
+def without_percent(value):
+    """20% -> 20, (20%, 30%) -> (20, 30): all of a list, so that 20%, 3000% is not 20, 30."""
+    if isinstance(value, Percent):
+        return 100 * value
+    return type(value)(map(without_percent, value)) if isinstance(value, (tuple, frozenset)) else value
+
+
+# ---- what rewards.py asks ----
+
 def read_end(completion: str):
     r"""What a completion without answer tags ends on, as `read_answer` reads it.
 
-    The last \boxed{}, or else the last line: all of it, or the formula $...$ that ends it, or the last number, as a
-    base model writes: "12 + 45 = 57, so 57."
+    The last \boxed{}; or what an explicit marker names, "#### 42" or "The answer is 42.", unless what follows takes it
+    back; or else the last line, closing delimiters aside: all of it, or the formula $...$ that ends it, or the last
+    number, as a base model writes: "12 + 45 = 57, so 57."
     """
+    return ending(completion)[0]
+
+
+def read_both_ends(completion: str) -> Reading | None:
+    """As `read_end`, with its text."""
+    value, text = ending(completion)
+    both = read_both(text) if len(text) <= LONGEST else None  # an essay is no text to compare
+    return both if value is None else Reading(value, both.text if both else "")
+
+
+@lru_cache(2 ** 14)
+def ending(completion: str):
+    """(the value of the final answer, its text)"""
     answer = split(completion)[1]
     if not answer:
-        return None
+        return None, ""
     tail = completion.partition("</think>")[2] or completion
     at = max(tail.rfind(r"\boxed"), tail.rfind(r"\fbox"))
     if at >= 0:
         found = boxes(tail[max(0, at - 100):at + LONGEST])
-        is_read = found and found[-1] is not None
-        return read_answer(found[-1] if is_read else answer)
-    return read_last_line(answer)
+        text = found[-1] if found and found[-1] is not None else answer
+        return read_answer(text), text
+    if "</answer>" in tail:
+        tail = answer
+    text = marked_answer(tail)
+    if text is None:
+        text = last_line(tail)
+    return read_line(text), text
 
 
-def read_last_line(answer: str):
-    line = squeeze(answer.rpartition("\n")[2])
+MARKER = re.compile("|".join([
+    r"####(?![ \t]*(?:[0-9]+[.)][ \t]|[A-Za-z]{2,}[ :]))",                 # #### 42; not #### Step 2, #### 1. Add
+    r"(?<!if )(?<!if the )\b(?:answers?|solutions?) ?(?:is|are)\b:?",          # The answer is 42
+    r"\banswer\**:", r"答案[是为]?[:：]?"]), re.IGNORECASE)                       # **Answer**: 42
+BLOCK = re.compile(r"(\\\[|\$\$|```\w*\n)(.{,2000}?)(?:\\\]|\$\$|```)", re.DOTALL)
+TAKEN_BACK = re.compile(  # "The answer is 5. Wait, no: 6", "So it is 6."
+    r"\b(?:wait|no|not|but|actually|however|instead|wrong|incorrect|mistake|sorry|correction|rather|hmm|oops)\b"
+    r"|n['’]t\b|^[ \t>*-]{0,9}(?:so|thus|hence|therefore|then)\b|不|错|但|所以", re.IGNORECASE | re.MULTILINE)
+
+
+def marked_answer(tail: str) -> str | None:
+    """The line or the displayed formula after the last marker; None without one, or where what follows differs."""
+    markers = list(MARKER.finditer(tail))
+    if not markers:
+        return None
+    after = tail[markers[-1].end():].lstrip(" \t\n:：*")
+    block = BLOCK.match(after)
+    text, _, rest = (block[2], "", after[block.end():]) if block else after.partition("\n")
+    if not text.strip() or TAKEN_BACK.search(rest[:LONGEST]):
+        return None
+    last = re.sub(r"\\[A-Za-z]+", "", last_line(rest))
+    if re.search("[0-9]", last) and not re.search(f"{AZ}{{3}}|[{HAN}]", last):  # "x = 43": another answer
+        return None
+    return text.rstrip(" \t*")
+
+
+def last_line(tail: str) -> str:
+    r"""The last line with content: not \], ---, \end{align}."""
+    lines = tail.strip()[-2 * LONGEST:].split("\n")
+    while len(lines) > 1 and not re.search(r"\w", re.sub(r"\\end\{\w+\*?\}|```\w*", "", lines[-1])):
+        lines.pop()
+    _, aligned, line = lines[-1].rpartition("&")  # x &= 42 \\
+    return line.removesuffix("\\\\") if aligned else lines[-1]
+
+
+def read_line(line: str):
+    line = squeeze(line)
     if len(line) > LONGEST:
         line = line[-LONGEST:].partition(" ")[2]  # not from within a number
     value = read_answer(line)
@@ -497,7 +787,7 @@ def read_last_line(answer: str):
         if value is None and sentence.endswith(closing):
             value = read_answer(sentence.removesuffix(closing).rpartition(opening)[2])
     is_formula = re.search(r"[\\^_|√π∞∪±]", clean(line.rpartition("=")[2]))
-    if value is None and not is_formula:
+    if value is None and not is_formula and not re.search(r"\b(?:wrong|incorrect|false)\b", line):
         value = extract_answer(line, last=True)
     return value
 
@@ -508,3 +798,6 @@ def read_expression(text: str) -> str:
     if found:
         text = found[-1] or ""
     return clean(text)
+
+
+READERS = {"read": read_both, "read_end": read_both_ends, "read_expression": read_expression, "equal": equal}

@@ -7,13 +7,15 @@ One real row of each format, told by its fields:
     {"problem": "Compute $\\sin 60^\\circ$.", "solution": "... we have
      $\\sin 60^\\circ = \\boxed{\\frac{\\sqrt{3}}{2}}$."}                                            MATH
     {"nums": [44, 19, 35], "target": 98}                                                          Countdown
-    {"prompt": "What is 17 + 25?", "answer": "42"}                                                any other set
+    {"prompt": "What is 17 + 25?", "answer": "42"}                               any other set; 42 and 42.0 do too
     {"prompt": "天空是什么颜色？", "answer": "蓝色", "language": "zh", "kind": "general"}             the mini-world
     {"prompt": "What is 17 + 25?", "completion": "<think>...</think><answer>42</answer>"}         SFT
 """
 
 import json
+import math
 import re
+from decimal import Decimal
 from pathlib import Path
 
 from data.math_answers import last_box
@@ -21,6 +23,10 @@ from data.math_answers import last_box
 COUNTDOWN = ("Using the numbers {nums}, each exactly once, with +, -, * and / and with parentheses where they are "
              "needed, write an expression that equals {target}. The answer is the expression alone.")
 CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+class NoAnswer(ValueError):
+    """A row of a known format without an answer to compare with."""
 
 
 def read_rows(path, fields=()):
@@ -40,16 +46,25 @@ def read_rows(path, fields=()):
 def read_problems(path, check):
     """A problem set as examples for reinforcement learning and evaluation.
 
-    check(example) raises ValueError where no rule could read the reference answer.
+    check(example) raises ValueError for a row that is no example, which refuses the file, and NoAnswer for one without
+    an answer, which is left out and counted.
     """
-    examples = []
+    examples, unanswered = [], []
     for number, row in numbered_rows(path):
         try:
             example = as_example(row)
             check(example)
+        except NoAnswer as error:
+            unanswered.append(f"{path}:{number}: {error}")
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
-        examples.append(example)
+        else:
+            examples.append(example)
+    if not examples:
+        raise ValueError(unanswered[0])
+    if unanswered:
+        print(f"{path}: {len(unanswered)} of {len(examples) + len(unanswered)} rows have no answer: left out. "
+              f"The first is {unanswered[0]}", flush=True)
     return examples
 
 
@@ -75,6 +90,8 @@ def as_example(row):
     """A row of any of the formats above as {"prompt", "answer", "language", "kind", ...}. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("a row must be an object")
+    if "answer" in row:
+        row = row | {"answer": answer_text(row["answer"])}
     if "nums" in row and "target" in row:
         example = countdown(row)
     elif text(row, "question") and "####" in text(row, "answer"):
@@ -83,7 +100,7 @@ def as_example(row):
         example = {"prompt": row["problem"], "answer": text(row, "answer") or boxed_answer(row["solution"])}
     else:
         prompt = text(row, "prompt") or text(row, "question") or text(row, "problem")
-        if not prompt or not text(row, "answer"):
+        if not prompt or "answer" not in row:
             names = ", ".join(map(str, row))
             raise ValueError(f"fields {names} are of no problem set known here: expected the texts prompt and answer "
                              "(or question and answer, or problem and solution), or nums and target")
@@ -92,6 +109,17 @@ def as_example(row):
     example["language"] = row.get("language", "zh" if mostly_chinese else "en")
     example["kind"] = row.get("kind", "reasoning")
     return example
+
+
+def answer_text(value):
+    """A number under "answer" as its digits: 27 and 27.0 are 27, 1e21 has no exponent; nothing (null, NaN) is ""."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
+        raise ValueError(f"answer {value!r} is neither a text nor a number")
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else format(Decimal(f"{value:.15g}"), "f")
+    return str(value)
 
 
 def text(row, name):
@@ -109,5 +137,5 @@ def boxed_answer(solution):
     """What the last box of a MATH solution holds, as MATH's own reader takes it."""
     answer = last_box(solution)
     if answer is None:
-        raise ValueError(r"the solution holds no \boxed{} answer")
+        raise NoAnswer(r"the solution holds no \boxed{} answer")
     return answer

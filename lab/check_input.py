@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from data.problems import NoAnswer
 from lab.check_model import check_model
 from lab.check_tokenizer import check_tokenizer
 
@@ -34,7 +35,7 @@ def check_example(example: dict, read) -> None:
     """An example as rewards.py takes it. Raises ValueError with the field and its value.
 
     read(text) -> a value, or None where no rule could read the text: a reference like that must never score
-    (open-r1#293).
+    (open-r1#293), and is a NoAnswer, a ValueError.
     """
     kind, language = example.get("kind", "reasoning"), example.get("language", "en")
     if kind not in KINDS:
@@ -45,7 +46,7 @@ def check_example(example: dict, read) -> None:
         if not isinstance(example.get(field), str):
             raise ValueError(f"{field} {example.get(field)!r} is not a string")
     if kind == "reasoning" and read(example["answer"]) is None:
-        raise ValueError(f"the reference answer {example['answer']!r} is not one number or mathematical answer")
+        raise NoAnswer(f"the reference answer {example['answer']!r} is nothing to compare with")
     check_countdown(example)
     wrong, harmful = example.get("wrong", []), example.get("harmful", False)
     if not isinstance(wrong, list) or not all(isinstance(each, str) for each in wrong):

@@ -6,7 +6,7 @@ import argparse
 import json
 
 import rewards
-from data.math_answers import read_answer, read_end, read_expression
+from data.math_answers import READERS, read_both
 from lab.check_input import KINDS, check_example
 
 
@@ -18,7 +18,7 @@ def read_scored_rows(lines):
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
                 raise ValueError("a row is an object with a string 'completion'")
-            check_example(row, read_answer)
+            check_example(row, read_both)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from None
         rows.append(row)
@@ -34,7 +34,7 @@ def main():
             rows = read_scored_rows(lines)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {error}\n")
-    rules = rewards.rules_with(read_answer, read_end, read_expression)
+    rules = rewards.rules_with(**READERS)
     for kind in KINDS:
         scored = [row for row in rows if row.get("kind", "reasoning") == kind]
         if not scored:

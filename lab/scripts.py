@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import rewards
-from data.math_answers import read_answer, read_end, read_expression
+from data.math_answers import READERS, read_both, read_both_ends
 from data.problems import read_problems, read_rows
 from lab import watch
 from lab.check_input import check_directory, check_example, check_length_buffer
@@ -26,12 +26,16 @@ from variants.rope_scaling import scaled_frequencies
 
 PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py)"
 
-final_answer = partial(rewards.final_answer, read=read_answer, read_end=read_end)
+
+def final_answer(completion, example):
+    """What a completion votes for: the reference where it is right; a text that no rule reads only beside another."""
+    answer, reference = rewards.final_answer(completion, read_both, read_both_ends), read_both(example["answer"])
+    return answer and reference and answer.vote(reference)
 
 
 def rules():
     """{name: rule} of rewards.py, which a caller may have extended, with the accuracies reading MATH's answers."""
-    return rewards.rules_with(read_answer, read_end, read_expression)
+    return rewards.rules_with(**READERS)
 
 
 def in_its_language(text, example):
@@ -40,8 +44,17 @@ def in_its_language(text, example):
 
 
 def read_problem_set(path):
-    """The examples of a problem set. Raises ValueError with the file and line where no rule could read an answer."""
-    return read_problems(path, lambda example: check_example(example, read_answer))
+    """The examples of a problem set, whose reference answers are compared by value or, as is printed, as text.
+
+    Raises ValueError with the file and line of a row that is no example.
+    """
+    examples = read_problems(path, partial(check_example, read=read_both))
+    texts = [example["answer"] for example in examples
+             if example["kind"] == "reasoning" and read_both(example["answer"]).value is None]
+    if texts:
+        print(f"{path}: {len(texts)} of {len(examples)} reference answers are compared as text, such as "
+              f"{texts[0][:60]!r}", flush=True)
+    return examples
 
 
 def add_template(parser):

@@ -7,8 +7,9 @@ import torch
 
 import evaluate
 import rewards
+from data.math_answers import READERS
 from lab.check_input import check_settings
-from data.math_answers import read_answer, read_end
+from lab.scripts import final_answer
 from evaluate import (EvalConfig, bootstrap, complete, majority_at_k, measure, paired_bootstrap, pass_at_k, summarise,
                       with_budgets)
 
@@ -213,13 +214,9 @@ EXAMPLES = [{"prompt": "2+3", "answer": "5", "language": "en", "kind": "reasonin
 TEXTS = [["<think>two and three</think><answer>5</answer>", "<think>so</think><answer>6</answer>",
           "<answer>5</answer>", "5"],
          ["3", "3", "2", "2"]]
-ALL_RULES = rewards.rules_with(read_answer, read_end)
+ALL_RULES = rewards.rules_with(**READERS)
 RULES = {name: ALL_RULES[name] for name in ("accuracy", "accuracy_any", "format", "language_consistency")}
 COUNTS = np.array([[10, 8, 3, 1], [1, 1, 1, 1]])
-
-
-def final_answer(text):
-    return rewards.final_answer(text, read=read_answer, read_end=read_end)
 
 
 def measured(examples=EXAMPLES, texts=TEXTS, counts=COUNTS, ks=(1, 2, 4)):
@@ -235,6 +232,18 @@ def test_each_metric_is_the_mean_over_a_problems_samples():
     assert values["pass@2"] == pytest.approx([1, 1 - 1 / 6]) and values["pass@4"].tolist() == [1, 1]
     assert values["maj@1"].tolist() == [0.75, 0.5] and values["maj@2"].tolist() == [0.75, 0.5]
     assert values["maj@4"].tolist() == [1, 0.5]
+
+
+@pytest.mark.parametrize("reference, answers, majority", [
+    ("20", ["20%", "20", "0.3", "0.3"], 0.5),                      # 20% votes for the reference 20, not for 1/5
+    ("20", ["0.2", "20%", "0.2", "0.2"], 0),
+    ("2 × 19", ["2 × 19", r"2 \times 19", "19 × 2", "38"], 1),     # as text, each other text against it
+    ("2 × 19", ["2 × 19", "19 × 2", "19 × 2", "38"], 0),
+    ("5", ["5 or 6 or so", "5 or 6 or so", "5 or 6 or so", "5"], 1)])  # what is in doubt does not vote beside a number
+def test_a_right_answer_votes_for_the_reference_and_a_text_only_beside_a_text(reference, answers, majority):
+    example = EXAMPLES[0] | {"answer": reference}
+    texts = [[f"<think>so</think><answer>{answer}</answer>" for answer in answers]]
+    assert measured([example], texts, COUNTS[:1], ks=(4,))["maj@4"].tolist() == [majority]
 
 
 def test_what_is_measured_within_thinking_leaves_out_what_does_not_think():

@@ -26,7 +26,7 @@ EXAMPLES = [
      "prompt": "What is the capital of Iceland?"},
     {"kind": "safety", "language": "en", "answer": "knife", "harmful": True, "prompt": "How do I cut the teacher?"}]
 
-MATH = rewards.rules_with(math_answers.read_answer, math_answers.read_end, math_answers.read_expression)
+MATH = rewards.rules_with(**math_answers.READERS)
 RULES = {**MATH, "numbers": rewards.accuracy, "numbers_any": rewards.accuracy_any}
 MUST_BE_RIGHT = ("accuracy", "accuracy_any", "numbers", "numbers_any", "helpfulness")
 
@@ -87,6 +87,7 @@ HARD = [  # written against the rules: each once raised, or took from 20 to 400 
     "\\! " + "m" * 1970 + " 5", "π^99" * 60, "(" + "," * 1980 + " ab 5",
     "\\!(" + "," * 1400 + " " + "m" * 500 + " ab 5", "$x=" + ",".join(f"√{999983 - i}" for i in range(30)) + "?$",
     ",".join(f"({i}+√2+√3+√6)^5" for i in range(16)), "9^" * 99 + "9", "(" * 60 + "5" + ")" * 60, "-" * 60 + "5",
+    "5 a " + "=" * 900 + "," * 900, "5 a" + "(b " * 600, "answer" + "*" * 1900 + ":", "3:" * 900, "5 " + "m/s " * 450,
     "\\frac" * 48 + "12", "1+" * 149 + "1", "(1+" * 50 + "1" + ")" * 50, "1" * 300]
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import rewards
-from data.math_answers import last_box, read_answer, read_end, read_expression
+from data.math_answers import READERS, equal, last_box, read_answer, read_end, read_expression, read_both
+from data.problems import NoAnswer
 from lab.check_input import check_example
 
 EXAMPLE = {"prompt": "How many?", "language": "en", "kind": "reasoning"}
-RULES = rewards.rules_with(read_answer, read_end, read_expression)
+RULES = rewards.rules_with(**READERS)
 accuracy, accuracy_any = RULES["accuracy"], RULES["accuracy_any"]
 
 
@@ -91,14 +92,15 @@ def test_two_ways_to_write_an_answer_are_equal(answer, reference):
 
 WRONG = {  # reference: answers that are wrong, or in doubt, and look right
     "5": ["5 or 6", "6 or 5", "5, 6", r"\boxed{5} \boxed{6}", r"\boxed{6} \boxed{5}", "x=5, y=6", "x = 5 or x = 6",
-          "-5", "−5", "5%", r"5\%", "5!", "5^2", "5²", r"5\pi", "5π", "5i", "5x", "5n", "5 n", "5ab", r"5\sqrt{2}",
+          "-5", "−5", "50%", r"0.05\%", "5%%",
+          "5!", "5^2", "5²", r"5\pi", "5π", "5i", "5x", "5n", "5 n", "5ab", r"5\sqrt{2}",
           "5k", "5 thousand", "5 million", "5 dozen", "5 hundred", "5 tenths", "5 quarters", "5 pct", "5 lakh", "1/5",
           "0.5", ".5", "5.0001", "4.999", "4.99...", "5 5", "55", "2+3", "2 + 3", "10/2 + 0", r"2 \cdot 2.5", "10 - 5",
           "5+0", "5*1", "5 × 1", "5=6", "(5,5)", r"\{5\}", "(5,6)", "[5,5]", "not 5", "isn't 5", "5 is wrong",
           "minus 5", "minus $5", "negative 5", "- $5", "-\\$5", "less than 5", "at least 5", "at most 5", "about 5",
           "approximately 5", r"\approx 5", "~5", r"\neq 5", "!= 5", "x > 5", r"x \geq 5", "-x = 5", "x^2 = 5", "2x = 5",
           r"\sqrt{x} = 5", r"\log 5", "sin 5", "5 mod 7", r"5 \pmod{7}", "5_8", "5 base eight", "5e1", "0x5", "５", "٥",
-          "⑤", "5\u200b", "\u200b5", "5\u2060", "5\u0338", "5ⁿ", "5‱", r"-\boxed{5}", r"\boxed{5}0", r"\boxed{5}\%",
+          "⑤", "5\u200b", "\u200b5", "5\u2060", "5\u0338", "5ⁿ", "5‱", r"-\boxed{5}", r"\boxed{5}0",
           r"5\boxed{5}", r"\boxed{5} thousand", r"\boxed{5}^2", r"\boxed{5}!", r"not \boxed{5}", r"\boxed{5",
           r"\boxed{}", r"\boxed{5 or 6}", r"\boxed{5}, \boxed{6}", r"\boxed{6}" + r" and \boxed{5}" * 30,
           r"6 or \boxed{5}", "five or 6", "5 or six", "5 and 6", "either 5", "5 or so", "5 or more",
@@ -107,7 +109,7 @@ WRONG = {  # reference: answers that are wrong, or in doubt, and look right
           "5 tens", "5 lacs", "5 doubled", "double 5", "triple 5", "square root of 5", "reciprocal of 5", "5 factorial",
           "5 point two", "5 over two", "5 divided by two", "5 less two", "never 5", "5 false", "5萬", "5億", "5仟", "5佰",
           "5兆", "5成", "5折", "5個半", "5又二分之一", "零点5", "点5", "壹5", "根号5", "5或六", "约5", "大于5", "不等于5", "并非5", "至少5", "5以上",
-          "1" + "0" * 1999 + "5", r"5\text{ plus one}", r"\text{minus }5", r"5\text{ or }6", r"5\,\%",
+          "1" + "0" * 1999 + "5", r"5\text{ plus one}", r"\text{minus }5", r"5\text{ or }6", 
           r"\left.5\right.5", r"\frac{5}{0}", r"\frac{5}", r"\frac5", "5^", "√25√", "x", "?",
           "none"],
     "540": [r"12\pi\cdot45/\pi", r"\sqrt{12} \cdot 45 \cdot \sqrt{12}", "12i*45/i",
@@ -138,13 +140,14 @@ WRONG = {  # reference: answers that are wrong, or in doubt, and look right
           r"\{1 2\}", r"\{12\}", "1; 2", "{1,2)", r"\{1,2]"],
     r"1 \pm \sqrt{2}": [r"1 + \sqrt{2}", r"1 - \sqrt{2}", r"\pm 1 \pm \sqrt{2}", r"-1 \pm \sqrt{2}", r"1 \pm \sqrt{3}",
           "2.414, -0.414"],
-    "A": ["B", "a", "(B)", "A or B", "AB", "(A)(B)", "A, B", "A and B", "not A", "(A) 5", r"\text{(B)}", "А", "none"],
+    "A": ["B", "a", "(B)", "A or B", "AB", "(A)(B)", "A, B", "A and B", "not A", "(B) 5", "(A) 5, (B) 6",
+          r"\text{(B)}", "А", "none"],
     r"\text{even}": ["odd", "not even", "even or odd", "uneven", "evenly", "e v e n", "even odd", "event", "even, odd"],
     "x^2+1": ["x^2-1", "x^{2+1}", "x^21", "x^2", "y^2+1", "X^2+1", "1+x^2+1", "x2+1", "2x+1", "x^2+10", "x^2+1=0", "5"],
     "2k": ["2", "k", "2 k k", "2K", "2n", "2k+2", "2.0", "2 kg"],
     "3xy": ["3", "3yx", "3x", "3 apples", "xy"],
-    "50%": ["50", "5000%", "0.5%", "50 percentage points", "150%", "-50%"],
-    "4210_5": ["4210", "4210_6", "42105", "555"],
+    "50%": ["5", "0.005", "5000%", "0.5%", "50 percentage points", "150%", "-50%"],
+    "4210_5": ["421", "4210_6", "42105", "555"],
     r"90^\circ": [r"90^\circ 30'", r"90^2", "90^0", "-90", "9", "90!"],
     r"\sqrt{8}": [r"\sqrt{80}", "8", r"\sqrt{-8}", r"\sqrt{8}\sqrt{8}", r"\sqrt8x"]}
 PAIRS = [(answer, reference) for reference, answers in WRONG.items() for answer in answers]
@@ -201,18 +204,19 @@ BARE = sorted({text for pair in EQUAL for text in pair} | set(WRONG))
 def test_a_bare_reference_is_its_own_final_answer():  # evaluate.py votes with final_answer(reference)
     misread = []
     for reference in BARE:
-        check_example(EXAMPLE | {"answer": reference}, read_answer)
+        check_example(EXAMPLE | {"answer": reference}, read_both)
         value = read_answer(reference)
         if final_answer(reference) != value or hash(final_answer(tagged(reference))) != hash(value):
             misread.append(reference)
     assert misread == [] and len(BARE) > 200
 
 
-@pytest.mark.parametrize("reference", ["", " ", "?", "none", "5 or 6", "12+45", "1,23", "(1,2", r"\boxed{1} \boxed{2}",
-    "No answer", "x"])
-def test_a_reference_in_doubt_is_refused(reference):
-    with pytest.raises(ValueError, match="reference answer"):
-        check_example(EXAMPLE | {"answer": reference}, read_answer)
+@pytest.mark.parametrize("reference", [
+    "", " ", "?", "none", "None", "No answer", "...", "$$", r"\boxed{}", "nan", "n/a", "-"])
+def test_a_reference_with_nothing_to_compare_is_refused(reference):
+    with pytest.raises(NoAnswer, match="reference answer"):
+        check_example(EXAMPLE | {"answer": reference}, read_both)
+    assert score(reference, reference) == score(reference, "5") == score(reference, "none") == 0
 
 
 def test_the_last_box_of_a_solution_is_its_answer():
@@ -221,6 +225,226 @@ def test_the_last_box_of_a_solution_is_its_answer():
     assert last_box(r"\boxed{}") == "" and last_box(r"\boxed{1") is last_box("5") is None
     deep = "{" * 4 + "}" * 4
     assert last_box(rf"\boxed{{{deep}}}") == deep and last_box(rf"\boxed{{{{{deep}}}}}") is None
+
+
+# ---- an answer beside its reference: what users brought (reference, answer) ----
+
+BROUGHT = {
+    "percent": [
+        ("20", "20%"), ("20", r"\boxed{20\%}"), ("20", r"\boxed{20}\%"), ("20", "20 percent"), ("60", "$60$%"),
+        ("20", "20 per cent"), ("20", "20％"), ("20", "20 %"), ("20", r"$20\%$"), ("20", "The answer is 20%."),
+        ("20", r"\boxed{20} percent"), ("20", "**20%**"), ("12.5", r"12.5\%"),
+        (r"33\frac{1}{3}", r"33\frac{1}{3}\%"), (r"\frac{200}{3}", r"\frac{200}{3}\%"), ("1,200", "1,200%"),
+        ("-5", "-5%"), ("20%", "20"), ("20%", "0.2"), (r"50\%", r"\frac12"), ("0.2", "20%"), (r"\frac15", r"20\%"),
+        ("20", "20% of the apples"), ("20, 30", r"20\%, 30\%"), ("(20, 30)", "(20%, 30%)"), ("20 percent", "20%"),
+        ("20", r"20 \text{ percent}"), ("20", r"20\text{\%}")],
+    "text": [
+        ("03:30:57", "03:30:57"), ("03:30:57", "3:30:57"), ("3 × 3 × 37", "3 × 3 × 37"),
+        ("3 × 3 × 37", r"3 \times 3 \times 37"), ("3 × 3 × 37", "$3 * 3 * 37$"), ("1a1", "1a1"),
+        ("1a1", r"\boxed{1a1}"), ("1a1", "The answer is 1a1."), ("['-91.9', '-72.0']", "['-91.9', '-72.0']"),
+        ("['-91.9', '-72.0']", "[-91.9, -72]"),
+        ("3*x*atan(x) - 3*log(x**2 + 1)/2 + C", "3*x*atan(x)-3*log(x**2+1)/2+C"),
+        (r"2, 3, \text{ and } 4", "2, 3, 4"), (r"2, 3, \text{ and } 4", "4, 3 and 2"),
+        (r"19 \text{ and }43", "43, 19"), ("$5$ or $9$", "5 or 9"), ("$5$ or $9$", "9, 5"),
+        ("x = 5 or x = 6", "x=6, x=5"), ("3:1", "3:1"), ("3:1", "3 : 1"), ("3:1", "3 to 1"), ("5:45", "5:45 p.m."),
+        ("B, C", "C and B"), (r"\text{A,D}", "A, D"), ("A B D", "A, B, D"), ("n", "n"), ("n", "$n$"),
+        ("-1,3,3", "3, -1, 3"), ("-1,3,3", "-1,3,3"), (r"125\textnormal{ miles}", "125"),
+        (r"2007+\frac\pi 2", r"2007+\frac{\pi}{2}"), ("4.5e33", r"4.5 \times 10^{33}"), ("3.61e2", "361"),
+        ("-3./2", "-1.5"), ("“so”", '"so"'), ("They are the same.", "They are the same"),
+        ("a necessary but not a sufficient condition", r"\text{a necessary but not a sufficient condition}"),
+        ("第一象限", "第一象限"), ("Mrs. Hilt", "Mrs. Hilt"), ("12+45", "12 + 45"), ("9 1 6 9", "9 1 6 9"),
+        ("$5$;$10$", "5; 10"), ("5;10", "5 ；10"), ("3<m<4", "3 < m < 4"), (r"\frac{1}{2004!}", r"\dfrac{1}{2004!}"),
+        ("C. {x}", "C"), ("13 days, 00:56:00", "13 days, 00:56:00")],
+    "lists": [
+        ("8, 12", r"\boxed{8,12}"), ("8, 12", r"\boxed{12,8}"), ("8,12", "8,12"), ("8,12", "12, 8"),
+        ("1, 23", "1,23"), ("1,23", "23, 1"), ("5,6,7", "7,6,5"), ("27,93", "93, 27"), ("82, 4564", "82,4564"),
+        ("16,3,1,1", "1,1,3,16"), ("11,13", "11, 13"), ("-2,10", "10, -2"), ("36,36,108", "36, 36, 108"),
+        ("27,54,108,135", "135, 108, 54, 27"), ("0,12", "0,12"), ("7,20", r"7,\ 20"), ("1, 5, 100", "1,5,100"),
+        ("8, 12", r"\{12,8\}"), ("(1,20), (3,45)", "(3,45),(1,20)"), ("14,16", "14 and 16"), ("1.5,20", "20, 1.5"),
+        ("x=8,12", "8, 12"), ("8, 12", "x = 8,12"), ("12,34", "34,12"), ("[1, 2]", "[1,2]"), ("(12,15)", "(12, 15)"),
+        ("8，12", "8, 12")],
+    "units": [
+        ("5", "5 cm^2"), ("5", "5 cm²"), ("5", "5 N"), ("5 N", "5"), ("-5", r"-5^\circ\text{C}"), ("-5", "-5°C"),
+        ("-5", "-5 °C"), ("9.8", r"9.8\ \text{m/s}^2"), ("9.8", "9.8 m/s^2"), ("9.8", "9.8 m/s²"),
+        ("9.8", r"9.8 \mathrm{~m} / \mathrm{s}^{2}"), ("9.8", r"9.8\,\mathrm{m\,s^{-2}}"), ("5", r"5\,\mathrm{kJ}"),
+        ("5", "5 kJ/mol"), ("5", r"5~\text{cm}"), ("5", r"5 \text{ square units}"), ("5", "5 m³"),
+        ("125", r"125\textnormal{ miles}"), ("125 miles", "125"), ("45", r"45\text{ km/h}"), ("5", "5 Hz"),
+        ("5", "5 kg·m/s"), ("5", r"5 \text{ m}^3"), (r"12\pi", r"12\pi \text{ cm}^2"), (r"12\pi", "12π cm²"),
+        ("5", "5 K"), ("5", r"5\ \Omega"), ("5", "5 ft^2"), ("5", r"5 \text{ units}^2"), ("5, 6", "5 cm, 6 cm"),
+        (r"5 \text{ cm}^2", "5"), ("5 inches", "5"), ("3.5", r"3.5\,\mu\text{m}"),
+        ("5", r"5\ \text{kg}\cdot\text{m}^2")],
+    "other": [
+        ("120000", r"1.2\times10^5"), ("120000", r"1.2 \times 10^{5}"), ("120000", "1.2*10^5"), ("120000", "1.2e5"),
+        ("0.00012", r"1.2 \cdot 10^{-4}"), ("0.0003", "3e-4"), ("-120000", r"-1.2\times 10^5"),
+        ("3000", r"3 \times 10^3"), ("52_8", "52"), ("52_{8}", "52"), ("1011_2", "1011"), ("52_8", "52_{8}"),
+        (r"\begin{pmatrix} 1/5 & 0 \\ 2 & 1 \end{pmatrix}", r"\begin{pmatrix} \frac{1}{5} & 0 \\ 2 & 1 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}"),
+        (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{bmatrix}1.0&2\end{bmatrix}"),
+        (r"\left[\begin{array}{rr}1 & 2 \\ 3 & 4\end{array}\right]", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\left(\begin{array}{c}1 \\ 2\\ \end{array}\right)"),
+        (r"\begin{pmatrix} -1/2 \\ \sqrt{8} \end{pmatrix}", r"\begin{pmatrix} -\frac12 \\ 2\sqrt2 \end{pmatrix}"),
+        (r"(-\infty,0)\cup(2,\infty)", r"(2,+\infty)\cup(-\infty,0)"),
+        (r"(-\infty,0)\cup(2,\infty)", "(-∞,0)∪(2,∞)"),
+        (r"(-\infty,0)\cup(2,\infty)", r"x \in (-\infty, 0) \cup (2, +\infty)"),
+        (r"[0,1]\cup\{3\}", r"\{3\} \cup [0,1]"), (r"(0,1)\cup(2,3)\cup(4,5)", r"(4,5)\cup(0,1)\cup(2,3)"),
+        ("(0,1) U (2,3)", r"(0,1)\cup(2,3)"), (r"x \le 5", r"x \leqslant 5"), (r"x \geq 5", "x ≥ 5"),
+        (r"x \ge 5", "x >= 5"), ("x <= 5", r"x \leq 5"), ("x < 5", r"x \lt 5"), (r"x \ne 5", "x ≠ 5"),
+        (r"x \neq 5", "x != 5"), (r"x \ge 5", r"5 \le x"), ("x > 5", "5 < x"),
+        (r"1 \le x \le 5", r"5 \geq x \geq 1"), ("(3,2)", "(p,q)=(3,2)"), ("(p,q)=(3,2)", "(3,2)"),
+        ("(x, y, z) = (1,2,3)", "(1, 2, 3)"), (r"\emptyset", r"\varnothing"), (r"\emptyset", "∅"),
+        ("1, 2, 3", "1, 2 and 3"), ("1, 2, 3", "1, 2, and 3"), ("-2, 5", "x=-2, x=5"), ("-2, 5", "x = -2 and x = 5"),
+        ("-2, 5", "x_1 = -2, x_2 = 5"), ("x=-2, x=5", "5, -2"), ("C", "(C) 5"), ("C", "C. 5"), ("C", "C) Tuesday"),
+        ("5", "(C) 5"), ("(C) 5", "C"), ("C", r"\textbf{(C)}\ 5"), ("42", "42\n\n---"), ("42", "42\n***\n"),
+        ("42", "```\n42\n```"), (r"\mathbb{R}", "ℝ"), (r"\frac{\pi}{2}", r"\frac\pi2"),
+        (r"\frac{\pi}{2}", r"\frac{\pi}2"), ("x", "x"), (r"2\pi", r"2\cdot\pi")]}
+
+NEAR = {
+    "percent": [
+        ("60", "0.6"), ("20", "2%"), ("20", "0.2%"), ("20", "200%"), ("20", "0.2"), ("20", "-20%"), ("20%", "2"),
+        ("20%", "200"), ("20%", "20.5"), ("20%", "2000%"), ("20%", "0.2%"), ("20", "20% or 30%"), ("20", "20%, 30%"),
+        ("20", "20 percentage points"), ("20", "about 20%"), ("20", "20%%"), ("20", "20‰"), ("20", "not 20%"),
+        ("20", "less than 20%"), ("20", r"\boxed{20}\% \boxed{30}\%"), ("20", "120%"), ("20", "20%20"),
+        ("20, 30", "20%, 3000%"), ("20", "20% + 5"), ("20", r"20\% - 1"), (r"\{20\}", "20% x"), ("20", "20% of 30")],
+    "text": [
+        ("03:30:57", "03:30:58"), ("03:30:57", "30:57"), ("3 × 3 × 37", "333"), ("3 × 3 × 37", "3 × 37"),
+        ("3 × 3 × 37", "3 × 3 × 37 × 1"), ("1a1", "1A1"), ("1a1", "1a"), ("1a1", "11"), ("1a1", "1a1 or 1a2"),
+        ("1a1", "1a1, 1a2"), ("1a1", "1 a 1"), ("1a1", "1a11"), ("9 1 6 9", "9169"), ("9 1 6 9", "9 16 9"),
+        ("['1', '2']", "['2', '1']"), ("['1', '2']", "['1', '2', '2']"), ("12+45", "57"), ("57 or 58", "57"),
+        ("57 or 58", "58"), ("57 or 58", "57 or 59"), ("57", "57 or 58"), ("3:1", "1:3"), ("3:1", "3"),
+        ("3:1", "31"), ("3:1", "3.1"), ("3:30", "1:10"), ("3:30 a.m.", "3:30 p.m."), ("B, C", "B"),
+        ("B, C", "B, C, D"), ("B, C", "B or C"), ("B, C", "A, B, C, D"), ("n", "N"), ("n", "m"), ("n", "n or m"),
+        ("n", "2n"), ("-1,3,3", "-1,3"), ("-1,3,3", "-1,-1,3"), ("4.5e33", "4.5e3"), ("4.5e33", "4.5e34"),
+        ("57", "5.7e1"), ("5;10", "10;5"), ("5;10", "5"), ("3<m<4", "3<m"), ("3<m<4", "3>m>4"),
+        ("Mrs. Hilt", "Mrs. Hilt or Mrs. Doyle"), (r"2007+\frac\pi 2", "2007"), ("", ""), ("none", "none"),
+        ("?", "?"), ("1a1", ""), ("1a1", "1a1\u200b"), ("1a1", "not 1a1"), ("so it is, and it was", "so it is"),
+        ("x = 5 or x = 6", "x = 5"), ("{1, 2}", "1 or 2"), ("12+45", "45+12")],
+    "lists": [
+        ("8, 12", "8"), ("8, 12", "812"), ("812", "8,12"), ("8.12", "8,12"), ("8,12", "8.12"), ("1.23", "1,23"),
+        ("123", "1,23"), ("1,23", "123"), ("100200", "100, 200"), ("100, 200", "100200"), ("8, 12", "8,1,2"),
+        ("8, 12", "[8, 12]"), ("[8, 12]", "[12, 8]"), ("(8, 12)", "(12, 8)"), ("(8, 12)", "8,12"),
+        ("8, 12", "(8, 12)"), ("8,12", "8,12,12"), ("1234", "1,234, 5"), ("1234", "12,34"), ("57", "5,7"),
+        ("8,12", "8,13"), ("8,12", "8;12"), ("8, 12", "8 12"), ("8, 12", "8,12 or 9,13"), ("8, 12", "8, 12, x"),
+        ("1234.5", "1,23,4.5")],
+    "units": [
+        ("5", "5 n"), ("5", "5n"), ("5", "5N"), ("5", "5 x^2"), ("5", "5 m^2 n"), ("5", "5 cm^2 + 1"),
+        ("5", "5^2 cm"), ("5", "25 cm"), ("9.8", "9.8^2 m/s"), ("5", "5 C(n)"), ("5", r"5^\circ 30'"),
+        ("5", "5 m/n"), ("5", "5 ab/c"), ("5", "5 k"), ("5", "5 million km"), ("5", "5 cm or 6 cm"),
+        ("5", "5 cm, 6 cm"), ("5", "-5 N"), ("5", "5²"), ("5", "5 cm^5"), ("5", r"5 \text{ hundred}"), ("5", "5 x"),
+        ("5", "5 n^2"), ("5n", "5"), ("5n", "5 N"), ("5x^2", "5 cm^2"), ("5", "5 to 6 cm"), ("5", r"\text{5 dozen}"),
+        ("$2 a x+b$", "2"), ("$6(x+y+z) $", "6"), ("I(0)", "0"), ("$f(n)=n$, $g(n)=1$", "1"),
+        (r"$2 \pi a b$", r"2\pi"), ("400, such, aware, content", "400"), ("5", "5 a b"), ("5", "5 (a+b)")],
+    "other": [
+        ("120000", r"1.2\times10^4"), ("120000", r"1.2\times10^{-5}"), ("120000", r"12\times10^5"),
+        ("120000", r"1.2\times 10"), ("50", "5e1"), ("5", r"5\times10^0"), ("120000", "1.2e6"),
+        ("120000", r"1.2 \times 10^5 \times 2"), ("12", "3*4"), ("12", r"1.2\times 5^1"), ("52_8", "42"),
+        ("52_8", "52_9"), ("52", "52_8"), ("52_8", "25"), ("52_8", "528"), ("4210_5", "555"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{vmatrix} 1 \\ 2 \end{vmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1,2)"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \\ 0 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"2\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}^T"),
+        (r"(-\infty,0)\cup(2,\infty)", r"(-\infty,0]\cup(2,\infty)"),
+        (r"(-\infty,0)\cup(2,\infty)", r"(-\infty,0)\cap(2,\infty)"), (r"(-\infty,0)\cup(2,\infty)", r"(-\infty,0)"),
+        (r"(-\infty,0)\cup(2,\infty)", r"(-\infty,2)\cup(0,\infty)"), (r"(0,1)\cup(2,3)", "(0,1), (2,3)"),
+        (r"(0,1)\cup(2,3)", "(0,1)(2,3)"), (r"x \le 5", r"x \ge 5"), (r"x \le 5", "x < 5"), ("x > 5", "x < 5"),
+        ("x > 5", "5 > x"), (r"1 \le x \le 5", r"1 \geq x \geq 5"), (r"x \le 5", "5"), ("5", "x >= 5"),
+        ("5", "x ≤ 5"), (r"x \ne 5", "x = 5"), ("(3,2)", "(q,p)=(3,2)"), ("(3,2)", "(p,q)=(2,3)"),
+        ("(3,2)", "(p,p)=(3,2)"), ("(3,2)", "(p,q)=(3,2,1)"), ("(3,2)", "(p,q)=(3,2) or (2,3)"), (r"\emptyset", "0"),
+        (r"\emptyset", r"\{\emptyset\}"), (r"\emptyset", r"\{0\}"), ("0", r"\emptyset"), ("1, 2, 3", "1, 2 and 4"),
+        ("1, 2, 3", "1, 2 or 3"), ("-2, 5", "x=-2, y=5"), ("-2, 5", "x=-2, x=5, x=6"), ("5", "x=-2, x=5"),
+        ("-2", "x=-2, x=5"), ("C", "(C) 5, (D) 6"), ("C", "(C) or (D)"), ("C", "(C) 5 or (D) 6"),
+        ("C", "(C) is wrong"), ("C", "(C) not 5"), ("C", "(D) 5"), ("C", "C and D"), ("C", "(A) 5"), ("(C) 5", "D"),
+        ("(C) 5", "(D) 5"), ("(C) 5", "6"), ("42", "42\n\n--- 43"), ("42", "42\n---\n43"), ("C", "(C)(D)"),
+        ("C", "C, D"), ("(C) 5", "(C) 6")]}
+
+
+def score(reference, answer):
+    example = EXAMPLE | {"answer": reference}
+    assert accuracy(tagged(answer), example) == accuracy_any(tagged(answer), example)
+    return accuracy(tagged(answer), example)
+
+
+@pytest.mark.parametrize("kind", BROUGHT)
+def test_what_users_write_for_a_right_answer_scores(kind):
+    assert [pair for pair in BROUGHT[kind] if score(*pair) != 1] == [] and len(BROUGHT[kind]) >= 20
+
+
+@pytest.mark.parametrize("kind", NEAR)
+def test_a_wrong_answer_near_what_users_write_scores_nothing(kind):
+    assert [pair for pair in NEAR[kind] if score(*pair) != 0] == [] and len(NEAR[kind]) >= 20
+
+
+def test_another_digit_makes_a_right_answer_wrong():
+    believed = []
+    for reference, answer in BROUGHT["percent"] + BROUGHT["text"] + BROUGHT["lists"]:
+        for place in re.finditer("[0-9]", answer):
+            for step in (1, 5):
+                digit = str((int(place[0]) + step) % 10)
+                changed = answer[:place.start()] + digit + answer[place.end():]
+                if score(reference, changed):
+                    believed.append((reference, changed))
+    assert believed == []
+
+
+ENDS = [  # (reference, a completion without answer tags)
+    ("42", "The answer is 42.\n\nI hope this helps!"), ("42", "40+2\n#### 42\nThis agrees."),
+    ("42", "So the answer is:\n\n\\[\n42\n\\]"), ("42", "Thus\n$$\nx = 42\n$$"), ("42", "so\n\\[ 42 \\]\n"),
+    ("42", "We find\n\\begin{align*}\nx &= 40 + 2 \\\\\n&= 42\n\\end{align*}"),
+    ("42", "**Answer:** 42\n\nLet me know if you need more."),
+    ("42", "Final Answer: The final answer is $42$. I hope it is correct."),
+    ("42", "Answer: 42\n\nExplanation: we add 40 and 2."), ("42", "The answer is 42.\n\n---"),
+    ("42", "so 42\n\n---\n"), ("42", "so\n```\n42\n```"), ("42", "The final answer is: 42\n\nThank you!"),
+    ("42", "the answer is\n42\nGood luck."), ("42", "答案是42。\n希望对你有帮助！"), ("42", "答案：42\n谢谢"),
+    ("42", "The answer is:\n$$42$$\nI hope this helps!"), ("1/2", "The answer is $\\frac{1}{2}$.\n\nDone."),
+    ("03:30:57", "I add them.\nThe answer is 03:30:57.\nDone."), ("1a1", "so\n#### 1a1"),
+    ("42", "<think>40+2</think>The answer is 42.\n\nI hope this helps!"),
+    ("42", "<think>x</think>It is\n\n\\[\n42\n\\]"), ("42", "#### 42\n\n#### 42"),
+    ("20", "So 20% is it.\n#### 20%\nDone."), ("8, 12", "The solutions are 8,12.\nDone."),
+    ("42", "The answer is 42.\nWe used 2 rules."), ("42", "#### Step 2: add\n40 and 2 give 42."),
+    ("42", "#### 1. Add\nWe get 42"), ("3", "If the answer is 5, it fails.\nx = 3"),
+    ("42", "**Answer**: 42\n\n**Check**: it fits."), ("Tuesday", "so\n#### Tuesday\nDone.")]
+NO_ENDS = [
+    ("42", "The answer is 42.\nNo, it is 43."), ("42", "#### 42\nWait, that is wrong.\n#### 43"),
+    ("42", "The answer is 42.\nThe answer is 43."), ("42", "42\n43"), ("42", "42\nno idea"),
+    ("42", "The answer is not 42.\nDone."), ("42", "The answer is 42.\nSo it is 43."),
+    ("42", "The answer is 42.\nBut I am not sure."), ("42", "The answer isn't 42.\nDone."),
+    ("42", "The answer is 42 or 43.\nDone."), ("42", "#### 42 or 43\nDone."),
+    ("42", "<think>The answer is 42.</think>I do not know."), ("42", "<think>The answer is 42."),
+    ("42", "The answer is:\n\n\\[\n43\n\\]\n42 was wrong."), ("42", "The answer is 42.\nThe answer is unknown."),
+    ("42", "42\n\nI hope this helps!"), ("42", "The answer is -42.\nDone."), ("42", "The answer is 42x.\nDone."),
+    ("42", "answer 42\n43\n---"), ("42", "\\[ 42 \\]\n43"), ("42", "The answer is 42.\nTherefore we get 43."),
+    ("2", "#### Step 2: add\n40 and 2 give 42."), ("1", "#### 1. Add\n40+2 gives 42."),
+    ("42", "The answer is 42.\nx = 43"), ("42", "The answer is 42.\n$$x = 43$$"),
+    ("5", "If the answer is 5, all is well.\nIt may be so.")]
+
+
+@pytest.mark.parametrize("reference, completion", ENDS)
+def test_a_final_answer_above_the_last_line_is_read(reference, completion):
+    assert accuracy_any(completion, EXAMPLE | {"answer": reference}) == 1
+    assert accuracy(completion, EXAMPLE | {"answer": reference}) == 0
+
+
+@pytest.mark.parametrize("reference, completion", NO_ENDS)
+def test_an_answer_that_is_taken_back_or_passed_over_is_not_the_final_one(reference, completion):
+    assert accuracy_any(completion, EXAMPLE | {"answer": reference}) == 0
+
+
+@pytest.mark.parametrize("answer, reference, right", [
+    ("5 cm", "5 m", 0), ("5 m/s", "5 km/h", 0), ("5 hours", "5 minutes", 0), ("5 cm", "5 centimeters", 1),
+    ("5 mi", "5 miles", 1), ("5 cm", "5", 1), ("5", "5 cm", 1), ("5 apples", "5 cm", 1),
+    (r"15\mbox{ cm}^2", "15 cm^2", 1), ("12%", "12 minutes", 0), (r"5\%", "5 inches", 0), ("12%", "12 percent", 1)])
+def test_two_units_that_differ_are_two_answers_and_one_alone_is_ignored(answer, reference, right):
+    assert score(reference, answer) == right
+
+
+def test_a_reference_that_no_rule_reads_is_compared_as_text_and_by_nothing_else():
+    for reference in (r"3 \times 3 \times 37", "1a1", "12+45", "1,234, 5", "(1,2", "５７", "Any $h$ will work."):
+        assert read_answer(reference) is None
+        check_example(EXAMPLE | {"answer": reference}, read_both)
+        assert score(reference, reference) == score(reference, f" ${reference}$ .") == 1
+        assert score(reference, "57") == score(reference, f"{reference} 1") == score(reference, f"not {reference}") == 0
 
 
 # ---- harmless whatever comes ----

@@ -1,7 +1,9 @@
 """The recipe on a model and problems of one's own: a tiny base that knows one answer, and two students that do not."""
 
 import json
+import math
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ import model as model_module
 import rewards
 import sft
 from data import arithmetic, problems
-from data.math_answers import read_answer
+from data.math_answers import read_both
 from forked import run_forked
 from lab.check_input import check_example
+from lab.scripts import read_problem_set
 from runs import TOKENIZERS, call, differing, make, results_of, run_with_kills, write
 from tokenizer import Tokenizer
 
@@ -156,7 +159,7 @@ def test_a_verifier_of_ones_own_is_three_lines(own, tmp_path):
 
 def read(tmp_path, *rows):
     path = write(tmp_path / "set.jsonl", rows)
-    return problems.read_problems(path, lambda example: check_example(example, read_answer))
+    return problems.read_problems(path, lambda example: check_example(example, read_both))
 
 
 def test_each_published_format_is_read_by_its_fields(tmp_path):
@@ -176,14 +179,46 @@ def test_each_published_format_is_read_by_its_fields(tmp_path):
 
 @pytest.mark.parametrize("row, culprit", [
     ({"text": "hello"}, "fields text are of no problem set"), ({"prompt": "2+3"}, "fields prompt"), ([1], "an object"),
-    ({"problem": "x", "solution": "no box"}, "boxed"),
     ({"nums": [1, "2"], "target": 3}, "nums"), ({"nums": [1, 2], "target": "3"}, "target"),
-    ({"nums": [], "target": 3}, "nums"), ({"question": "x", "answer": "#### "}, "answer"),
+    ({"nums": [], "target": 3}, "nums"), ({"prompt": "x", "answer": True}, "answer True"),
+    ({"prompt": "x", "answer": [1, 2]}, "answer .1, 2."), ({"prompt": "x", "answer": {"n": 1}}, "answer .'n"),
+    ({"prompt": "x", "answer": math.inf}, "answer inf"), ({"answer": 7}, "fields answer"),
     ({"prompt": "x", "answer": "7", "kind": "poem"}, "poem"),
 ])
 def test_a_row_of_no_known_format_is_named_with_its_line(row, culprit, tmp_path):
     with pytest.raises(ValueError, match=f"set.jsonl:2: .*{culprit}"):
         read(tmp_path, {"prompt": "1+1", "answer": "2"}, row)
+
+
+@pytest.mark.parametrize("value, answer", [
+    (27.0, "27"), (27, "27"), (-3, "-3"), (-3.0, "-3"), (0, "0"), (0.0, "0"), (-0.0, "0"), (0.5, "0.5"),
+    (-2.25, "-2.25"),
+    (1e21, "1" + "0" * 21), (1e-7, "0.0000001"), (0.1 + 0.2, "0.3"), (123456789012345678901, "123456789012345678901"),
+    (1234567.0, "1234567"), (1e16, "1" + "0" * 16)])
+@pytest.mark.parametrize("fields", [("prompt",), ("question",), ("problem",), ("problem", "solution")])
+def test_a_number_under_answer_is_its_digits(tmp_path, value, answer, fields):
+    example, = read(tmp_path, dict.fromkeys(fields, r"Find $n$. \boxed{99}") | {"answer": value})
+    assert example["answer"] == answer and read_both(answer).value == Fraction(answer)
+
+
+@pytest.mark.parametrize("row", [
+    {"question": "x", "answer": "#### "}, {"prompt": "x", "answer": ""}, {"prompt": "x", "answer": " "},
+    {"prompt": "x", "answer": None}, {"prompt": "x", "answer": math.nan}, {"problem": "x", "solution": "no box"},
+    {"problem": "x", "solution": r"so \boxed{}"}, {"problem": "x", "answer": "?"}, {"prompt": "x", "answer": "$$"},
+    {"question": "x", "answer": "None"}])
+def test_a_row_without_an_answer_is_left_out_and_counted(row, tmp_path, capsys):
+    assert [example["prompt"] for example in read(tmp_path, {"prompt": "1+1", "answer": "2"}, row, row)] == ["1+1"]
+    line, = capsys.readouterr().out.splitlines()
+    assert "set.jsonl: 2 of 3 rows have no answer: left out. The first is " in line and "set.jsonl:2: " in line
+    with pytest.raises(ValueError, match="set.jsonl:1: "):  # nothing is left
+        read(tmp_path, row)
+
+
+def test_references_that_no_rule_reads_are_kept_as_text_and_counted(tmp_path, capsys):
+    answers = ["03:30:57", "3 × 3 × 37", "1a1", "2, 3, \\text{ and } 4", "7", "Any $h$ will work."]
+    path = write(tmp_path / "set.jsonl", [{"prompt": "x", "answer": answer} for answer in answers])
+    assert [example["answer"] for example in read_problem_set(path)] == answers
+    assert capsys.readouterr().out == f"{path}: 3 of 6 reference answers are compared as text, such as '3 × 3 × 37'\n"
 
 
 def test_arithmetic_is_right_and_no_test_pair_stands_in_training():

@@ -30,7 +30,7 @@ GOOD = "<think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>"
 
 
 NUMBERS = rewards.REWARDS  # with the reader that rewards.py has itself
-MATH = rewards.rules_with(math_answers.read_answer, math_answers.read_end, math_answers.read_expression)
+MATH = rewards.rules_with(**math_answers.READERS)
 with_either_reader = pytest.mark.parametrize("rules", [NUMBERS, MATH], ids=["numbers", "MATH"])
 
 
@@ -270,7 +270,7 @@ def test_a_reader_of_ones_own_decides_what_an_answer_is():
     assert accuracy_any("so\nYES", example, read=first_word) == 1.0
     assert accuracy_any("yes\nso", example, read=first_word) == 0.0
     assert accuracy_any("yes\nso", example, first_word, lambda completion: completion[:3]) == 1.0
-    rules = rewards.rules_with(first_word)
+    rules = rewards.rules_with(read=first_word)
     assert list(rules) == list(rewards.REWARDS) and rules["format"] is format
     assert scores(rules, "so\nYES", example) == (0.0, 1.0)
 
@@ -287,9 +287,20 @@ def test_a_right_number_outside_the_answer_is_not_the_answer(completion, rules):
 @with_either_reader
 @pytest.mark.parametrize("answer", [
     "56 or 57", "57 (or 58)", "57, 57, 58", "56 57 58", "12 + 45", "50 + 7 = 57", "157", "57.5", "570", "-57",
-    "57%", "57/2", "5 7", "0.57", "57 thousand", "５７", "not 57", "57 <b>58</b>", "58</answer><answer>57"])
+    "57/2", "5 7", "0.57", "57 thousand", "５７", "not 57", "57 <b>58</b>", "58</answer><answer>57"])
 def test_hedging_inside_the_answer_block_scores_nothing(answer, rules):
     assert scores(rules, reply(answer, "a"), PROBLEM) == (0.0, 0.0)
+
+
+@with_either_reader
+@pytest.mark.parametrize("answer, reference, right", [
+    ("57%", "57", 1), (r"57\%", "57", 1), ("57 percent", "57", 1), ("57 per cent", "57", 1), (r"\boxed{57}\%", "57", 1),
+    ("57", "57%", 1), ("57%", "0.57", 1), ("0.57", "57%", 1), ("57%", "57%", 1), ("0.57", "57", 0), ("5700", "57", 0),
+    ("-57%", "57", 0), ("5.7%", "57", 0), ("57", "0.57", 0), ("0.57%", "57%", 0), ("5700%", "57%", 0),
+    ("57%%", "57", 0),
+    ("57% or 58%", "57", 0), ("57‰", "57", 0), ("57%", "5.7", 0)])
+def test_a_percentage_is_its_number_and_its_hundredth(answer, reference, right, rules):
+    assert scores(rules, reply(answer, "a"), PROBLEM | {"answer": reference}) == (right, right)
 
 
 @with_either_reader
@@ -299,16 +310,24 @@ def test_two_answer_blocks_offer_no_answer(order, rules):
     assert scores(rules, completion, PROBLEM) == (0.0, 0.0)
 
 
-@with_either_reader
 @pytest.mark.parametrize("gold", ["", "none", "x", "12+45", "1,23", "５７", "57 or 58", "<answer>"])
-def test_an_unparseable_reference_never_scores(gold, rules):  # open-r1#293 scored it 1.0
+def test_an_unparseable_reference_never_scores(gold):  # open-r1#293 scored it 1.0
     example = PROBLEM | {"answer": gold}
     for answer in (gold, "57", "none", ""):
-        assert rules["accuracy"](reply(answer, "a"), example) == rules["accuracy_any"](answer, example) == 0.0
+        assert scores(NUMBERS, reply(answer, "a"), example) == (0, 0) and accuracy_any(answer, example) == 0.0
 
 
-@pytest.mark.parametrize("read", [extract_answer, math_answers.read_answer])
-@pytest.mark.parametrize("gold", ["", "none", "57 or 58", "1,23", "５７"])
+@pytest.mark.parametrize("gold", ["x", "12+45", "1,23", "５７", "57 or 58"])
+def test_a_reference_that_is_no_number_is_met_by_nothing_but_itself_with_the_reader_for_math(gold):
+    example = PROBLEM | {"answer": gold}
+    assert scores(MATH, reply(gold, "a"), example) == (1, 1)
+    for answer in ("57", "58", "23", "none", "", f"{gold} or 1"):
+        assert scores(MATH, reply(answer, "a"), example) == (0, 0) and MATH["accuracy_any"](answer, example) == 0
+
+
+@pytest.mark.parametrize("gold, read", [
+    *((gold, extract_answer) for gold in ("", "none", "57 or 58", "1,23", "５７")),
+    *((gold, math_answers.read_both) for gold in ("", "none", "?"))])
 def test_an_unparseable_reference_is_refused_when_data_is_loaded(gold, read):
     with pytest.raises(ValueError, match=re.escape(repr(gold))):
         check_example(PROBLEM | {"answer": gold}, read)
@@ -633,7 +652,7 @@ def test_the_script_reads_mathematical_answers_and_fills_in_the_defaults(tmp_pat
 
 @pytest.mark.parametrize("line, culprit", [
     ("{", "line 2"), ("[]", "completion"), (json.dumps(PROBLEM), "completion"),
-    (json.dumps(PROBLEM | {"completion": "", "answer": "x?"}), "'x?'")])
+    (json.dumps(PROBLEM | {"completion": "", "answer": "?"}), "'?'")])
 def test_a_broken_row_is_one_clear_line_and_exit_code_2(tmp_path, line, culprit):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(PROBLEM | {"completion": GOOD}) + "\n" + line + "\n")
