@@ -1,5 +1,6 @@
 """pipeline.py's command line: one set of options for the mini-world and for a model and problems of one's own."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from grpo import GRPOConfig
 from lab import checkpoint
 from lab.check_input import check_settings
-from lab.command import Parser, fast_dtype
+from lab.command import Parser, add_template, fast_dtype
 from lab.scripts import PROBLEMS
 from sft import SFTConfig
 from tokenizer import TEMPLATES
@@ -59,8 +60,7 @@ def add_own_model(parser):
     own.add_argument("--student", action="append", default=[], metavar="DIR",
                      help="a smaller model to train on the traces; may be repeated")
     own.add_argument("--general", metavar="FILE", help='examples for SFT-2, JSONL rows {"prompt", "completion"}')
-    own.add_argument("--template", choices=("own", *TEMPLATES),
-                     help="the prompt template, own: as each directory says; default r1-zero")
+    add_template(own, ("own", *TEMPLATES), "r1-zero; own: as each directory says")
 
 
 def add_sizes(parser):
@@ -114,10 +114,15 @@ def written(parser, args, leave_out=()):
         if value is True:
             words.append(option)
         elif isinstance(value, list):
-            words += [f"{option} {item}" for item in value]
+            words += [f"{option} {quoted(item)}" for item in value]
         else:
-            words.append(f"{option} {value}")
+            words.append(f"{option} {quoted(value)}")
     return " ".join(words)
+
+
+def quoted(value):
+    """As a shell takes it; a template's line breaks as they may be typed."""
+    return shlex.quote(str(value).replace("\n", "\\n"))
 
 
 # ------------------------------------------------------------------------------------------- the preset, as asked for

@@ -4,7 +4,6 @@ check_tokenizer(dir) raises ValueError, in one line that names the file and the 
 would compute other ids than Hugging Face's library does. Time and memory stay bounded, whatever the files hold.
 """
 
-import hashlib
 import json
 import re
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import regex  # tiktoken requires it
 import tiktoken
+
+from tokenizer import TEMPLATES, recognise
 
 LARGEST_FILE = 2 ** 28  # bytes
 LARGEST_ID = 2 ** 24
@@ -25,20 +26,7 @@ SECONDS = 1             # of the processor, for all patterns on all trial texts
 BYTE = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
 BYTE |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*BYTE.values()}))}
 ISOLATED = r"{0}|(?:(?!{0})[\s\S])+"
-CONTROL_TOKENS = {
-    "none": [],
-    "r1-zero": [],
-    "chatml": ["<|im_start|>", "<|im_end|>"],
-    "llama-3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-}
-CHAT_TEMPLATES = {
-    "705d5782da398f5c": "chatml",
-    "bce94d5dd17510b0": "chatml",
-    "6e76f0d0a1bfb2ef": "chatml",
-    "ccd61ecea6aa8406": "chatml",
-    "fcf7a096fe99a48f": "chatml",
-    "18f3fd186f23cd66": "llama-3",
-}
+CONTROL_TOKEN = r"<[|｜][^<>|｜]*[|｜]>"
 
 
 def check_tokenizer(dir, template=None):
@@ -444,8 +432,7 @@ def check_own_template(config, added):
     if isinstance(chat_template, list):  # several, each with a name
         chat_template = named_template(chat_template)
     expect(chat_template, str, "chat_template")
-    digest = hashlib.sha256(" ".join(chat_template.split()).encode()).hexdigest()
-    check_control_tokens(CONTROL_TOKENS[CHAT_TEMPLATES.get(digest[:16], "none")], added)
+    check_control_tokens(recognise(chat_template) or "", added)
 
 
 def named_template(templates):
@@ -459,16 +446,13 @@ def named_template(templates):
 
 
 def check_template(template, added):
-    if template in CONTROL_TOKENS:
-        check_control_tokens(CONTROL_TOKENS[template], added)
-        return
-    if template.count("{prompt}") != 1:
-        raise ValueError(f"the prompt template {template!r} is none of {', '.join(CONTROL_TOKENS)}, and has no one "
+    if template not in TEMPLATES and template.count("{prompt}") != 1:
+        raise ValueError(f"the prompt template {template!r} is none of {', '.join(TEMPLATES)}, and has no one "
                          "{prompt}")
-    check_control_tokens(re.findall(r"<\|[^<>|]*\|>", template), added)
+    check_control_tokens(TEMPLATES.get(template, template), added)
 
 
-def check_control_tokens(tokens, added):
-    for token in tokens:
+def check_control_tokens(template, added):
+    for token in re.findall(CONTROL_TOKEN, template):
         if token not in added:
             raise ValueError(f"the prompt template's {token} is not among added_tokens of tokenizer.json")

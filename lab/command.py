@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from lab.check_input import check_settings
 from lab.checkpoint import (Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
                             is_out_of_memory, lock)
+from tokenizer import TEMPLATES
 
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
 LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference; "
@@ -61,6 +62,9 @@ class Parser(argparse.ArgumentParser):
                 continue
             if name == "dtype":
                 default = fast_dtype()
+            if name == "max_new_tokens":  # lab/scripts.py chooses
+                self.add_argument("--max-new-tokens", type=int, help="default: by the problems, which a line says")
+                continue
             kind = {"type": type(default)}
             if isinstance(default, bool):
                 kind = {"action": argparse.BooleanOptionalAction}
@@ -102,6 +106,17 @@ def fast_dtype(device=None):
 def processor_has(feature):
     check = getattr(torch.cpu, f"_is_{feature}_supported", None)  # not in every version of torch
     return check is not None and check()
+
+
+def add_template(parser, names=tuple(TEMPLATES), default="the directory's own (tokenizer.py)"):
+    parser.add_argument("--template", type=template_text, metavar="TEMPLATE",
+                        help=f"the prompt template: {', '.join(names)}, or a text with {{prompt}}, where \\n is a line "
+                             f"break; default: {default}")
+
+
+def template_text(text):
+    """A template from the command line, where a line break is hard to type."""
+    return text.replace("\\n", "\n")
 
 
 def add_speed(parser):

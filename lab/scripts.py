@@ -13,15 +13,17 @@ from data.problems import read_problems, read_rows
 from lab import watch
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
-from lab.command import Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, saving
+from lab.command import Parser, add_saving, add_speed, add_template, fast_dtype, fields_of, new_directory, saving
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute
+from lab.prompts import decoder, to_learn, with_room
 from model import load, save
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
 from variants.rope_scaling import scaled_frequencies
 
+FOR_PROBLEM_SETS = 512  # new tokens: GSM8K's outputs have medians of 248-315
 PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py)"
 
 final_answer = partial(rewards.final_answer, read=read_answer, read_end=read_end)
@@ -42,9 +44,20 @@ def read_problem_set(path):
     return read_problems(path, lambda example: check_example(example, read_answer))
 
 
-def add_template(parser):
-    parser.add_argument("--template", choices=TEMPLATES,
-                        help="the prompt template; default: the directory's own (tokenizer.py)")
+def choose_max_new_tokens(args, examples, config_class):
+    """Sets args.max_new_tokens where it was not given: the dataclass's default is for the mini-world's answers."""
+    if args.max_new_tokens is not None:
+        return
+    args.max_new_tokens = config_class().max_new_tokens
+    if not all("level" in example or "reply" in example for example in examples):  # that only the mini-world's have
+        args.max_new_tokens = FOR_PROBLEM_SETS
+        print(f"max_new_tokens {FOR_PROBLEM_SETS}, the default for problem sets: below stands how many outputs it cuts",
+              flush=True)
+
+
+def encoder(tokenizer):
+    """encode(example) -> the ids of its prompt"""
+    return lambda example: tokenizer.encode_prompt(example["prompt"])
 
 
 def open_model(dir, dtype=None, device=None, template=None):
@@ -97,11 +110,14 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
     args = parser.parse_args()  # a second time, with the defaults of the paper that --config names
 
     with parser.one_line_errors(args.out):
+        examples = read_problem_set(args.data)
+        choose_max_new_tokens(args, examples, config_class)
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
         check_length_buffer(dapo, config)
-        examples = read_problem_set(args.data)
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
+        encode = encoder(tokenizer)
+        examples = with_room(examples, encode, model.config.max_position_embeddings, config.max_new_tokens, args.data)
         out = new_directory(args.out)
         in_place = {}
         if estimator_class is not None:
@@ -113,7 +129,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
               "watch the reward, KL, clip fraction, entropy and gradient norm", flush=True)
         with saving(out, args) as checkpointer:
             train(model, examples,
-                  encode=lambda example: tokenizer.encode_prompt(example["prompt"]), decode=tokenizer.decode,
+                  encode=encode, decode=decoder(tokenizer, examples),
                   generate=generate, end_ids=tokenizer.end_ids,
                   rewards={name: rules()[name] for name in args.rewards}, config=config,
                   log=Printer(config, out), save=checkpointer.save, resume=checkpointer.resume, **in_place)
@@ -130,7 +146,8 @@ class Printer:
         self.rows.append(metrics)
         print_flush(f"rollout {metrics['step']}/{self.config.rollouts}  reward {metrics['reward']:.3f}  "
                     f"length {metrics['length']:.0f}  kl {metrics['kl']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
-                    f"entropy {metrics['entropy']:.2f}  grad norm {metrics['grad_norm']:.2f}")
+                    f"entropy {metrics['entropy']:.2f}  grad norm {metrics['grad_norm']:.2f}  "
+                    f"cut {metrics['unfinished']:.0%}  no signal {metrics['no_signal']:.0%}")
         for line in watch.new_warnings(self.rows):
             print_flush(f"  {line}")
         if (metrics["step"] - 1) % self.config.validate_every == 0:
@@ -143,6 +160,12 @@ def cut_warning(examples, row_length):
     """A line on examples longer than a row, which lose their end and the end token with it; "" if there are none."""
     cut = sum(len(ids) > row_length for ids, _ in examples)
     return f"{cut} of {len(examples)} examples are longer than row_length {row_length} and are cut\n" if cut else ""
+
+
+def unfinished(ids, lengths, end_ids):
+    """How many completions have no end token: of ids (B, L), lengths (B,)."""
+    last = ids.gather(1, lengths[:, None] - 1)
+    return int((~torch.isin(last, torch.tensor(end_ids, device=ids.device))).sum())
 
 
 class StepPrinter:
@@ -174,7 +197,7 @@ def fine_tune(config_class, tokenize, train):
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
         out = new_directory(args.out)
-        examples = [tokenize(row, tokenizer, args.pretrain) for row in rows]
+        examples = [tokenize(to_learn(row, tokenizer.template), tokenizer, args.pretrain) for row in rows]
         print(cut_warning(examples, config.row_length), end="")
         with saving(out, args) as checkpointer:
             train(model, examples, config, log=StepPrinter(out),
@@ -192,10 +215,20 @@ def measure_directory(config_class, complete, measure, summarise):
     parser.add_fields(config_class)
     args = parser.parse_args()
     with parser.one_line_errors():
-        config, examples = fields_of(args, config_class), read_problem_set(args.data)
+        examples = read_problem_set(args.data)
+        choose_max_new_tokens(args, examples, config_class)
+        config = fields_of(args, config_class)
         model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)
+        encode, context = encoder(tokenizer), model.config.max_position_embeddings
+        examples = with_room(examples, encode, context, config.max_new_tokens, args.data)
+        decode = decoder(tokenizer, examples)
         generator = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
-        sample = partial(generate, model, end_ids=tokenizer.end_ids, generator=generator)
+        cut = []  # of each batch, how many outputs have no end token
+
+        def sample(prompts, **settings):
+            result = generate(model, prompts, end_ids=tokenizer.end_ids, generator=generator, **settings)
+            cut.append(unfinished(*result[:2], tokenizer.end_ids))
+            return result
 
         def thinking_tokens(text):
             return len(tokenizer.encode(rewards.split(text)[0]))
@@ -204,10 +237,11 @@ def measure_directory(config_class, complete, measure, summarise):
             rows = [example for example in examples if example["kind"] == kind]
             if not rows:
                 continue
-            prompts = [tokenizer.encode_prompt(example["prompt"]) for example in rows]
-            texts, counts = complete(prompts, sample, tokenizer.decode, config)
+            cut.clear()
+            texts, counts = complete([encode(example) for example in rows], sample, decode, config)
             values = measure(rows, texts, counts, rules(), final_answer, rewards.thinks, thinking_tokens,
                              ks=sorted({1, config.samples}))
-            print(f"{kind}: {len(rows)} rows, {config.samples} samples each")
+            print(f"{kind}: {len(rows)} rows, {config.samples} samples each, {sum(cut) / counts.size:.0%} of them cut "
+                  f"by max_new_tokens {config.max_new_tokens}")
             for name, (mean, low, high) in summarise(values).items():
                 print(f"  {name:26} {mean:8.3f}  [{low:.3f}, {high:.3f}]")

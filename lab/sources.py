@@ -24,7 +24,8 @@ from data import world
 from data.problems import read_rows
 from lab import checkpoint
 from lab.check_input import check_directory
-from lab.scripts import in_its_language, read_problem_set
+from lab.prompts import with_room
+from lab.scripts import encoder, in_its_language, read_problem_set
 from model import read_config
 from sft import SFTConfig
 from tokenizer import Tokenizer
@@ -141,9 +142,9 @@ class OwnModel:
 
     def read_problems(self):
         args = self.args
-        self.test = reasoning_problems(args.test_file)[:self.preset.test]
+        self.test = self.with_room(reasoning_problems(args.test_file)[:self.preset.test], args.test_file)
         tested = {words_of(example) for example in self.test}
-        rows = reasoning_problems(args.train)
+        rows = self.with_room(reasoning_problems(args.train), args.train)
         distinct = {words_of(example): example for example in rows if words_of(example) not in tested}
         problems = list(distinct.values())
         say_left_out(args.train, rows, problems)
@@ -156,6 +157,14 @@ class OwnModel:
         if not self.validation:
             raise ValueError(f"{args.train} has {len(problems)} problems that are not in the test: "
                              "there must be 10 or more")
+
+    def with_room(self, problems, path):
+        """The problems that leave room for an answer, in each model's tokens and context."""
+        for name, tokenizer in self.tokenizers.items():
+            dir = self.directories[name]
+            problems = with_room(problems, encoder(tokenizer), read_config(dir).max_position_embeddings,
+                                 self.preset.zero.max_new_tokens, f"{path}, in tokens of {dir}")
+        return problems
 
     def fit(self, preset):
         """The preset with rows of SFT no longer than the shortest context."""

@@ -623,6 +623,18 @@ def test_one_prompt_is_answered_with_the_thinking_apart_and_without_tags(tmp_pat
     assert said == "4苹果\n\n7é\n"
 
 
+@pytest.mark.parametrize("template, around", [
+    ("Q: {prompt}\\nA:", "Q: How many?\nA:"), ("Q: {prompt}\nA:", "Q: How many?\nA:"), ("none", "How many?"),
+    ("{prompt}\\n<think>\\n", "How many?\n<think>\n")])
+def test_a_template_of_the_command_line_stands_around_the_prompt(template, around, tmp_path, monkeypatch, talk):
+    from tokenizer import Tokenizer
+    seen, prefill = [], model_module.prefill
+    monkeypatch.setattr(model_module, "prefill", lambda model, prompts: seen.extend(prompts) or prefill(model, prompts))
+    dir = actor(tmp_path, thoughtful)
+    talk(dir, "--prompt", "How many?", "--max-new-tokens", 1, "--template", template)
+    assert seen == [Tokenizer(dir).encode(around)]
+
+
 def test_a_prompt_with_sampling_is_answered_alike_with_the_same_seed(tmp_path, talk):
     from tokenizer import Tokenizer
     tokenizer = Tokenizer(ROOT / "data")
