@@ -11,8 +11,8 @@ from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_json
 from lab.command import Parser, add_saving, add_template, fields_of, new_directory, saving
 from lab.graphs import generate
 from lab.prompts import decoder, to_learn, with_room
-from lab.scripts import (PROBLEMS, StepPrinter, choose_max_new_tokens, cut_warning, encoder, in_its_language,
-                         open_model, read_problem_set, rules, save_model)
+from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
+                         in_its_language, open_model, read_problem_set, rules, save_model)
 from rewards import TAGS
 from sft import SFTConfig, tokenize, train
 
@@ -22,7 +22,8 @@ def parse():
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
     parser.add_argument("--data", required=True, help=PROBLEMS)
-    parser.add_argument("--general", help='general examples, JSONL rows {"prompt", "completion"}; none: traces alone')
+    add_fields_of_rows(parser)
+    parser.add_argument("--general", help=f"general examples, {PAIRS}; none: traces alone")
     parser.add_argument("--out", required=True, help="where the student and traces.jsonl go")
     add_template(parser)
     parser.add_argument("--samples", type=int, default=4, help="per prompt; default %(default)s")
@@ -35,7 +36,7 @@ def parse():
 def run(rejection_sample, explain, distill):
     parser, args = parse()
     with parser.one_line_errors(args.out):
-        problems = read_problem_set(args.data)
+        problems = read_problem_set(args.data, args)
         choose_max_new_tokens(args, problems, EvalConfig)
         check_directory(args.student, args.template)  # before the teacher samples
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []

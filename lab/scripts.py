@@ -24,7 +24,8 @@ from variants.dapo import DAPO, DAPOConfig
 from variants.rope_scaling import scaled_frequencies
 
 FOR_PROBLEM_SETS = 512  # new tokens: GSM8K's outputs have medians of 248-315
-PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py)"
+PROBLEMS = "JSONL, JSON or CSV: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py, data/forms.py)"
+PAIRS = 'JSONL, JSON or CSV: rows {"prompt", "completion"}, or "messages" (data/forms.py)'
 
 final_answer = partial(rewards.final_answer, read=read_answer, read_end=read_end)
 
@@ -39,9 +40,18 @@ def in_its_language(text, example):
     return rules()["language_consistency"](text, example) == 1
 
 
-def read_problem_set(path):
-    """The examples of a problem set. Raises ValueError with the file and line where no rule could read an answer."""
-    return read_problems(path, lambda example: check_example(example, read_answer))
+def add_fields_of_rows(parser):
+    parser.add_argument("--prompt-field", metavar="NAME", help="where a row's prompt stands, if under another name")
+    parser.add_argument("--answer-field", metavar="NAME", help="and its answer; NAME.NAME: one within another")
+
+
+def read_problem_set(path, args=None):
+    """The examples of a problem set. Raises ValueError with the file and line where no rule could read an answer.
+
+    args: the command line's, with add_fields_of_rows's options.
+    """
+    names = getattr(args, "prompt_field", None), getattr(args, "answer_field", None)
+    return read_problems(path, lambda example: check_example(example, read_answer), *names)
 
 
 def choose_max_new_tokens(args, examples, config_class):
@@ -92,6 +102,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
     parser = Parser(description=description)
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
+    add_fields_of_rows(parser)
     parser.add_argument("--out", required=True, help="where the trained model goes")
     parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rules(),
                         help="default: %(default)s")
@@ -110,7 +121,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
     args = parser.parse_args()  # a second time, with the defaults of the paper that --config names
 
     with parser.one_line_errors(args.out):
-        examples = read_problem_set(args.data)
+        examples = read_problem_set(args.data, args)
         choose_max_new_tokens(args, examples, config_class)
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
         check_length_buffer(dapo, config)
@@ -184,7 +195,7 @@ def fine_tune(config_class, tokenize, train):
     """The script of sft.py."""
     parser = Parser(description="Supervised fine-tuning of a model directory.")
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
+    parser.add_argument("--data", required=True, help=PAIRS)
     parser.add_argument("--out", required=True, help="where the trained model goes")
     add_template(parser)
     parser.add_argument("--pretrain", action="store_true", help="put the loss on the prompt too")
@@ -210,12 +221,13 @@ def measure_directory(config_class, complete, measure, summarise):
     parser = Parser(description="Measure a model directory on problems and requests.")
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
+    add_fields_of_rows(parser)
     add_template(parser)
     parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"), help="default %(default)s")
     parser.add_fields(config_class)
     args = parser.parse_args()
     with parser.one_line_errors():
-        examples = read_problem_set(args.data)
+        examples = read_problem_set(args.data, args)
         choose_max_new_tokens(args, examples, config_class)
         config = fields_of(args, config_class)
         model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)

@@ -142,9 +142,9 @@ class OwnModel:
 
     def read_problems(self):
         args = self.args
-        self.test = self.with_room(reasoning_problems(args.test_file)[:self.preset.test], args.test_file)
+        self.test = self.with_room(reasoning_problems(args.test_file, args)[:self.preset.test], args.test_file)
         tested = {words_of(example) for example in self.test}
-        rows = self.with_room(reasoning_problems(args.train), args.train)
+        rows = self.with_room(reasoning_problems(args.train, args), args.train)
         distinct = {words_of(example): example for example in rows if words_of(example) not in tested}
         problems = list(distinct.values())
         say_left_out(args.train, rows, problems)
@@ -178,6 +178,9 @@ class OwnModel:
         args, files = self.args, {}
         for name, path in (("train", args.train), ("test", args.test_file), ("general", args.general)):
             files[name] = [str(Path(path).resolve()), checkpoint.code_hash(path)] if path else None
+        for name in ("prompt_field", "answer_field"):
+            if getattr(args, name) is not None:
+                files[name] = getattr(args, name)
         return {"own": {"base": str(Path(args.base).resolve()), "template": args.template, **files}}
 
     def identity(self):
@@ -242,8 +245,8 @@ def words_of(example):
     return " ".join(example["prompt"].split())
 
 
-def reasoning_problems(path):
-    rows = read_problem_set(path)
+def reasoning_problems(path, args):
+    rows = read_problem_set(path, args)
     problems = [example for example in rows if example["kind"] == "reasoning"]
     if len(problems) < len(rows):
         print(f"{path}: {len(rows) - len(problems)} of {len(rows)} rows are no problems: left out", flush=True)

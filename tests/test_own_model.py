@@ -176,7 +176,7 @@ def test_each_published_format_is_read_by_its_fields(tmp_path):
 
 @pytest.mark.parametrize("row, culprit", [
     ({"text": "hello"}, "fields text are of no problem set"), ({"prompt": "2+3"}, "fields prompt"), ([1], "an object"),
-    ({"problem": "x", "solution": "no box"}, "boxed"),
+    ({"problem": "x", "solution": "We add three to four,\nand there is no box."}, "boxed"),
     ({"nums": [1, "2"], "target": 3}, "nums"), ({"nums": [1, 2], "target": "3"}, "target"),
     ({"nums": [], "target": 3}, "nums"), ({"question": "x", "answer": "#### "}, "answer"),
     ({"prompt": "x", "answer": "7", "kind": "poem"}, "poem"),
