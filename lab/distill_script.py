@@ -53,6 +53,9 @@ def run(rejection_sample, explain, distill):
                 write_jsonl(path, traces)
             drop(out / "sampling")
             traces = read_jsonl(path, whole=True)
+            if not traces:
+                raise ValueError(f"{path} is empty: of the teacher's samples none is correct, in the problem's language, "
+                                 "readable and new; another --template, more --samples, or a stronger teacher")
             student, tokenizer = open_model(args.student, torch.float32, template=args.template)
             rows = [to_learn(row, tokenizer.template) for row in traces]
             general = [to_learn(row, tokenizer.template) for row in general]
@@ -63,7 +66,7 @@ def run(rejection_sample, explain, distill):
 
 def fine_tune(student, examples, config, checkpointer):
     print(cut_warning(examples, config.row_length), end="")
-    train(student, examples, config, log=StepPrinter(checkpointer.dir),
+    train(student, examples, config, log=StepPrinter(checkpointer.dir, next(student.parameters()).device),
           save=checkpointer.save, resume=checkpointer.resume)
 
 

@@ -10,12 +10,14 @@ import torch
 import rewards
 from data.math_answers import read_answer, read_end, read_expression
 from data.problems import read_problems, read_rows
-from lab import watch
+from lab import records, watch
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
-from lab.command import Parser, add_saving, add_speed, add_template, fast_dtype, fields_of, new_directory, saving
+from lab.command import (Parser, add_going_on, add_saving, add_speed, add_template, fast_dtype, fields_of, new_directory,
+                         saving)
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute
+from lab.own_rules import chosen_rules, chosen_weights
 from lab.prompts import decoder, to_learn, with_room
 from model import load, save
 from tokenizer import Tokenizer
@@ -104,8 +106,11 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
     parser.add_argument("--data", required=True, help=PROBLEMS)
     add_fields_of_rows(parser)
     parser.add_argument("--out", required=True, help="where the trained model goes")
-    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rules(),
-                        help="default: %(default)s")
+    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], metavar="NAME",
+                        help=f"of {', '.join(rules())}; or FILE.py:NAME, a function (completion, example) -> float of "
+                             "your own, whose file is run; default: accuracy format")
+    parser.add_argument("--reward-weights", nargs="+", type=float, metavar="WEIGHT",
+                        help="one for each of --rewards; 0 only logs it; default: 1 each")
     parser.add_argument("--config", choices=PUBLISHED | METHODS,
                         help="a paper's settings (variants/configs.py) as defaults")
     add_template(parser)
@@ -115,12 +120,15 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         parser.add_fields(estimator_config)
     add_speed(parser)
     add_saving(parser)
+    add_going_on(parser)
     name = parser.parse_args().config
     published = (PUBLISHED | METHODS).get(name, {}) | SAMPLING.get(name, {})
     parser.set_defaults(**defaults | published)
     args = parser.parse_args()  # a second time, with the defaults of the paper that --config names
 
     with parser.one_line_errors(args.out):
+        chosen = chosen_rules(args.rewards, rules())
+        weights = chosen_weights(chosen, args.reward_weights)
         examples = read_problem_set(args.data, args)
         choose_max_new_tokens(args, examples, config_class)
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
@@ -129,7 +137,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         prepare(model, args)
         encode = encoder(tokenizer)
         examples = with_room(examples, encode, model.config.max_position_embeddings, config.max_new_tokens, args.data)
-        out = new_directory(args.out)
+        out = new_directory(args.out, may_go_on=args.keep_state)
         in_place = {}
         if estimator_class is not None:
             in_place["advantage_estimator"] = estimator_class(model, config, fields_of(args, estimator_config))
@@ -139,21 +147,31 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         print("the loss says nothing here: its value is about 0 while it learns (a group's advantages sum to 0); "
               "watch the reward, KL, clip fraction, entropy and gradient norm", flush=True)
         with saving(out, args) as checkpointer:
+            def save(**parts):
+                is_last = parts["step"] == config.rollouts
+                (checkpointer.save_last if is_last and args.keep_state else checkpointer.save)(**parts)
+
             train(model, examples,
                   encode=encode, decode=decoder(tokenizer, examples),
                   generate=generate, end_ids=tokenizer.end_ids,
-                  rewards={name: rules()[name] for name in args.rewards}, config=config,
-                  log=Printer(config, out), save=checkpointer.save, resume=checkpointer.resume, **in_place)
+                  rewards=chosen, weights=weights, config=config,
+                  log=Printer(config, out, next(model.parameters()).device), save=save,
+                  resume=checkpointer.resume, **in_place)
             save_model(model, out, tokenizer)
 
 
 class Printer:
-    """The log of a script that reinforces: a line per rollout, warnings, and now and then a sample."""
+    """The log of a script that reinforces: a line per rollout, warnings, and now and then a sample; all this in files,
+    as a stage of the recipe leaves them."""
 
-    def __init__(self, config, dir):
-        self.config, self.rows, self.guard = config, [], FiniteGuard(dir)
+    def __init__(self, config, dir, device):
+        self.config, self.dir, self.device, self.rows, self.guard = config, dir, device, [], FiniteGuard(dir)
 
     def __call__(self, metrics, rollout):
+        records.take_means_where_rules_apply(metrics, rollout)
+        records.write_metrics(self.dir, metrics, self.device)
+        if not self.rows and metrics["step"] > 1:  # resumed
+            self.rows = records.earlier_rows(self.dir, metrics)[:-1]
         self.rows.append(metrics)
         print_flush(f"rollout {metrics['step']}/{self.config.rollouts}  reward {metrics['reward']:.3f}  "
                     f"length {metrics['length']:.0f}  kl {metrics['kl']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
@@ -161,9 +179,11 @@ class Printer:
                     f"cut {metrics['unfinished']:.0%}  no signal {metrics['no_signal']:.0%}")
         for line in watch.new_warnings(self.rows):
             print_flush(f"  {line}")
+            records.write_warning(self.dir, metrics["step"], line)
         if (metrics["step"] - 1) % self.config.validate_every == 0:
             print_flush(f"  {rollout.examples[0]['prompt']!r}")
             print_flush(f"  {rollout.texts[0]!r}: {rollout.rewards[0, 0].item():.2f}")
+            records.write_samples(self.dir, metrics["step"], rollout)
         self.guard.check_rl(metrics, rollout, self.config)
 
 
@@ -180,12 +200,14 @@ def unfinished(ids, lengths, end_ids):
 
 
 class StepPrinter:
-    """The log of a script that fine-tunes: a line per step."""
+    """The log of a script that fine-tunes: a line per step, and its metrics."""
 
-    def __init__(self, dir):
-        self.guard = FiniteGuard(dir)
+    def __init__(self, dir, device):
+        self.dir, self.device, self.guard = dir, device, FiniteGuard(dir)
 
     def __call__(self, m, batch):
+        if m["step"] % 10 == 0 or m["step"] == m["steps"] or m["skipped"]:
+            records.write_metrics(self.dir, m, self.device)
         print_flush(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  "
                     f"lr {m['lr']:.1e}")
         self.guard.check_sft(m, batch)
@@ -211,7 +233,7 @@ def fine_tune(config_class, tokenize, train):
         examples = [tokenize(to_learn(row, tokenizer.template), tokenizer, args.pretrain) for row in rows]
         print(cut_warning(examples, config.row_length), end="")
         with saving(out, args) as checkpointer:
-            train(model, examples, config, log=StepPrinter(out),
+            train(model, examples, config, log=StepPrinter(out, next(model.parameters()).device),
                   save=checkpointer.save, resume=checkpointer.resume)
             save_model(model, out, tokenizer)
 
