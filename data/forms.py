@@ -210,7 +210,7 @@ def turns_of(messages):
 def text_of(content):
     """A message's text, which may come in parts."""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        parts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str):
         raise ValueError("a message holds something else than text")

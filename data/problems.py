@@ -47,8 +47,8 @@ def read_rows(path, fields=()):
 def read_problems(path, check, prompt_field=None, answer_field=None):
     """A problem set as examples for reinforcement learning and evaluation.
 
-    check(example) raises ValueError where no rule could read the reference answer. prompt_field, answer_field: the names
-    of the two, in place of those that the formats above have.
+    check(example) raises ValueError where no rule could read the reference answer. prompt_field, answer_field: the
+    names of the two, in place of those that the formats above have.
     """
     examples = []
     for number, row in numbered_rows(path):
@@ -77,7 +77,8 @@ def as_example(row, prompt_field=None, answer_field=None):
         if not prompt or not text(row, "answer"):
             names = ", ".join(map(str, row))
             raise ValueError(f"fields {names} are of no problem set known here: expected the texts prompt and answer "
-                             "(or question and answer, or problem and solution), or nums and target")
+                             "(or question and answer, or problem and solution), or nums and target; else name the two "
+                             "with --prompt-field and --answer-field")
         example = row | {"prompt": prompt}
     mostly_chinese = len(CHINESE.findall(json.dumps(row, ensure_ascii=False))) > 5
     example["language"] = row.get("language", "zh" if mostly_chinese else "en")

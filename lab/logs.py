@@ -116,4 +116,5 @@ class RLLog(StageLog):
         for i, (example, text) in enumerate(zip(self.run.source.validation[:WATCHED], self.latest)):
             scores = {name: rule(text, example) for name, rule in self.rules.items()
                       if self.weights[name] and records.applies(name, example)}
-            checkpoint.append_jsonl(self.dir / "watched.jsonl", records.card(step, example, text, scores) | {"problem": i})
+            card = records.card(step, example, text, scores)
+            checkpoint.append_jsonl(self.dir / "watched.jsonl", card | {"problem": i})

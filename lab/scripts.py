@@ -13,8 +13,8 @@ from data.problems import read_problems, read_rows
 from lab import records, watch
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
-from lab.command import (Parser, add_going_on, add_saving, add_speed, add_template, fast_dtype, fields_of, new_directory,
-                         saving)
+from lab.command import (Parser, add_going_on, add_saving, add_speed, add_template, fast_dtype, fields_of,
+                         new_directory, saving)
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute
 from lab.own_rules import chosen_rules, chosen_weights

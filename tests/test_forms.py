@@ -29,7 +29,7 @@ def read(path, **fields):
     ("a.jsonl", '[\n  {"prompt": "What is 17 + 25?",\n   "answer": "42"}\n]\n'),
     ("a.json", '\ufeff [{"prompt": "What is 17 + 25?", "answer": "42"}]'),
     ("a.json", '{"version": "1.1", "data": [{"prompt": "What is 17 + 25?", "answer": "42"}]}'),
-    ("a.json", '{"features": ["x"], "rows": [{"row_idx": 0, "row": {"prompt": "What is 17 + 25?", "answer": "42"}}]}'),
+    ("a.json", '{"features": ["x"], "rows": [{"row": {"prompt": "What is 17 + 25?", "answer": "42"}}]}'),
     ("a.json", '{"prompt": "What is 17 + 25?",\n "answer": "42"}'),
     ("a.csv", "prompt,answer\nWhat is 17 + 25?,42\n"),
     ("a.csv", "\ufeffprompt,answer\r\n\"What is 17 + 25?\",\"42\"\r\n"),
@@ -96,9 +96,10 @@ def test_the_line_that_converts_parquet_does(tmp_path, monkeypatch):
     {"problem": "What is 17 + 25?", "solution": "42"}, {"question": "What is 17 + 25?", "final_answer": "42"},
     {"question": "What is 17 + 25?", "ground_truth": "42"}, {"problem": "What is 17 + 25?", "expected_answer": "42"},
     {"instruction": "What is 17 + 25?", "answer": "42"}, {"query": "What is 17 + 25?", "answer": "42"},
-    {"messages": USER, "answer": "42"}, {"conversations": [{"from": "human", "value": "What is 17 + 25?"}], "answer": "42"},
+    {"messages": USER, "answer": "42"},
+    {"conversations": [{"from": "human", "value": "What is 17 + 25?"}], "answer": "42"},
     {"messages": [*USER, {"role": "assistant", "content": "17 + 25 = 42"}], "answer": "42"},
-    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]}],
+    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"text": "17 + 25?"}]}],
      "answer": "42"},
     {"prompt": "What is 17 + 25?", "messages": [{"role": "user", "content": "something else"}], "answer": "42"},
 ])
@@ -162,6 +163,7 @@ ASKED, SAID = {"role": "user", "content": "17 + 25?"}, {"role": "assistant", "co
     {"instruction": "17 + 25?", "output": "42"}, {"question": "17 + 25?", "response": "42"},
     {"query": "17 + 25?", "response": "42"}, {"prompt": "17 + 25?", "response": "42"},
     {"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "text": "42"}]}]},
+    {"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "value": "42"}]}]},
     PAIR | {"messages": [ASKED, {"role": "assistant", "content": "43"}]},
 ])
 def test_each_form_of_a_row_for_sft_is_a_prompt_and_a_completion(row, tmp_path):
@@ -198,8 +200,7 @@ def test_the_rows_that_the_file_opens_with_are_read():
     rows = [json.loads(re.sub(r"\}\s+[A-Za-z: ]+$", "}", line).replace("[...]", json.dumps(USER)).replace("\\", "\\\\"))
             for line in opened]
     assert len(rows) == 6
-    for row in rows[:3]:
-        assert {"prompt", "answer"} <= forms.usual_fields(row).keys() or {"nums", "target"} <= forms.usual_fields(row).keys() \
-            or {"problem", "solution"} <= forms.usual_fields(row).keys()
+    for row, names in zip(rows, [{"prompt", "answer"}, {"prompt", "nums", "target"}, {"problem", "solution"}]):
+        assert names <= forms.usual_fields(row).keys()
     for row in rows[3:]:
         assert forms.prompt_and_completion(row)[0]["completion"] == "42"

@@ -134,6 +134,16 @@ def test_more_tokens_than_the_context_are_refused():
         tiny()(torch.zeros(1, 65, dtype=torch.long))
 
 
+def test_with_a_cache_it_is_the_shortest_row_whose_context_ends_the_steps():
+    """The others are done before, which is generate's to see to."""
+    model = tiny()
+    logits, cache = model_module.prefill(model, [[1] * 60, [1] * 3])
+    for _ in range(61):
+        model(torch.ones(2, 1, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="65 tokens.*64"):
+        model(torch.ones(2, 1, dtype=torch.long), cache=cache)
+
+
 # ------------------------------------------------------------------------------------------- sampling
 
 def test_greedy_samples_are_the_argmax_loop_for_prompts_of_different_lengths():

@@ -84,6 +84,15 @@ def test_a_completion_is_learned_after_the_thinking_that_its_prompt_opened_and_n
     assert to_learn(untouched, TEMPLATES["chatml"]) == untouched
 
 
+@pytest.mark.parametrize("prompt, completion, score", [
+    ("12+45? <think>", CONTINUED, 1), ("12+45? <think>", "<think>" + CONTINUED, 1), ("12+45?", CONTINUED, 0),
+    ("12+45? <think>\n", "\n<think>\n" + CONTINUED, 1), ("12+45? <think>", "We add.", 0)])
+def test_completions_of_a_file_are_scored_with_what_their_prompt_opened(prompt, completion, score):
+    from lab.score import read_scored_rows
+    row, = read_scored_rows([json.dumps(EXAMPLE | {"prompt": prompt, "completion": completion})])
+    assert rewards.accuracy(row["completion"], row) == rewards.format(row["completion"], row) == score
+
+
 # ---- a model whose template opens the thinking, in each script
 
 OPENING = ["--template", "{prompt}<think>\\n"]
