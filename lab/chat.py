@@ -13,7 +13,7 @@ import torch
 
 from lab.check_input import check_directory
 from lab.command import Parser, add_template, device_of
-from lab.prompts import opened_by
+from lab.asking import opened_by
 from tokenizer import Tokenizer
 from variants.rope_scaling import scaled_frequencies
 
@@ -111,7 +111,7 @@ class Answer:
     """An answer in the making, printed as far as what follows cannot change it."""
 
     def __init__(self, tokenizer, opened=""):
-        """opened: what the prompt has opened (lab/prompts.py)."""
+        """opened: what the prompt has opened (lab/asking.py)."""
         self.tokenizer, self.opened = tokenizer, opened
         self.ids = []
         self.printed = ""

@@ -10,7 +10,7 @@ from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
 from lab.command import Parser, add_saving, add_template, fields_of, new_directory, saving
 from lab.graphs import generate
-from lab.prompts import decoder, to_learn, with_room
+from lab.asking import decoder, to_learn, with_room
 from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
                          in_its_language, open_model, read_problem_set, rules, save_model)
 from rewards import TAGS

@@ -9,7 +9,7 @@ import evaluate
 import rewards
 from data import search, world
 from lab import checkpoint
-from lab.prompts import decoder
+from lab.asking import decoder
 from lab.scripts import final_answer, rules
 
 RULES = ("accuracy", "accuracy_any", "format", "language_consistency")  # of problems

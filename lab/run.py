@@ -27,7 +27,7 @@ from lab.check_input import check_directory
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute
 from lab.logs import BudgetSpent, RLLog, SFTLog
-from lab.prompts import decoder, to_learn
+from lab.asking import decoder, to_learn
 from lab.scripts import cut_warning, rules
 from lab.terminal import line_of
 from variants.rope_scaling import scaled_frequencies

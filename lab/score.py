@@ -8,7 +8,7 @@ import json
 import rewards
 from data.math_answers import read_answer, read_end, read_expression
 from lab.check_input import KINDS, check_example
-from lab.prompts import opened_by
+from lab.asking import opened_by
 
 
 def read_scored_rows(lines):

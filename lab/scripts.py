@@ -18,7 +18,7 @@ from lab.command import (Parser, add_going_on, add_saving, add_speed, add_templa
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute
 from lab.own_rules import chosen_rules, chosen_weights
-from lab.prompts import decoder, to_learn, with_room
+from lab.asking import decoder, to_learn, with_room
 from model import load, save
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING

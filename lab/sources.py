@@ -24,7 +24,7 @@ from data import world
 from data.problems import read_rows
 from lab import checkpoint
 from lab.check_input import check_directory
-from lab.prompts import with_room
+from lab.asking import with_room
 from lab.scripts import encoder, in_its_language, read_problem_set
 from model import read_config
 from sft import SFTConfig

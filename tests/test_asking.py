@@ -13,7 +13,7 @@ import model as model_module
 import rewards
 import sft
 from forked import run_forked
-from lab.prompts import decoder, opened_by, to_learn, with_room
+from lab.asking import decoder, opened_by, to_learn, with_room
 from runs import make, write
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -218,7 +218,7 @@ def test_the_tokens_of_a_row_past_its_neighbours_context_are_those_that_the_mode
         torch.testing.assert_close(logprobs[row, :lengths[row]], expected.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_prompts_without_room_are_left_out_and_counted_and_short_room_is_said(capsys):
+def test_asking_without_room_are_left_out_and_counted_and_short_room_is_said(capsys):
     examples = [{"prompt": "a" * n} for n in (3, 64, 60, 70, 10)]
     kept = with_room(examples, lambda example: list(example["prompt"]), 64, 20, "set.jsonl")
     assert [len(example["prompt"]) for example in kept] == [3, 60, 10]
