@@ -225,10 +225,11 @@ def micro_batches(rows, ends, budget):
         rows = rows[count:]
 
 
-def logprobs_of(model, r: Rollout, rows, config):
+def logprobs_of(model, r: Rollout, rows, config, prompts=None):
     """Log-probabilities (len(rows), t) of these rows' sampled tokens, 0 elsewhere; t is where the longest of them ends.
 
-    A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes logits only for sampled tokens.
+    A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes logits only for sampled tokens. One
+    with read_prompts (lab/prompts.py) has computed the rows' prompts once for all of their completions.
     """
     t = max(r.ends[row] for row in rows) - 1
     ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
@@ -236,7 +237,10 @@ def logprobs_of(model, r: Rollout, rows, config):
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
     # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
     with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
-        if hasattr(model, "hidden") and hasattr(model, "head"):
+        if prompts is not None:
+            states = prompts.hidden(r, rows)  # (n, D)
+            logprobs = head_logprobs(model, states, targets, config.temperature)
+        elif hasattr(model, "hidden") and hasattr(model, "head"):
             states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
             logprobs = head_logprobs(model, states, targets, config.temperature)
         else:
@@ -260,9 +264,10 @@ def head_logprobs(model, states, targets, temperature):
 @torch.no_grad()
 def all_logprobs(model, r: Rollout, config):
     """Log-probabilities (B, T) of the rollout's sampled tokens, 0 elsewhere: pi_old's, and the reference's."""
-    out = torch.zeros(r.mask.shape, device=r.mask.device)
-    for rows in micro_batches(range(len(r.ends)), r.ends, config.micro_batch_tokens):
-        logprobs = logprobs_of(model, r, rows, config)
+    out, every = torch.zeros(r.mask.shape, device=r.mask.device), range(len(r.ends))
+    prompts = model.read_prompts(r, every, config) if hasattr(model, "read_prompts") else None
+    for rows in micro_batches(every, r.ends, config.micro_batch_tokens):
+        logprobs = logprobs_of(model, r, rows, config, prompts)
         out[rows, :logprobs.shape[1]] = logprobs
     return out
 
@@ -272,8 +277,9 @@ def update(model, optimizer, r: Rollout, rows, advantages, config):
     c, metrics = config, defaultdict(float)
     tokens = max(1, int(r.mask[rows].sum()))  # of the whole update, before micro-batches
     normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
+    prompts = model.read_prompts(r, rows, c) if hasattr(model, "read_prompts") else None
     for batch in micro_batches(rows, r.ends, c.micro_batch_tokens):
-        logprobs = logprobs_of(model, r, batch, c)  # (b, t)
+        logprobs = logprobs_of(model, r, batch, c, prompts)  # (b, t)
         t = logprobs.shape[1]
         loss, means = policy_loss(
             logprobs, r.old_logprobs[batch, :t], r.ref_logprobs[batch, :t] if c.beta else None,
@@ -284,6 +290,8 @@ def update(model, optimizer, r: Rollout, rows, advantages, config):
         for name, value in means.items():
             metrics[name] += value * share
         metrics["loss"] += loss.item()
+    if prompts is not None:  # the backward passes so far have ended at the prompts' keys and values
+        prompts.backward()
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
     metrics["skipped"] = float(not math.isfinite(metrics["loss"] + metrics["grad_norm"]))
     if not metrics["skipped"]:  # Adam would keep a NaN for good

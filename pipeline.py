@@ -87,14 +87,15 @@ class Preset:
 ALL = 10 ** 9  # more than any file holds
 
 PRESETS = {
-    "cpu": Preset(),
+    "cpu": Preset(compare_lr={  # searched on seed 104
+        "grpo": 6e-4, "prime": 6e-4, "dr_grpo": 3e-4, "dapo": 3e-4, "gspo": 3e-4, "cispo": 3e-4, "ppo_1.0": 3e-4}),
     "smoke": Preset(
         model=sizes(32, 2, 2, 1, model_type="qwen3"), student=sizes(32, 1, 2, 1),
         documents=3000, student_documents=1000, problems=64,
         test=24, hard=8, requests=8, samples=2, many=16, cold_start=8, trace_prompts=16, trace_samples=2,
         compare_samples=32,
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
-    "gpu": Preset(  # the same world with 32M parameters; base and zero ran like this on one H200 (results/gpu)
+    "gpu": Preset(  # the same world with 32M parameters; 7 minutes on one H200 (results/gpu)
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), student_documents=100_000,
         documents=200_000, problems=20_000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
         pretrain=SFTConfig(lr=1e-3, epochs=2, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),

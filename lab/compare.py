@@ -32,7 +32,7 @@ from variants.dapo import DAPO, DAPOConfig
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
 
-LEARNING_RATES = (1e-4, 3e-4)
+LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
 CONTROLS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # their rewards; the others': accuracy and format
 SIZES = ("prompts_per_rollout", "group_size", "minibatches", "max_new_tokens", "warmup", "micro_batch_tokens", "dtype")
 CLIPPED = dict(mean="token", beta=0.0)  # the loss of PPO and PRIME: the clipped ratio over all tokens

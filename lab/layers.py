@@ -5,7 +5,8 @@
 
 On a CPU torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and
 in bfloat16 its backward pass is five times slower than in float32. Autograd's RMSNorm passes over its input twice as
-often as the gradient by hand. On a GPU keys and values need no copy for each query head.
+often as the gradient by hand. A group shares its prompt (lab/prompts.py), whereas a GPU computes whole rows faster. On
+a GPU keys and values need no copy for each query head.
 
 Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size.
 """
@@ -16,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import Attention, Block, RMSNorm, rotate
+from lab.prompts import SharingTransformer
+from model import Attention, Block, RMSNorm, Transformer, rotate
 
 
 def fast_layers(model):
     """The model, with the attention and norms of its device."""
     if next(model.parameters()).device.type == "cpu":
-        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm})
+        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer})
     else:
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -44,9 +46,9 @@ def replace(model, classes):
 
 class RecomputedBlock(Block):
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
-        if cache is not None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return super().forward(x, cos, sin, mask, cache, layer)
-        return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
+        return checkpoint(super().forward, x, cos, sin, mask, cache, layer, use_reentrant=False)
 
 
 # ------------------------------------------------------------------------------------------- attention

@@ -11,15 +11,16 @@ import rewards
 from data.math_answers import read_answer, read_end, read_expression
 from data.problems import read_problems, read_rows
 from lab import records, watch
+from lab.asking import decoder, to_learn, with_room
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
 from lab.command import (Parser, add_going_on, add_saving, add_speed, add_template, fast_dtype, fields_of,
                          new_directory, saving)
 from lab.graphs import generate
-from lab.layers import fast_layers, recompute
+from lab.layers import fast_layers, recompute, replace
 from lab.own_rules import chosen_rules, chosen_weights
-from lab.asking import decoder, to_learn, with_room
-from model import load, save
+from lab.prompts import SharingTransformer
+from model import Transformer, load, save
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
@@ -89,6 +90,7 @@ def prepare(model, args):
     if args.recompute:
         recompute(model)
     if args.compile:
+        replace(model, {SharingTransformer: Transformer})  # each layer would be compiled for its place in the cache
         for layer in model.layers:
             layer.compile(dynamic=True)
     compiled = ", compiled" if args.compile else ""

@@ -35,6 +35,8 @@ import grpo
 import model as ours
 import sft
 from lab import graphs
+from lab.layers import fast_layers, replace
+from lab.prompts import SharingTransformer
 
 # 0.8M parameters and the world's vocabulary, as nanoGPT with 4 layers of 128
 SMALL = dict(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -117,11 +119,13 @@ def cache_bytes(c, rows, length, size=2):
 # ------------------------------------------------------------------------------------------- the contenders
 
 def our_model(c, dtype=torch.float32):
+    """With the layers that every command of the project uses."""
     model = ours.Transformer(ours.Config(**c)).init_weights(torch.Generator().manual_seed(0))
-    return model.to(DEVICE, dtype).eval()
+    return fast_layers(model.to(DEVICE, dtype)).eval()
 
 
 def compiled_layers(model, **options):
+    replace(model, {SharingTransformer: ours.Transformer})
     for layer in model.layers:
         layer.compile(**options)
     return model

@@ -14,6 +14,7 @@ import rewards
 import sft
 from forked import run_forked
 from lab.asking import decoder, opened_by, to_learn, with_room
+from lab.layers import fast_layers
 from runs import make, write
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -218,7 +219,20 @@ def test_the_tokens_of_a_row_past_its_neighbours_context_are_those_that_the_mode
         torch.testing.assert_close(logprobs[row, :lengths[row]], expected.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_asking_without_room_are_left_out_and_counted_and_short_room_is_said(capsys):
+@pytest.mark.parametrize("lengths", [[3, 60], [60, 3], [40, 2, 61]])
+def test_a_rollout_whose_rows_fill_the_context_at_different_places_is_scored_as_it_was_sampled(lengths, tiny):
+    """Also where its prompts are read once for all their completions (lab/prompts.py)."""
+    model = fast_layers(tiny().eval())  # the context is 64
+    config = grpo.GRPOConfig(group_size=2, max_new_tokens=50, dtype="float32")
+    r = grpo.rollout(model, [[5] * length for length in lengths], encode=list, decode=str, end_ids=[99],
+                     generate=model_module.generate, rewards={"none": lambda text, example: 0.0}, weights={},
+                     config=config, generator=torch.Generator().manual_seed(0))
+    assert r.lengths.tolist() == [min(50, 64 - length) for length in lengths for _ in range(2)]
+    found = grpo.all_logprobs(model, r, config)
+    torch.testing.assert_close(found, r.sampled_logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_without_room_are_left_out_and_counted_and_short_room_is_said(capsys):
     examples = [{"prompt": "a" * n} for n in (3, 64, 60, 70, 10)]
     kept = with_room(examples, lambda example: list(example["prompt"]), 64, 20, "set.jsonl")
     assert [len(example["prompt"]) for example in kept] == [3, 60, 10]

@@ -10,6 +10,7 @@ import torch
 
 import grpo
 import model as model_module
+from lab.layers import fast_layers
 from sevens import share_of_sevens, train_on_sevens
 from test_grpo import canned, roll, small, stopped_and_resumed, weights_of
 from variants.dapo import DAPO, DAPOConfig, has_signal, length_penalty, together
@@ -194,13 +195,14 @@ def test_a_cut_completion_leaves_the_mask_and_keeps_its_reward():
 
 
 @pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
-@pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
-def test_the_gradient_is_that_of_the_finished_completions_alone(mean, micro_batch_tokens, tiny):
+@pytest.mark.parametrize("micro_batch_tokens", [12, 10_000])
+@pytest.mark.parametrize("layers", [lambda model: model, fast_layers], ids=["plain", "prompts shared"])
+def test_the_gradient_is_that_of_the_finished_completions_alone(layers, mean, micro_batch_tokens, tiny):
     """By hand, on a copy: -sum A log pi over the finished completions, in a first update, where pi / pi_old is 1."""
     seen = []
     config = small(rollouts=1, minibatches=1, beta=0.0, mean=mean, scale_by_std=False, group_size=8, dtype="float32",
                    micro_batch_tokens=micro_batch_tokens, grad_clip=1e9)
-    run(tiny(), config, DAPOConfig(mask_cut=True), log=lambda metrics, r: seen.append((metrics, r)))
+    run(layers(tiny()), config, DAPOConfig(mask_cut=True), log=lambda metrics, r: seen.append((metrics, r)))
     (metrics, r), = seen
     assert 0 < r.finished.sum() < len(r.finished)
     model, total = tiny(), 0.0
@@ -218,10 +220,11 @@ def test_the_gradient_is_that_of_the_finished_completions_alone(mean, micro_batc
 
 @pytest.mark.parametrize("old_logprobs", ["trainer", "sampler"])
 @pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
-def test_where_all_are_cut_nothing_changes_and_every_figure_is_finite(mean, old_logprobs, tiny):
-    model = tiny()
+@pytest.mark.parametrize("layers", [lambda model: model, fast_layers], ids=["plain", "prompts shared"])
+def test_where_all_are_cut_nothing_changes_and_every_figure_is_finite(layers, mean, old_logprobs, tiny):
+    model = layers(tiny())
     config = small(rollouts=2, mean=mean, old_logprobs=old_logprobs)
-    history = run(model, config, DAPOConfig(mask_cut=True, resample=1), end_ids=[15 + 99])
+    history = run(model, config, DAPOConfig(mask_cut=True, resample=1), end_ids=[99])
     assert torch.equal(weights_of(model), weights_of(tiny())) and len(history) == 2
     assert all(math.isfinite(value) for metrics in history for value in metrics.values())
     assert all(metrics["unfinished"] == 1 and metrics["skipped"] == 0 for metrics in history)
