@@ -4,6 +4,7 @@ check_tokenizer(dir) raises ValueError, in one line that names the file and the 
 would compute other ids than Hugging Face's library does. Time and memory stay bounded, whatever the files hold.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -13,8 +14,6 @@ from pathlib import Path
 
 import regex  # tiktoken requires it
 import tiktoken
-
-from tokenizer import TEMPLATES, recognise
 
 LARGEST_FILE = 2 ** 28  # bytes
 LARGEST_ID = 2 ** 24
@@ -27,6 +26,16 @@ BYTE = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
 BYTE |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*BYTE.values()}))}
 ISOLATED = r"{0}|(?:(?!{0})[\s\S])+"
 CONTROL_TOKEN = r"<[|｜][^<>|｜]*[|｜]>"
+CHATML = ["<|im_start|>", "<|im_end|>"]
+LLAMA_3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
+TEMPLATES = {"none": [], "r1-zero": [], "chatml": CHATML, "chatml-think": CHATML, "llama-3": LLAMA_3,
+             "deepseek": DEEPSEEK, "deepseek-think": DEEPSEEK}  # and the control tokens of each
+PUBLISHED = dict.fromkeys(("6037ec53ac59dea1", "6e76f0d0a1bfb2ef", "9178daecd2ef9009", "bce94d5dd17510b0",
+                           "2e7c58464a1c5792", "ca2b8df89c128dc3", "582641b345f88ac0", "b1720682da9cefdf",
+                           "e6831dadbcf5817b", "aff931685d8e20ad"), CHATML)
+PUBLISHED |= dict.fromkeys(("18f3fd186f23cd66", "3bd333456aee200b", "c45233d893a2bf08", "d1eef4c920929161"), LLAMA_3)
+PUBLISHED |= dict.fromkeys(("4dfd2580c94f2b54", "f41720becfad3645"), DEEPSEEK)
 
 
 def check_tokenizer(dir, template=None):
@@ -432,7 +441,8 @@ def check_own_template(config, added):
     if isinstance(chat_template, list):  # several, each with a name
         chat_template = named_template(chat_template)
     expect(chat_template, str, "chat_template")
-    check_control_tokens(recognise(chat_template) or "", added)
+    words = " ".join(chat_template.replace("\\n", " ").split())
+    check_control_tokens(PUBLISHED.get(hashlib.sha256(words.encode()).hexdigest()[:16], []), added)
 
 
 def named_template(templates):
@@ -449,10 +459,10 @@ def check_template(template, added):
     if template not in TEMPLATES and template.count("{prompt}") != 1:
         raise ValueError(f"the prompt template {template!r} is none of {', '.join(TEMPLATES)}, and has no one "
                          "{prompt}")
-    check_control_tokens(TEMPLATES.get(template, template), added)
+    check_control_tokens(TEMPLATES.get(template) or re.findall(CONTROL_TOKEN, template), added)
 
 
-def check_control_tokens(template, added):
-    for token in re.findall(CONTROL_TOKEN, template):
+def check_control_tokens(tokens, added):
+    for token in tokens:
         if token not in added:
             raise ValueError(f"the prompt template's {token} is not among added_tokens of tokenizer.json")

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 
 from lab import report
 from lab.check_input import check_settings
+from lab.check_tokenizer import TEMPLATES
 from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
                             is_out_of_memory, lock)
 from lab.records import LOGS
-from tokenizer import TEMPLATES
 
 MAY_CHANGE = ("out", "save_every", "rollouts", "keep_state")  # from call to call: a training may get more rollouts
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content

@@ -475,8 +475,13 @@ def test_what_would_give_wrong_ids_is_refused_without_the_check_too(culprit, cha
         Tokenizer(break_it(tmp_path, change))
 
 
-def test_the_check_has_the_same_alphabet_and_patterns():
+def test_the_check_has_the_same_alphabet_templates_and_patterns():
     assert checks.BYTE == tokenizer_module.BYTE and checks.ISOLATED == tokenizer_module.ISOLATED
+    tokens = {name: {*re.findall(checks.CONTROL_TOKEN, text)} for name, text in TEMPLATES.items()}
+    assert {name: {*each} for name, each in checks.TEMPLATES.items()} == tokens
+    published = {digest: {*re.findall(checks.CONTROL_TOKEN, text)}
+                 for text, digests in tokenizer_module.PUBLISHED.items() for digest in digests}
+    assert {digest: {*each} for digest, each in checks.PUBLISHED.items()} == published
     for layout in LAYOUTS:
         pre_tokenizer = json.loads((FIXTURES / layout / "tokenizer.json").read_text())["pre_tokenizer"]
         parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
