@@ -54,8 +54,8 @@ def run(rejection_sample, explain, distill):
             drop(out / "sampling")
             traces = read_jsonl(path, whole=True)
             if not traces:
-                raise ValueError(f"{path} is empty: of the teacher's samples none is correct, in the problem's language "
-                                 "and readable; another --template, more --samples, or a stronger teacher")
+                raise ValueError(f"{path} is empty: none of the teacher's samples is correct, readable and in the "
+                                 "problem's language; another --template, more --samples, or a stronger teacher")
             student, tokenizer = open_model(args.student, torch.float32, template=args.template)
             rows = [to_learn(row, tokenizer.template) for row in traces]
             general = [to_learn(row, tokenizer.template) for row in general]
