@@ -45,7 +45,8 @@ def test_each_kind_of_file_gives_its_rows(name, content, tmp_path):
 
 
 def test_a_cell_that_begins_as_json_and_is_none_is_text_and_countdown_comes_in_csv_too(tmp_path):
-    (tmp_path / "a.csv").write_text('prompt,answer\nWhich interval?,"[2, 5)"\n"{x : x > 2}, least?",3\nList?,"[1, 2]"\n')
+    rows = ['prompt,answer', 'Which interval?,"[2, 5)"', '"{x : x > 2}, least?",3', 'List?,"[1, 2]"']
+    (tmp_path / "a.csv").write_text("\n".join(rows))
     assert [row["answer"] for row in read(tmp_path / "a.csv")] == ["[2, 5)", "3", "[1, 2]"]
     (tmp_path / "b.csv").write_text('nums,target\n"[44, 19, 35]",98\n')
     example, = read_problems(tmp_path / "b.csv", lambda example: None)
