@@ -275,7 +275,7 @@ def all_logprobs(model, r: Rollout, config):
 def update(model, optimizer, r: Rollout, rows, advantages, config):
     """One Adam step on these rows of a rollout; its metrics."""
     c, metrics = config, defaultdict(float)
-    tokens = int(r.mask[rows].sum())  # of the whole update, before micro-batches
+    tokens = max(1, int(r.mask[rows].sum()))  # of the whole update, before micro-batches
     normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
     prompts = model.read_prompts(r, rows, c) if hasattr(model, "read_prompts") else None
     for batch in micro_batches(rows, r.ends, c.micro_batch_tokens):
@@ -350,7 +350,7 @@ class TrainState:
 
 def rollout_metrics(r: Rollout, history, config):
     """What tells a healthy run from a sick one: of the groups that were kept, and the means over the updates."""
-    tokens = r.mask.sum()
+    tokens = r.mask.sum().clamp(min=1)
     spread = r.rewards.amax(1) - r.rewards.amin(1)
     metrics = {
         "reward": r.rewards.mean().item(),

@@ -126,15 +126,15 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
 
-    `start` (B,) is each row's first real column: columns before it are padding and never looked at.
+    `start` (B,) is each row's first real column: columns before it are padding (at most `padding`), never looked at.
     Attention runs over the whole capacity, so that its shape seldom changes.
     """
 
-    def __init__(self, config: Config, start, dtype):
+    def __init__(self, config: Config, start, dtype, padding=0):
         shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, 0, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=start.device)
         self.v = torch.zeros(shape, dtype=dtype, device=start.device)
-        self.start, self.length = start, 0
+        self.start, self.length, self.padding = start, 0, padding
 
     def reserve(self, columns):
         """Makes room for this many more columns; returns the capacity."""
@@ -196,23 +196,22 @@ class Transformer(nn.Module):
     def hidden(self, ids, positions=None, segments=None, cache=None):
         """The last layer's normed states (B, T, D), for callers that cannot afford (B, T, V); see forward."""
         T = ids.shape[1]
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.length - cache.padding  # of the shortest row
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
 
         # which columns each token sees (B, T, S), and its position (B, T)
         query = torch.arange(T, device=ids.device)  # the column of each token
         seen = None  # plain causal attention
+        positions = query[None] if positions is None else positions
         if cache is not None:
-            query = cache.columns(T)
-            positions = (query - cache.start[:, None]).clamp(min=0)
+            query = cache.columns(T)  # a row past the context is done
+            positions = (query - cache.start[:, None]).clamp(0, self.config.max_position_embeddings - 1)
             key = torch.arange(cache.reserve(T), device=ids.device)
             seen = (key <= query[:, None]) & (key >= cache.start[:, None, None])
             seen |= key == query[:, None]  # padding sees itself: an empty row would be NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
             seen = (segments[:, :, None] == segments[:, None, :]) & (query <= query[:, None])
-        if positions is None:
-            positions = query[None]
 
         x = self.embed_tokens(ids)  # (B, T, D)
         if torch.is_autocast_enabled(ids.device.type):
@@ -286,7 +285,7 @@ def prefill(model, prompts):
         raise ValueError(f"prompts of {min(lengths)} to {longest} tokens do not fit the context of {context}")
     start = torch.tensor([longest - length for length in lengths], device=device)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    cache = KVCache(model.config, start, model.embed_tokens.weight.dtype)
+    cache = KVCache(model.config, start, model.embed_tokens.weight.dtype, padding=longest - min(lengths))
     return model.head(model.hidden(ids, cache=cache)[:, -1]), cache
 
 
@@ -294,16 +293,17 @@ def prefill(model, prompts):
 def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None):
     """n samples of each prompt.
 
-    prompts: N lists of token ids. A row stops at the first token of end_ids, which counts. Temperature 0 is greedy.
-    Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after a row's length;
-    lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens, in the distribution they were drawn from.
+    prompts: N lists of token ids. A row stops at the first token of end_ids, which counts, or where its context ends.
+    Temperature 0 is greedy. Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after the
+    row's end; lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens, in the distribution they came from.
     """
     logits, cache = prefill(model, prompts)  # (N, V)
     device = logits.device
     rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
     logits, cache = logits[rows], cache.select(rows)  # (N*n, V)
 
-    steps = min(max_new_tokens, model.config.max_position_embeddings - cache.length)
+    room = model.config.max_position_embeddings - cache.length + cache.start  # (N*n,) of each row, in tokens
+    steps = min(max_new_tokens, model.config.max_position_embeddings - cache.length + cache.padding)
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
     lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
@@ -316,7 +316,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
         ids[active, t] = token.masked_fill(done, 0)
         logprobs[active, t] = logprob.masked_fill(done, 0)
         lengths[active] += ~done
-        done |= torch.isin(token, ends)
+        done |= torch.isin(token, ends) | (room <= t + 1)
         # finished rows leave the batch, several at a time: a move costs a copy of the cache, a look makes a GPU wait
         if t % (4 if device.type == "cpu" else 16) == 3 or len(active) == 1:
             left = (~done).nonzero()[:, 0]
@@ -324,7 +324,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
                 break
             if len(left) <= 0.8 * len(active):
                 cache = cache.select(left)
-                active, token, done = active[left], token[left], done[left]
+                active, token, done, room = active[left], token[left], done[left], room[left]
         # read the tokens
         if t + 1 < steps:
             logits = model(token[:, None], cache=cache)[:, -1]

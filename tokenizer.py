@@ -19,7 +19,8 @@ import tiktoken
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-# R1-Zero's, for base models, is word for word R1 v1 table 1; ChatML (Qwen, SmolLM) and Llama 3's are for tuned models.
+# R1-Zero's, for base models, is word for word R1 v1 table 1; the others are for tuned models: ChatML (Qwen, SmolLM),
+# Llama 3's and DeepSeek's. Where one ends in <think>, the completion begins within the thinking.
 TEMPLATES = {
     "none": "{prompt}",
     "r1-zero": "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
@@ -28,17 +29,28 @@ TEMPLATES = {
                "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
                "User: {prompt}. Assistant:",
     "chatml": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    "chatml-think": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n",
     "llama-3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "deepseek": "<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜>",
+    "deepseek-think": "<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜><think>\n",
 }
-# The start of a published chat template's hash: its family, and the system prompt that it puts in by default.
-CHAT_TEMPLATES = {
-    "705d5782da398f5c": ("chatml", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),  # Qwen2.5
-    "bce94d5dd17510b0": ("chatml", "You are a helpful assistant"),                                           # Qwen1.5
-    "6e76f0d0a1bfb2ef": ("chatml", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),  # SmolLM2
-    "ccd61ecea6aa8406": ("chatml", None),                                                                    # Qwen3
-    "fcf7a096fe99a48f": ("chatml", None),                                                              # plain ChatML
-    "18f3fd186f23cd66": ("llama-3", None),                                                                   # Llama 3
+SYSTEM = "<|im_start|>system\n%s<|im_end|>\n" + TEMPLATES["chatml"]
+DATED = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n" \
+        "Today Date: 26 Jul 2024\n\n<|eot_id|>" + TEMPLATES["llama-3"].removeprefix("<|begin_of_text|>")
+# What published chat templates come to for one question, and the start of the hash of each revision that does.
+PUBLISHED = {
+    SYSTEM % "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.": ["6037ec53ac59dea1"],  # Qwen2.5
+    SYSTEM % "You are a helpful AI assistant named SmolLM, trained by Hugging Face": ["6e76f0d0a1bfb2ef"],  # SmolLM2
+    SYSTEM % "You are a helpful assistant.": ["9178daecd2ef9009"],  # Qwen2
+    SYSTEM % "You are a helpful assistant": ["bce94d5dd17510b0"],   # Qwen1.5
+    TEMPLATES["chatml"]: ["2e7c58464a1c5792",                                         # plain ChatML
+                          "ca2b8df89c128dc3", "582641b345f88ac0", "b1720682da9cefdf"],  # Qwen3; Qwen3-Instruct-2507
+    TEMPLATES["chatml-think"]: ["e6831dadbcf5817b", "aff931685d8e20ad"],  # Qwen3-Thinking-2507; QwQ
+    TEMPLATES["llama-3"]: ["18f3fd186f23cd66", "3bd333456aee200b"],       # Llama 3
+    DATED: ["c45233d893a2bf08", "d1eef4c920929161"],    # Llama 3.1 and 3.3; 3.2, which elsewhere says today's date
+    TEMPLATES["deepseek"]: ["4dfd2580c94f2b54"],        # DeepSeek-R1-Distill, as first published
+    TEMPLATES["deepseek-think"]: ["f41720becfad3645"],  # and as it is now
 }
 
 # tokenizer.json shows each byte as a printable character: itself if it is one, else the next from chr(256) on.
@@ -55,11 +67,9 @@ def recognise(chat_template: str | list | None) -> str | None:
         chat_template = {each["name"]: each["template"] for each in chat_template}.get("default")
     if not chat_template:
         return TEMPLATES["none"]
-    digest = hashlib.sha256(" ".join(chat_template.split()).encode()).hexdigest()  # a Jinja program: it is never run
-    family, system = CHAT_TEMPLATES.get(digest[:16], (None, None))
-    if system:
-        return f"<|im_start|>system\n{system}<|im_end|>\n" + TEMPLATES[family]
-    return TEMPLATES.get(family)
+    words = " ".join(chat_template.replace("\\n", " ").split())  # its line breaks are written in both ways
+    digest = hashlib.sha256(words.encode()).hexdigest()[:16]  # a Jinja program: it is never run
+    return next((text for text, digests in PUBLISHED.items() if digest in digests), None)
 
 
 def split_patterns(pre_tokenizer: dict) -> list[str]:
@@ -230,11 +240,12 @@ class Tokenizer:
         if not prompt:
             return []
         template = self.template
-        if template == TEMPLATES["llama-3"]:
+        if template in (TEMPLATES["llama-3"], DATED):
             prompt = prompt.strip()  # as Llama's own chat template does
-        if later:  # ChatML's turns end in a line break; a system prompt and a start token come once
-            is_chatml = "<|im_start|>" in template
-            template = "\n" + TEMPLATES["chatml"] if is_chatml else template.removeprefix("<|begin_of_text|>")
+        if later:  # a start token and a system prompt come once; ChatML's turns end in a line break
+            turn = r"<\|im_start\|>user|<\|start_header_id\|>user|<｜User｜>"
+            template = re.sub(rf"\A.*?(?={turn})|\A<\|begin_of_text\|>", "", template, count=1, flags=re.DOTALL)
+            template = "\n" + template if template.startswith("<|im_start|>") else template
         before, after = template.split("{prompt}")
         # Control tokens are borders; the plain text between them and the prompt is encoded together with the prompt.
         opening_end = max([before.rfind(token) + len(token) for token in self.added if token in before], default=0)
@@ -255,7 +266,7 @@ class Tokenizer:
         config = {"pad_token": end, "clean_up_tokenization_spaces": False} | self.config
         if self._chosen:
             template = self.template
-            if not template.startswith("<|begin"):  # Llama 3's own brings its start token
+            if not template.startswith(("<|begin", "<｜begin")):  # Llama's and DeepSeek's bring their start token
                 template = self.encoding.decode(self.start_ids) + template
             before, after = map(json.dumps, template.split("{prompt}"))
             config["prompt_template"] = self._chosen

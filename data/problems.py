@@ -1,6 +1,6 @@
-r"""Problem sets as they are published, and rows for SFT: JSONL files, read with one clear line for what is wrong.
+r"""Problem sets as they are published, and rows for SFT: JSONL, JSON or CSV, with one clear line for what is wrong.
 
-One real row of each format, told by its fields:
+One real row of each format, told by its fields (data/forms.py has others, with messages or other names):
 
     {"question": "Natalia sold clips to 48 of her friends in April, ...", "answer": "... 48+24 = <<48+24=72>>72 clips
      altogether in April and May.\n#### 72"}                                                       GSM8K
@@ -16,8 +16,8 @@ import json
 import math
 import re
 from decimal import Decimal
-from pathlib import Path
 
+from data.forms import numbered_rows, prompt_and_completion, usual_fields
 from data.math_answers import last_box
 
 COUNTDOWN = ("Using the numbers {nums}, each exactly once, with +, -, * and / and with parentheses where they are "
@@ -30,29 +30,37 @@ class NoAnswer(ValueError):
 
 
 def read_rows(path, fields=()):
-    """All rows of a JSONL file. With `fields`, each row must be an object that holds text under these names.
+    """All rows of a file, as rows for SFT. With `fields`, each must be an object that holds text under these names.
 
-    Raises ValueError with file and line.
+    Of a conversation the first question and answer are taken. Raises ValueError with file and line.
     """
-    rows = []
+    rows, conversations = [], 0
     for number, row in numbered_rows(path):
+        try:
+            row, later = prompt_and_completion(row)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        conversations += later > 0
         for name in fields:
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise ValueError(f"{path}:{number}: no text under {name!r}")
         rows.append(row)
+    if conversations:
+        print(f"{path}: {conversations} of {len(rows)} conversations have later turns: not learned", flush=True)
     return rows
 
 
-def read_problems(path, check):
+def read_problems(path, check, prompt_field=None, answer_field=None):
     """A problem set as examples for reinforcement learning and evaluation.
 
     check(example) raises ValueError for a row that is no example, which refuses the file, and NoAnswer for one without
-    an answer, which is left out and counted.
+    an answer, which is left out and counted. prompt_field, answer_field: the names of the two, in place of those that
+    the formats above have.
     """
     examples, unanswered = [], []
     for number, row in numbered_rows(path):
         try:
-            example = as_example(row)
+            example = as_example(row, prompt_field, answer_field)
             check(example)
         except NoAnswer as error:
             unanswered.append(f"{path}:{number}: {error}")
@@ -68,28 +76,11 @@ def read_problems(path, check):
     return examples
 
 
-def numbered_rows(path):
-    """[(line number, row)] of a JSONL file. Raises ValueError with file and line."""
-    byte_order_mark = b"\xef\xbb\xbf"
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().removeprefix(byte_order_mark).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # fails for a lone surrogate, which could not be written again
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}:{number}: not JSON in UTF-8") from None
-        rows.append((number, row))
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return rows
-
-
-def as_example(row):
+def as_example(row, prompt_field=None, answer_field=None):
     """A row of any of the formats above as {"prompt", "answer", "language", "kind", ...}. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("a row must be an object")
+    row = usual_fields(row, prompt_field, answer_field)
     if "answer" in row:
         row = row | {"answer": answer_text(row["answer"])}
     if "nums" in row and "target" in row:
@@ -103,7 +94,8 @@ def as_example(row):
         if not prompt or "answer" not in row:
             names = ", ".join(map(str, row))
             raise ValueError(f"fields {names} are of no problem set known here: expected the texts prompt and answer "
-                             "(or question and answer, or problem and solution), or nums and target")
+                             "(or question and answer, or problem and solution), or nums and target; else name the two "
+                             "with --prompt-field and --answer-field")
         example = row | {"prompt": prompt}
     mostly_chinese = len(CHINESE.findall(json.dumps(row, ensure_ascii=False))) > 5
     example["language"] = row.get("language", "zh" if mostly_chinese else "en")

@@ -119,7 +119,7 @@ def shown(token):
 
 
 def read_texts(path):
-    from data.problems import numbered_rows
+    from data.forms import numbered_rows
     for number, row in numbered_rows(path):
         try:
             text = row["text"] if "text" in row else row["prompt"] + row["completion"]

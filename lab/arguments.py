@@ -1,5 +1,6 @@
 """pipeline.py's command line: one set of options for the mini-world and for a model and problems of one's own."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import torch
 from grpo import GRPOConfig
 from lab import checkpoint
 from lab.check_input import check_settings
-from lab.command import Parser, fast_dtype
-from lab.scripts import PROBLEMS
+from lab.command import Parser, add_template, fast_dtype
+from lab.scripts import PAIRS, PROBLEMS, add_fields_of_rows
 from sft import SFTConfig
 from tokenizer import TEMPLATES
 
@@ -23,7 +24,7 @@ SIZES = {  # option: (field of the preset, what it counts)
     "trace_samples": ("trace_samples", "traces sampled of each of them"),
     "test_problems": ("test", "problems of the test, at most"),
 }
-OWN_ONLY = ("train", "test_file", "general", "student", "template")  # options that need --base
+OWN_ONLY = ("train", "test_file", "prompt_field", "answer_field", "general", "student", "template")  # with --base
 WRITTEN = {"from_stage": "from", "test_file": "test"}  # options whose name differs from their argument's
 
 
@@ -56,11 +57,11 @@ def add_own_model(parser):
     own.add_argument("--base", metavar="DIR", help="Hugging Face directory of a dense Llama, Qwen2 or Qwen3")
     own.add_argument("--train", metavar="FILE", help=PROBLEMS)
     own.add_argument("--test", dest="test_file", metavar="FILE", help="the same; never trained on")
+    add_fields_of_rows(own)
     own.add_argument("--student", action="append", default=[], metavar="DIR",
                      help="a smaller model to train on the traces; may be repeated")
-    own.add_argument("--general", metavar="FILE", help='examples for SFT-2, JSONL rows {"prompt", "completion"}')
-    own.add_argument("--template", choices=("own", *TEMPLATES),
-                     help="the prompt template, own: as each directory says; default r1-zero")
+    own.add_argument("--general", metavar="FILE", help=f"examples for SFT-2, {PAIRS}")
+    add_template(own, ("own", *TEMPLATES), "r1-zero; own: as each directory says")
 
 
 def add_sizes(parser):
@@ -90,7 +91,7 @@ def parse_arguments(presets):
         return parser, args
     for name in OWN_ONLY:
         if getattr(args, name):
-            parser.error(f"--{WRITTEN.get(name, name)} goes with --base, a model of your own")
+            parser.error(f"--{WRITTEN.get(name, name).replace('_', '-')} goes with --base, a model of your own")
     if args.preset is None:
         args.preset = "gpu" if args.device.startswith("cuda") else "cpu"
     args.out = args.out or f"runs/{args.preset}-{args.seed}"
@@ -114,10 +115,15 @@ def written(parser, args, leave_out=()):
         if value is True:
             words.append(option)
         elif isinstance(value, list):
-            words += [f"{option} {item}" for item in value]
+            words += [f"{option} {quoted(item)}" for item in value]
         else:
-            words.append(f"{option} {value}")
+            words.append(f"{option} {quoted(value)}")
     return " ".join(words)
+
+
+def quoted(value):
+    """As a shell takes it; a template's line breaks as they may be typed."""
+    return shlex.quote(str(value).replace("\n", "\\n"))
 
 
 # ------------------------------------------------------------------------------------------- the preset, as asked for

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 
 from lab.check_input import check_directory
-from lab.command import Parser, device_of
+from lab.command import Parser, add_template, device_of
+from lab.asking import opened_by
 from tokenizer import Tokenizer
 from variants.rope_scaling import scaled_frequencies
 
@@ -27,6 +28,7 @@ def parse_args():
     parser = Parser(description="Talk to a model directory; Ctrl-C ends an answer, Ctrl-D the program.")
     parser.add_argument("dir")
     parser.add_argument("--prompt", help="one question to answer, instead of a chat")
+    add_template(parser)
     parser.add_argument("--temperature", type=float, default=0.6, help="default: %(default)s")
     parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="default: %(default)s")
@@ -51,9 +53,9 @@ def main(load, prefill, sample):
     """model.py's script, which gives its functions."""
     parser, args = parse_args()
     try:
-        check_directory(args.dir)
+        check_directory(args.dir, args.template)
         model = load(args.dir, args.device, rope=scaled_frequencies)
-        chat(model, Tokenizer(args.dir), partial(stream, prefill, sample, model), args)
+        chat(model, Tokenizer(args.dir, args.template), partial(stream, prefill, sample, model), args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -78,7 +80,7 @@ def chat(model, tokenizer, answer_tokens, args):
     turns = []  # the token ids of each question with its answer
     while args.prompt is None or not turns:
         question = []
-        answer = Answer(tokenizer)
+        answer = Answer(tokenizer, opened_by(tokenizer.template, ""))
         with suppress(KeyboardInterrupt):
             text = args.prompt
             if text is None:
@@ -108,8 +110,9 @@ def read_line():
 class Answer:
     """An answer in the making, printed as far as what follows cannot change it."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, opened=""):
+        """opened: what the prompt has opened (lab/asking.py)."""
+        self.tokenizer, self.opened = tokenizer, opened
         self.ids = []
         self.printed = ""
         self.dim, self.normal = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
@@ -122,7 +125,7 @@ class Answer:
         self.show(last=True)
 
     def show(self, last):
-        text = visible(self.tokenizer.decode(self.ids), self.dim, self.normal, last)
+        text = visible(self.opened + self.tokenizer.decode(self.ids), self.dim, self.normal, last)
         print(text[len(self.printed):], end="", flush=True)
         self.printed = text
 

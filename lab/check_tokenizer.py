@@ -25,20 +25,17 @@ SECONDS = 1             # of the processor, for all patterns on all trial texts
 BYTE = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
 BYTE |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*BYTE.values()}))}
 ISOLATED = r"{0}|(?:(?!{0})[\s\S])+"
-CONTROL_TOKENS = {
-    "none": [],
-    "r1-zero": [],
-    "chatml": ["<|im_start|>", "<|im_end|>"],
-    "llama-3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-}
-CHAT_TEMPLATES = {
-    "705d5782da398f5c": "chatml",
-    "bce94d5dd17510b0": "chatml",
-    "6e76f0d0a1bfb2ef": "chatml",
-    "ccd61ecea6aa8406": "chatml",
-    "fcf7a096fe99a48f": "chatml",
-    "18f3fd186f23cd66": "llama-3",
-}
+CONTROL_TOKEN = r"<[|｜][^<>|｜]*[|｜]>"
+CHATML = ["<|im_start|>", "<|im_end|>"]
+LLAMA_3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
+TEMPLATES = {"none": [], "r1-zero": [], "chatml": CHATML, "chatml-think": CHATML, "llama-3": LLAMA_3,
+             "deepseek": DEEPSEEK, "deepseek-think": DEEPSEEK}  # and the control tokens of each
+PUBLISHED = dict.fromkeys(("6037ec53ac59dea1", "6e76f0d0a1bfb2ef", "9178daecd2ef9009", "bce94d5dd17510b0",
+                           "2e7c58464a1c5792", "ca2b8df89c128dc3", "582641b345f88ac0", "b1720682da9cefdf",
+                           "e6831dadbcf5817b", "aff931685d8e20ad"), CHATML)
+PUBLISHED |= dict.fromkeys(("18f3fd186f23cd66", "3bd333456aee200b", "c45233d893a2bf08", "d1eef4c920929161"), LLAMA_3)
+PUBLISHED |= dict.fromkeys(("4dfd2580c94f2b54", "f41720becfad3645"), DEEPSEEK)
 
 
 def check_tokenizer(dir, template=None):
@@ -444,8 +441,8 @@ def check_own_template(config, added):
     if isinstance(chat_template, list):  # several, each with a name
         chat_template = named_template(chat_template)
     expect(chat_template, str, "chat_template")
-    digest = hashlib.sha256(" ".join(chat_template.split()).encode()).hexdigest()
-    check_control_tokens(CONTROL_TOKENS[CHAT_TEMPLATES.get(digest[:16], "none")], added)
+    words = " ".join(chat_template.replace("\\n", " ").split())
+    check_control_tokens(PUBLISHED.get(hashlib.sha256(words.encode()).hexdigest()[:16], []), added)
 
 
 def named_template(templates):
@@ -459,13 +456,10 @@ def named_template(templates):
 
 
 def check_template(template, added):
-    if template in CONTROL_TOKENS:
-        check_control_tokens(CONTROL_TOKENS[template], added)
-        return
-    if template.count("{prompt}") != 1:
-        raise ValueError(f"the prompt template {template!r} is none of {', '.join(CONTROL_TOKENS)}, and has no one "
+    if template not in TEMPLATES and template.count("{prompt}") != 1:
+        raise ValueError(f"the prompt template {template!r} is none of {', '.join(TEMPLATES)}, and has no one "
                          "{prompt}")
-    check_control_tokens(re.findall(r"<\|[^<>|]*\|>", template), added)
+    check_control_tokens(TEMPLATES.get(template) or re.findall(CONTROL_TOKEN, template), added)
 
 
 def check_control_tokens(tokens, added):

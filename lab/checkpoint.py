@@ -451,6 +451,10 @@ class Checkpointer:
             raise stop
         return saved
 
+    def save_last(self, **parts):
+        """Saves now, whatever the time: for a training that may go on with more steps."""
+        self._save(parts, at_once=True)
+
     def _save(self, parts: dict, at_once: bool = False) -> bool:
         started = time.monotonic()
         tensors, meta = state_of(**parts)

@@ -4,15 +4,20 @@ import argparse
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from lab import report
 from lab.check_input import check_settings
-from lab.checkpoint import (Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
+from lab.check_tokenizer import TEMPLATES
+from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
                             is_out_of_memory, lock)
+from lab.records import LOGS
 
+MAY_CHANGE = ("out", "save_every", "rollouts", "keep_state")  # from call to call: a training may get more rollouts
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
 LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference; "
                "while sampling, fewer rows or new tokens")
@@ -70,6 +75,9 @@ class Parser(argparse.ArgumentParser):
                 default = fast_dtype()
             if name == "micro_batch_tokens" and torch.cuda.is_available():
                 default = GPU_TOKENS
+            if name == "max_new_tokens":  # lab/scripts.py chooses
+                self.add_argument("--max-new-tokens", type=int, help="default: by the problems, which a line says")
+                continue
             kind = {"type": type(default)}
             if isinstance(default, bool):
                 kind = {"action": argparse.BooleanOptionalAction}
@@ -133,6 +141,17 @@ def processor_has(feature):
     return check is not None and check()
 
 
+def add_template(parser, names=tuple(TEMPLATES), default="the directory's own (tokenizer.py)"):
+    parser.add_argument("--template", type=template_text, metavar="TEMPLATE",
+                        help=f"the prompt template: {', '.join(names)}, or a text with {{prompt}}, where \\n is a line "
+                             f"break; default: {default}")
+
+
+def template_text(text):
+    """A template from the command line, where a line break is hard to type."""
+    return text.replace("\\n", "\n")
+
+
 def add_speed(parser):
     parser.add_argument("--recompute", action="store_true",
                         help="compute activations a second time in the backward pass: less memory, slower")
@@ -148,13 +167,26 @@ def add_saving(parser):
                              "and at most 2%% of the time")
 
 
-def new_directory(path):
-    """Path of an output directory that holds no model yet: nothing is overwritten."""
+def add_going_on(parser):
+    parser.add_argument("--keep-state", action="store_true",
+                        help="keep the training's state in --out at the end (about three times the model): the same "
+                             "command with more --rollouts goes on from there")
+
+
+def new_directory(path, may_go_on=False):
+    """Path of an output directory that holds no model yet: nothing is overwritten.
+
+    may_go_on: it may also hold a finished training with its state (--keep-state).
+    """
     path = Path(path)
+    if may_go_on and all((path / name).exists() for name in ("config.json", "settings.json", STATE)):
+        return path
     if (path / "config.json").exists():
         if (path / "settings.json").exists():
             drop(path)  # the state of a call that was killed after its model was complete
         raise ValueError(f"{path} already holds a model; choose another --out")
+    if (path / "metrics.jsonl").exists() and not (path / "settings.json").exists():
+        raise ValueError(f"{path} already holds the metrics of another training; choose another --out")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -165,16 +197,22 @@ def saving(out, args):
 
     The training's state is deleted at the end.
     """
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "save_every")}
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    for rule in getattr(args, "rewards", []):  # of files of the user's own the content counts too
+        if ".py:" in rule:
+            settings[f"content of {rule}"] = content_hash(rule.rpartition(":")[0])
     for name in sorted(settings.keys() & set(INPUTS)):  # wherever they lie now, their content must be the same
         path = settings.pop(name)
         settings[f"content of {name}"] = content_hash(path) if path else None
+    goes_on = (out / "config.json").exists()  # with more rollouts than before
     with lock(out):
         check_same_settings(out / "settings.json", settings)
         try:
-            with Checkpointer(out, every=args.save_every) as checkpointer:
+            with Checkpointer(out, LOGS, args.save_every, after=partial(report.write, out)) as checkpointer:
                 yield checkpointer
         except KeyboardInterrupt:
-            if not (out / "config.json").exists():  # a model's last file: the signal came too late to stop anything
+            if goes_on or not (out / "config.json").exists():  # else the signal came too late to stop anything
                 raise
-        drop(out)
+        report.write(out)
+        if not getattr(args, "keep_state", False):
+            drop(out)

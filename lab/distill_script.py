@@ -8,10 +8,12 @@ from data.problems import read_rows
 from evaluate import EvalConfig, complete
 from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
-from lab.command import Parser, add_saving, fields_of, new_directory, saving
+from lab.command import Parser, add_saving, add_template, fields_of, new_directory, saving
 from lab.graphs import generate
-from lab.scripts import (PROBLEMS, StepPrinter, add_template, cut_warning, in_its_language, open_model,
-                         read_problem_set, rules, save_model)
+from lab.asking import decoder, to_learn, with_room
+from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
+                         in_its_language, open_model, read_problem_set, rules, save_model)
+from rewards import TAGS
 from sft import SFTConfig, tokenize, train
 
 
@@ -20,11 +22,12 @@ def parse():
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
     parser.add_argument("--data", required=True, help=PROBLEMS)
-    parser.add_argument("--general", help='general examples, JSONL rows {"prompt", "completion"}; none: traces alone')
+    add_fields_of_rows(parser)
+    parser.add_argument("--general", help=f"general examples, {PAIRS}; none: traces alone")
     parser.add_argument("--out", required=True, help="where the student and traces.jsonl go")
     add_template(parser)
     parser.add_argument("--samples", type=int, default=4, help="per prompt; default %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="default %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, help="default: by the problems, which a line says")
     parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype"))
     add_saving(parser)
     return parser, parser.parse_with_rows()
@@ -33,7 +36,8 @@ def parse():
 def run(rejection_sample, explain, distill):
     parser, args = parse()
     with parser.one_line_errors(args.out):
-        problems = read_problem_set(args.data)
+        problems = read_problem_set(args.data, args)
+        choose_max_new_tokens(args, problems, EvalConfig)
         check_directory(args.student, args.template)  # before the teacher samples
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
         config = fields_of(args, SFTConfig)
@@ -43,33 +47,51 @@ def run(rejection_sample, explain, distill):
             raise ValueError(f"{out} already holds other traces; choose another --out")
         with saving(out, args) as checkpointer:
             if not path.exists():
-                texts = sample_teacher(args, problems, out / "sampling")
-                accuracy = rules()["accuracy"]
-                traces, counts = rejection_sample(problems, texts, correct=accuracy, one_language=in_its_language)
+                problems, texts = sample_teacher(args, problems, out / "sampling")
+                traces, counts = rejection_sample(problems, texts, correct=correct, one_language=one_language)
                 print(explain(counts))
                 write_jsonl(path, traces)
             drop(out / "sampling")
             traces = read_jsonl(path, whole=True)
+            if not traces:
+                raise ValueError(f"{path} is empty: none of the teacher's samples is correct, readable and in the "
+                                 "problem's language; another --template, more --samples, or a stronger teacher")
             student, tokenizer = open_model(args.student, torch.float32, template=args.template)
-            distill(student, traces, general, encode=partial(tokenize, tokenizer=tokenizer),
+            rows = [to_learn(row, tokenizer.template) for row in traces]
+            general = [to_learn(row, tokenizer.template) for row in general]
+            distill(student, rows, general, encode=partial(tokenize, tokenizer=tokenizer),
                     train=partial(fine_tune, config=config, checkpointer=checkpointer))
             save_model(student, out, tokenizer)
 
 
 def fine_tune(student, examples, config, checkpointer):
     print(cut_warning(examples, config.row_length), end="")
-    train(student, examples, config, log=StepPrinter(checkpointer.dir),
+    train(student, examples, config, log=StepPrinter(checkpointer.dir, next(student.parameters()).device),
           save=checkpointer.save, resume=checkpointer.resume)
 
 
+def correct(text, example):
+    """In the asked form. A teacher that tags no answer, but boxes it, say, is taken as it writes."""
+    return rules()["accuracy" if "<answer>" in text else "accuracy_any"](text, example)
+
+
+def one_language(text, example):
+    """All words of the thinking are of the example's language; where nothing says what is thinking, all words."""
+    if any(tag in text for tag in TAGS):
+        return in_its_language(text, example)
+    return in_its_language(f"{text}</think>", example)
+
+
 def sample_teacher(args, problems, dir):
-    """Completions of each problem, saved in `dir` as they come."""
+    """(problems, texts): completions of each problem that leaves room for an answer, saved in `dir` as they come."""
     teacher, tokenizer = open_model(args.teacher, getattr(torch, args.dtype), template=args.template)
     generator = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
     sample = partial(generate, teacher, end_ids=tokenizer.end_ids, generator=generator)
-    prompts = [tokenizer.encode_prompt(problem["prompt"]) for problem in problems]
+    encode, context = encoder(tokenizer), teacher.config.max_position_embeddings
+    problems = with_room(problems, encode, context, args.max_new_tokens, args.data)
     config = EvalConfig(args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)
     with Checkpointer(dir, ["completions.jsonl"], args.save_every) as checkpointer:
         done, log = kept_rows(dir / "completions.jsonl", generator, checkpointer.save, checkpointer.resume)
-        texts, _ = complete(prompts, sample, tokenizer.decode, config, done, log)
-    return texts
+        prompts, decode = [encode(problem) for problem in problems], decoder(tokenizer, problems)
+        texts, _ = complete(prompts, sample, decode, config, done, log)
+    return problems, texts

@@ -28,7 +28,9 @@ def generate(model, prompts, **settings):
 
 
 def generate_recorded(model, prompts, n=1, max_new_tokens=128, **settings):
-    columns = min(max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings)
+    lengths = [len(prompt) for prompt in prompts]
+    steps = min(max_new_tokens, model.config.max_position_embeddings - min(lengths))  # of the shortest prompt's row
+    columns = max(lengths) + steps
     decoder = decoder_for(model, power_of_two(len(prompts) * n), columns)
     result = transformer.generate(decoder, prompts, n=n, max_new_tokens=max_new_tokens, **settings)
     if decoder.bytes() > SHARE * memory_of(decoder.start.device):
@@ -122,7 +124,7 @@ class Decoder:
 class FixedCache:
     """What the model takes as its KVCache: the new token's column is a number on the device, for a recording."""
 
-    length = 0  # the model adds to it, and compares with its context: the column is what counts
+    length = padding = 0  # the model adds to it, and compares with its context: the column is what counts
 
     def __init__(self, decoder, rows, columns):
         self.k, self.v = decoder.k[:, :rows, :, :columns], decoder.v[:, :rows, :, :columns]

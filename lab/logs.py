@@ -6,21 +6,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lab import checkpoint, measure, watch
+from lab import checkpoint, measure, records, watch
 
-# The other rules apply to every example.
-APPLIES = {
-    "accuracy": lambda example: example["kind"] == "reasoning",
-    "accuracy_any": lambda example: example["kind"] == "reasoning",
-    "helpfulness": lambda example: example["kind"] != "reasoning" and not example.get("harmful"),
-    "harmlessness": lambda example: example["kind"] != "reasoning",
-}
 WATCHED = 6  # validation problems whose answers are kept from step to step, for the report
-
-
-def applies(rule, example):
-    """Whether the rule's score says something. (Of a general request, accuracy is 0 whatever the completion.)"""
-    return rule not in APPLIES or APPLIES[rule](example)
 
 
 class BudgetSpent(Exception):
@@ -36,16 +24,11 @@ class StageLog:
         self.bar = None
 
     def write_metrics(self, metrics):
-        """Times and memory go to a file of their own, so that the metrics are the same at each run."""
-        times = {key: value for key, value in metrics.items() if "seconds" in key}
-        rest = {key: round(value, 6) for key, value in metrics.items() if key not in times and np.isfinite(value)}
-        checkpoint.append_jsonl(self.dir / "metrics.jsonl", rest)
-        times |= {"step": metrics["step"], "peak_bytes": peak_bytes(self.run.device)}
-        checkpoint.append_jsonl(self.dir / "times.jsonl", times)
+        records.write_metrics(self.dir, metrics, self.run.device)
 
     def warn(self, step, line):
         checkpoint.print_flush(f"{self.run.name}, {line}")
-        checkpoint.append_jsonl(self.dir / "warnings.jsonl", {"step": step, "warning": line})
+        records.write_warning(self.dir, step, line)
 
     def show(self, metrics, total, *names):
         """Advances the progress bar, with the figures that matter beside it."""
@@ -81,11 +64,7 @@ class RLLog(StageLog):
         self.lengths = []  # and its mean length
 
     def __call__(self, metrics, rollout):
-        for name, scores in rollout.parts.items():  # the mean over the prompts to which the rule applies
-            del metrics[name]
-            applied = [applies(name, example) for example in rollout.examples]
-            if any(applied):
-                metrics[name] = scores[torch.tensor(applied)].mean().item()
+        records.take_means_where_rules_apply(metrics, rollout)
         problems = torch.tensor([example.get("kind", "reasoning") == "reasoning" for example in rollout.examples])
         if not problems.all():  # the others' outputs are shorter by nature
             lengths = rollout.lengths.view(len(problems), -1)
@@ -99,7 +78,7 @@ class RLLog(StageLog):
             self.write_watched(step)
             checkpoint.append_jsonl(self.dir / "lengths.jsonl", {"step": step, "lengths": self.lengths})
         if step == 1 or step % self.config.validate_every == 0:
-            self.write_samples(step, rollout)
+            records.write_samples(self.dir, step, rollout)
         self.guard.check_rl(metrics, rollout, self.config)
         if self.sample_budget is not None and metrics["samples"] >= self.sample_budget:
             raise BudgetSpent
@@ -112,19 +91,10 @@ class RLLog(StageLog):
 
     def look_for_warnings(self, metrics):
         if not self.rows and metrics["step"] > 1:  # resumed
-            lacking = dict.fromkeys(metrics, float("nan"))  # what was not finite is not in the file
-            earlier = checkpoint.read_jsonl(self.dir / "metrics.jsonl")[:-1]
-            self.rows = [lacking | row for row in earlier]
+            self.rows = records.earlier_rows(self.dir, metrics)[:-1]
         self.rows.append(metrics)
         for line in watch.new_warnings(self.rows):
             self.warn(metrics["step"], line)
-
-    def write_samples(self, step, rollout):
-        """Three completions of the rollout."""
-        for i in range(0, len(rollout.texts), max(1, len(rollout.texts) // 3)):
-            example = rollout.examples[i // self.config.group_size]
-            scores = {name: part.flatten()[i].item() for name, part in rollout.parts.items() if applies(name, example)}
-            checkpoint.append_jsonl(self.dir / "samples.jsonl", card(step, example, rollout.texts[i], scores))
 
     # ---- validation
 
@@ -145,20 +115,6 @@ class RLLog(StageLog):
     def write_watched(self, step):
         for i, (example, text) in enumerate(zip(self.run.source.validation[:WATCHED], self.latest)):
             scores = {name: rule(text, example) for name, rule in self.rules.items()
-                      if self.weights[name] and applies(name, example)}
-            checkpoint.append_jsonl(self.dir / "watched.jsonl", card(step, example, text, scores) | {"problem": i})
-
-
-def card(step, example, completion, scores):
-    """A row of what the report shows."""
-    known = {key: example[key] for key in ("prompt", "answer", "language", "kind")}
-    return {"step": step, **known, "completion": completion, "rewards": scores}
-
-
-def peak_bytes(device):
-    """The most memory that this process has held: of the GPU, or in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+                      if self.weights[name] and records.applies(name, example)}
+            card = records.card(step, example, text, scores)
+            checkpoint.append_jsonl(self.dir / "watched.jsonl", card | {"problem": i})

@@ -9,6 +9,7 @@ import evaluate
 import rewards
 from data import search, world
 from lab import checkpoint
+from lab.asking import decoder
 from lab.scripts import final_answer, rules
 
 RULES = ("accuracy", "accuracy_any", "format", "language_consistency")  # of problems
@@ -173,11 +174,12 @@ def accuracy_lengthened(run, model):
 
 def ready_to_sample(run, model):
     """The first arguments of with_budgets and lengthened: prompts, a sampler, decode, settings."""
-    prompts = [run.prompt(example) for example in run.source.test[:200]]
+    problems = run.source.test[:200]
+    prompts = [run.prompt(example) for example in problems]
     sampler = run.sampler(model, torch.Generator(device=run.device).manual_seed(0))
     # Continued completions share no prompt: reading 512 long ones at once was the peak of the whole run's memory.
     config = evaluate.EvalConfig(samples=2, max_new_tokens=run.preset.zero.max_new_tokens, batch_rows=128)
-    return prompts, sampler, run.tokenizer.decode, config
+    return prompts, sampler, decoder(run.tokenizer, problems), config
 
 
 def accuracy_of(run, texts):

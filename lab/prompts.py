@@ -26,7 +26,8 @@ class SharingTransformer(Transformer):
         group = rollout.rewards.shape[1]
         prompts = sorted({row // group for row in rows})
         firsts = [prompt * group for prompt in prompts]  # a row of each
-        lengths = rollout.mask[firsts].int().argmax(1)   # (P,) without the last token
+        # (P,) without the last token; not by the mask, from which a cut completion may be left out
+        lengths = rollout.lengths.new_tensor([rollout.ends[row] for row in firsts]) - rollout.lengths[firsts] - 1
         tokens = len(prompts) * int(lengths.max())
         if not 0 < tokens <= config.micro_batch_tokens:
             return None
@@ -54,7 +55,7 @@ class ReadPrompts:
         """The states (n, D) at the n positions of these rows that predict a sampled token, in the order of the mask."""
         mask = rollout.mask[rows]
         start, lengths = mask.int().argmax(1), mask.sum(1)    # (B,) where the prompt's last token is; (B,)
-        columns = torch.arange(int(lengths.max()), device=mask.device)
+        columns = torch.arange(max(1, int(lengths.max())), device=mask.device)  # 1: where all of them were cut
         ids = rollout.ids[rows].gather(1, (start[:, None] + columns).clamp(max=mask.shape[1]))  # (B, T)
         group = rollout.rewards.shape[1]
         of_rows = torch.tensor([self.place[row // group] for row in rows], device=mask.device)
@@ -76,6 +77,7 @@ class PromptCache:
 
     def __init__(self, start, past=None, length=0):
         self.start, self.past, self.length, self.made = start, past, length, []
+        self.padding = int(start.max())  # of the shortest prompt: its completion may be the longest
 
     def reserve(self, columns):
         return self.length + columns

@@ -1,4 +1,4 @@
-"""What a run directory holds so far, read without trust.
+"""What a run directory, or the output of a script, holds so far, read without trust.
 
 What is missing, half-written or of another type is not yet there.
 """
@@ -65,10 +65,16 @@ def read_run(run_dir):
     logs = [*run_dir.glob("*/metrics.jsonl"), *run_dir.glob("*/samples.jsonl")]
     on_disk = [path.parent.name for path in logs]
     stages, seconds = {}, scalars(times.get("stages"))
-    for name in dict.fromkeys([*PLACES, *done, *sorted(on_disk)]):
+    names, places = [*PLACES, *done, *sorted(on_disk)], {}
+    if is_of_a_script(run_dir) and not on_disk:  # one training, in the directory itself
+        name = run_dir.resolve().name
+        names = [name if is_plain_name(name) else "training"]
+        places = {names[0]: run_dir}
+    for name in dict.fromkeys(names):
         default = {"name": name, "title": PLACES.get(name, [name])[0], "seconds": seconds.get(name)}
-        entry = default | measured(done.get(name, {})) | {"name": name, "finished": name in done}
-        stages[name] = entry | read_stage(run_dir / name)
+        finished = name in done or (name in places and (run_dir / "config.json").is_file())
+        entry = default | measured(done.get(name, {})) | {"name": name, "finished": finished}
+        stages[name] = entry | read_stage(places.get(name, run_dir / name))
         has_reward = any("reward" in row for row in stages[name]["rows"])
         stages[name]["rl"] = has_reward or "GRPO" in str(entry.get("by"))
     meta = scalars(results.get("meta"))
@@ -77,6 +83,11 @@ def read_run(run_dir):
     for name, row in entries(results.get("compare"), dict).items():
         compare[name] = measured(row | compare_times.get(name, {}))
     return meta, stages, rows_of(results.get("claims")), compare, rows_of(results.get("budgets"))
+
+
+def is_of_a_script(directory):
+    """Whether a script, and not pipeline.py, trains here."""
+    return (directory / "metrics.jsonl").is_file() and not (directory / "results.json").is_file()
 
 
 def is_plain_name(name):

@@ -391,7 +391,8 @@ def main():
     parser = argparse.ArgumentParser(description="Write RUN_DIR/report.html.")
     parser.add_argument("run_dir", type=Path, help="what pipeline.py --out names")
     run_dir = parser.parse_args().run_dir
-    if not (run_dir / "results.json").is_file() and not [*run_dir.glob("*/metrics.jsonl")]:
+    logs = [*run_dir.glob("metrics.jsonl"), *run_dir.glob("*/metrics.jsonl")]
+    if not (run_dir / "results.json").is_file() and not logs:
         parser.exit(2, f"{run_dir}: no run here, neither results.json nor a stage's metrics.jsonl\n")
     try:
         write(run_dir)

@@ -27,6 +27,7 @@ from lab.check_input import check_directory
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute
 from lab.logs import BudgetSpent, RLLog, SFTLog
+from lab.asking import decoder, to_learn
 from lab.scripts import cut_warning, rules
 from lab.terminal import line_of
 from variants.rope_scaling import scaled_frequencies
@@ -36,7 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
 # the samples that it starts from.
 PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
-CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "distill.py", "lab/graphs.py")
+CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "distill.py", "lab/graphs.py",
+        "lab/asking.py")
 
 LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "lengths.jsonl",
         "completions.jsonl")
@@ -330,7 +332,8 @@ class Run:
         """Trains on rows {"prompt", "completion"}; pretraining is the case without a mask."""
         checkpointer, save, resume = self.checkpointer()
         log = SFTLog(self, model)
-        examples = [sft.tokenize(row, self.tokenizer, pretraining) for row in rows]
+        template = self.tokenizer.template
+        examples = [sft.tokenize(to_learn(row, template), self.tokenizer, pretraining) for row in rows]
         print(cut_warning(examples, config.row_length), end="", flush=True)
         with checkpointer:
             sft.train(model, examples, replace(config, seed=self.seed), log=log, save=save, resume=resume)
@@ -355,7 +358,7 @@ class Run:
             if validate and resume is None:
                 log.before_training(model)
             grpo.train(model, examples or self.source.problems,
-                       encode=self.prompt, decode=self.tokenizer.decode,
+                       encode=self.prompt, decode=decoder(self.tokenizer, examples or self.source.problems),
                        generate=generate, end_ids=self.tokenizer.end_ids,
                        rewards=scored_by, weights=weights, config=config,
                        validate=log.validate if validate else None, log=log, save=save, resume=resume, **in_place)
@@ -374,13 +377,13 @@ class Run:
         config = evaluate.EvalConfig(**defaults | settings)
         prompts = [self.prompt(example) for example in examples]
         generator = torch.Generator(device=self.device).manual_seed(config.seed)
-        sample = self.sampler(model, generator)
+        sample, decode = self.sampler(model, generator), decoder(self.tokenizer, examples)
         if save_in is None:
-            return evaluate.complete(prompts, sample, self.tokenizer.decode, config)
+            return evaluate.complete(prompts, sample, decode, config)
         checkpointer, save, resume = self.checkpointer(save_in)
         with checkpointer:
             done, log = checkpoint.kept_rows(self.out / save_in / "completions.jsonl", generator, save, resume)
-            return evaluate.complete(prompts, sample, self.tokenizer.decode, config, done, log)
+            return evaluate.complete(prompts, sample, decode, config, done, log)
 
     def sampler(self, model, generator):
         """A function of (prompts, **settings) that samples from the model and counts what it costs."""

@@ -8,6 +8,7 @@ import json
 import rewards
 from data.math_answers import READERS, read_both
 from lab.check_input import KINDS, check_example
+from lab.asking import opened_by
 
 
 def read_scored_rows(lines):
@@ -21,6 +22,9 @@ def read_scored_rows(lines):
             check_example(row, read_both)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from None
+        opened = opened_by("{prompt}", row["prompt"])  # counts as written
+        if not row["completion"].lstrip().startswith("<think>"):
+            row["completion"] = opened + row["completion"]
         rows.append(row)
     return rows
 

@@ -10,21 +10,25 @@ import torch
 import rewards
 from data.math_answers import READERS, read_both, read_both_ends
 from data.problems import read_problems, read_rows
-from lab import watch
+from lab import records, watch
+from lab.asking import decoder, to_learn, with_room
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
-from lab.command import (Parser, add_saving, add_speed, fast_dtype, fields_of, new_directory, saving,
-                         tell_of_unused_gpu)
+from lab.command import (Parser, add_going_on, add_saving, add_speed, add_template, fast_dtype, fields_of,
+                         new_directory, saving, tell_of_unused_gpu)
 from lab.graphs import generate
 from lab.layers import fast_layers, recompute, replace
+from lab.own_rules import chosen_rules, chosen_weights
 from lab.prompts import SharingTransformer
 from model import Transformer, load, save
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
 from variants.rope_scaling import scaled_frequencies
 
-PROBLEMS = "JSONL: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py)"
+FOR_PROBLEM_SETS = 512  # new tokens: GSM8K's outputs have medians of 248-315
+PROBLEMS = "JSONL, JSON or CSV: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py, data/forms.py)"
+PAIRS = 'JSONL, JSON or CSV: rows {"prompt", "completion"}, or "messages" (data/forms.py)'
 
 
 def final_answer(completion, example):
@@ -43,12 +47,19 @@ def in_its_language(text, example):
     return rules()["language_consistency"](text, example) == 1
 
 
-def read_problem_set(path):
+def add_fields_of_rows(parser):
+    parser.add_argument("--prompt-field", metavar="NAME", help="where a row's prompt stands, if under another name")
+    parser.add_argument("--answer-field", metavar="NAME", help="and its answer; NAME.NAME: one within another")
+
+
+def read_problem_set(path, args=None):
     """The examples of a problem set, whose reference answers are compared by value or, as is printed, as text.
 
-    Raises ValueError with the file and line of a row that is no example.
+    args: the command line's, with add_fields_of_rows's options. Raises ValueError with the file and line of a row that
+    is no example.
     """
-    examples = read_problems(path, partial(check_example, read=read_both))
+    names = getattr(args, "prompt_field", None), getattr(args, "answer_field", None)
+    examples = read_problems(path, partial(check_example, read=read_both), *names)
     texts = [example["answer"] for example in examples
              if example["kind"] == "reasoning" and read_both(example["answer"]).value is None]
     if texts:
@@ -57,9 +68,20 @@ def read_problem_set(path):
     return examples
 
 
-def add_template(parser):
-    parser.add_argument("--template", choices=TEMPLATES,
-                        help="the prompt template; default: the directory's own (tokenizer.py)")
+def choose_max_new_tokens(args, examples, config_class):
+    """Sets args.max_new_tokens where it was not given: the dataclass's default is for the mini-world's answers."""
+    if args.max_new_tokens is not None:
+        return
+    args.max_new_tokens = config_class().max_new_tokens
+    if not all("level" in example or "reply" in example for example in examples):  # that only the mini-world's have
+        args.max_new_tokens = FOR_PROBLEM_SETS
+        print(f"max_new_tokens {FOR_PROBLEM_SETS}, the default for problem sets: below stands how many outputs it cuts",
+              flush=True)
+
+
+def encoder(tokenizer):
+    """encode(example) -> the ids of its prompt"""
+    return lambda example: tokenizer.encode_prompt(example["prompt"])
 
 
 def open_model(dir, dtype=None, device=None, template=None):
@@ -97,9 +119,13 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
     parser = Parser(description=description)
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
+    add_fields_of_rows(parser)
     parser.add_argument("--out", required=True, help="where the trained model goes")
-    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], choices=rules(),
-                        help="default: %(default)s")
+    parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], metavar="NAME",
+                        help=f"of {', '.join(rules())}; or FILE.py:NAME, a function (completion, example) -> float of "
+                             "your own, whose file is run; default: accuracy format")
+    parser.add_argument("--reward-weights", nargs="+", type=float, metavar="WEIGHT",
+                        help="one for each of --rewards; 0 only logs it; default: 1 each")
     parser.add_argument("--config", choices=PUBLISHED | METHODS,
                         help="a paper's settings (variants/configs.py) as defaults")
     add_template(parser)
@@ -109,18 +135,24 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         parser.add_fields(estimator_config)
     add_speed(parser)
     add_saving(parser)
+    add_going_on(parser)
     name = parser.parse_args().config
     published = (PUBLISHED | METHODS).get(name, {}) | SAMPLING.get(name, {})
     parser.set_defaults(**defaults | published)
     args = parser.parse_args()  # a second time, with the defaults of the paper that --config names
 
     with parser.one_line_errors(args.out):
+        chosen = chosen_rules(args.rewards, rules())
+        weights = chosen_weights(chosen, args.reward_weights)
+        examples = read_problem_set(args.data, args)
+        choose_max_new_tokens(args, examples, config_class)
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
         check_length_buffer(dapo, config)
-        examples = read_problem_set(args.data)
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
-        out = new_directory(args.out)
+        encode = encoder(tokenizer)
+        examples = with_room(examples, encode, model.config.max_position_embeddings, config.max_new_tokens, args.data)
+        out = new_directory(args.out, may_go_on=args.keep_state)
         in_place = {}
         if estimator_class is not None:
             in_place["advantage_estimator"] = estimator_class(model, config, fields_of(args, estimator_config))
@@ -130,30 +162,43 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         print("the loss says nothing here: its value is about 0 while it learns (a group's advantages sum to 0); "
               "watch the reward, KL, clip fraction, entropy and gradient norm", flush=True)
         with saving(out, args) as checkpointer:
+            def save(**parts):
+                is_last = parts["step"] == config.rollouts
+                (checkpointer.save_last if is_last and args.keep_state else checkpointer.save)(**parts)
+
             train(model, examples,
-                  encode=lambda example: tokenizer.encode_prompt(example["prompt"]), decode=tokenizer.decode,
+                  encode=encode, decode=decoder(tokenizer, examples),
                   generate=generate, end_ids=tokenizer.end_ids,
-                  rewards={name: rules()[name] for name in args.rewards}, config=config,
-                  log=Printer(config, out), save=checkpointer.save, resume=checkpointer.resume, **in_place)
+                  rewards=chosen, weights=weights, config=config,
+                  log=Printer(config, out, next(model.parameters()).device), save=save,
+                  resume=checkpointer.resume, **in_place)
             save_model(model, out, tokenizer)
 
 
 class Printer:
-    """The log of a script that reinforces: a line per rollout, warnings, and now and then a sample."""
+    """The log of a script that reinforces: a line per rollout, warnings, and now and then a sample; all this in files,
+    as a stage of the recipe leaves them."""
 
-    def __init__(self, config, dir):
-        self.config, self.rows, self.guard = config, [], FiniteGuard(dir)
+    def __init__(self, config, dir, device):
+        self.config, self.dir, self.device, self.rows, self.guard = config, dir, device, [], FiniteGuard(dir)
 
     def __call__(self, metrics, rollout):
+        records.take_means_where_rules_apply(metrics, rollout)
+        records.write_metrics(self.dir, metrics, self.device)
+        if not self.rows and metrics["step"] > 1:  # resumed
+            self.rows = records.earlier_rows(self.dir, metrics)[:-1]
         self.rows.append(metrics)
         print_flush(f"rollout {metrics['step']}/{self.config.rollouts}  reward {metrics['reward']:.3f}  "
                     f"length {metrics['length']:.0f}  kl {metrics['kl']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
-                    f"entropy {metrics['entropy']:.2f}  grad norm {metrics['grad_norm']:.2f}")
+                    f"entropy {metrics['entropy']:.2f}  grad norm {metrics['grad_norm']:.2f}  "
+                    f"cut {metrics['unfinished']:.0%}  no signal {metrics['no_signal']:.0%}")
         for line in watch.new_warnings(self.rows):
             print_flush(f"  {line}")
+            records.write_warning(self.dir, metrics["step"], line)
         if (metrics["step"] - 1) % self.config.validate_every == 0:
             print_flush(f"  {rollout.examples[0]['prompt']!r}")
             print_flush(f"  {rollout.texts[0]!r}: {rollout.rewards[0, 0].item():.2f}")
+            records.write_samples(self.dir, metrics["step"], rollout)
         self.guard.check_rl(metrics, rollout, self.config)
 
 
@@ -163,13 +208,21 @@ def cut_warning(examples, row_length):
     return f"{cut} of {len(examples)} examples are longer than row_length {row_length} and are cut\n" if cut else ""
 
 
-class StepPrinter:
-    """The log of a script that fine-tunes: a line per step."""
+def unfinished(ids, lengths, end_ids):
+    """How many completions have no end token: of ids (B, L), lengths (B,)."""
+    last = ids.gather(1, lengths[:, None] - 1)
+    return int((~torch.isin(last, torch.tensor(end_ids, device=ids.device))).sum())
 
-    def __init__(self, dir):
-        self.guard = FiniteGuard(dir)
+
+class StepPrinter:
+    """The log of a script that fine-tunes: a line per step, and its metrics."""
+
+    def __init__(self, dir, device):
+        self.dir, self.device, self.guard = dir, device, FiniteGuard(dir)
 
     def __call__(self, m, batch):
+        if m["step"] % 10 == 0 or m["step"] == m["steps"] or m["skipped"]:
+            records.write_metrics(self.dir, m, self.device)
         print_flush(f"step {m['step']}/{m['steps']}  loss {m['loss']:.4f}  grad norm {m['grad_norm']:.2f}  "
                     f"lr {m['lr']:.1e}")
         self.guard.check_sft(m, batch)
@@ -179,7 +232,7 @@ def fine_tune(config_class, tokenize, train):
     """The script of sft.py."""
     parser = Parser(description="Supervised fine-tuning of a model directory.")
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--data", required=True, help='JSONL, rows {"prompt", "completion"}')
+    parser.add_argument("--data", required=True, help=PAIRS)
     parser.add_argument("--out", required=True, help="where the trained model goes")
     add_template(parser)
     parser.add_argument("--pretrain", action="store_true", help="put the loss on the prompt too")
@@ -192,10 +245,10 @@ def fine_tune(config_class, tokenize, train):
         model, tokenizer = open_model(args.model, torch.float32, template=args.template)
         prepare(model, args)
         out = new_directory(args.out)
-        examples = [tokenize(row, tokenizer, args.pretrain) for row in rows]
+        examples = [tokenize(to_learn(row, tokenizer.template), tokenizer, args.pretrain) for row in rows]
         print(cut_warning(examples, config.row_length), end="")
         with saving(out, args) as checkpointer:
-            train(model, examples, config, log=StepPrinter(out),
+            train(model, examples, config, log=StepPrinter(out, next(model.parameters()).device),
                   save=checkpointer.save, resume=checkpointer.resume)
             save_model(model, out, tokenizer)
 
@@ -205,15 +258,26 @@ def measure_directory(config_class, complete, measure, summarise):
     parser = Parser(description="Measure a model directory on problems and requests.")
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
+    add_fields_of_rows(parser)
     add_template(parser)
     parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"), help="default %(default)s")
     parser.add_fields(config_class)
     args = parser.parse_args()
     with parser.one_line_errors():
-        config, examples = fields_of(args, config_class), read_problem_set(args.data)
+        examples = read_problem_set(args.data, args)
+        choose_max_new_tokens(args, examples, config_class)
+        config = fields_of(args, config_class)
         model, tokenizer = open_model(args.model, getattr(torch, args.dtype), template=args.template)
+        encode, context = encoder(tokenizer), model.config.max_position_embeddings
+        examples = with_room(examples, encode, context, config.max_new_tokens, args.data)
+        decode = decoder(tokenizer, examples)
         generator = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
-        sample = partial(generate, model, end_ids=tokenizer.end_ids, generator=generator)
+        cut = []  # of each batch, how many outputs have no end token
+
+        def sample(prompts, **settings):
+            result = generate(model, prompts, end_ids=tokenizer.end_ids, generator=generator, **settings)
+            cut.append(unfinished(*result[:2], tokenizer.end_ids))
+            return result
 
         def thinking_tokens(text):
             return len(tokenizer.encode(rewards.split(text)[0]))
@@ -222,10 +286,11 @@ def measure_directory(config_class, complete, measure, summarise):
             rows = [example for example in examples if example["kind"] == kind]
             if not rows:
                 continue
-            prompts = [tokenizer.encode_prompt(example["prompt"]) for example in rows]
-            texts, counts = complete(prompts, sample, tokenizer.decode, config)
+            cut.clear()
+            texts, counts = complete([encode(example) for example in rows], sample, decode, config)
             values = measure(rows, texts, counts, rules(), final_answer, rewards.thinks, thinking_tokens,
                              ks=sorted({1, config.samples}))
-            print(f"{kind}: {len(rows)} rows, {config.samples} samples each")
+            print(f"{kind}: {len(rows)} rows, {config.samples} samples each, {sum(cut) / counts.size:.0%} of them cut "
+                  f"by max_new_tokens {config.max_new_tokens}")
             for name, (mean, low, high) in summarise(values).items():
                 print(f"  {name:26} {mean:8.3f}  [{low:.3f}, {high:.3f}]")

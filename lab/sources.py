@@ -24,7 +24,8 @@ from data import world
 from data.problems import read_rows
 from lab import checkpoint
 from lab.check_input import check_directory
-from lab.scripts import in_its_language, read_problem_set
+from lab.asking import with_room
+from lab.scripts import encoder, in_its_language, read_problem_set
 from model import read_config
 from sft import SFTConfig
 from tokenizer import Tokenizer
@@ -141,9 +142,9 @@ class OwnModel:
 
     def read_problems(self):
         args = self.args
-        self.test = reasoning_problems(args.test_file)[:self.preset.test]
+        self.test = self.with_room(reasoning_problems(args.test_file, args)[:self.preset.test], args.test_file)
         tested = {words_of(example) for example in self.test}
-        rows = reasoning_problems(args.train)
+        rows = self.with_room(reasoning_problems(args.train, args), args.train)
         distinct = {words_of(example): example for example in rows if words_of(example) not in tested}
         problems = list(distinct.values())
         say_left_out(args.train, rows, problems)
@@ -157,6 +158,14 @@ class OwnModel:
             raise ValueError(f"{args.train} has {len(problems)} problems that are not in the test: "
                              "there must be 10 or more")
 
+    def with_room(self, problems, path):
+        """The problems that leave room for an answer, in each model's tokens and context."""
+        for name, tokenizer in self.tokenizers.items():
+            dir = self.directories[name]
+            problems = with_room(problems, encoder(tokenizer), read_config(dir).max_position_embeddings,
+                                 self.preset.zero.max_new_tokens, f"{path}, in tokens of {dir}")
+        return problems
+
     def fit(self, preset):
         """The preset with rows of SFT no longer than the shortest context."""
         context = min(read_config(dir).max_position_embeddings for dir in self.directories.values())
@@ -169,6 +178,9 @@ class OwnModel:
         args, files = self.args, {}
         for name, path in (("train", args.train), ("test", args.test_file), ("general", args.general)):
             files[name] = [str(Path(path).resolve()), checkpoint.code_hash(path)] if path else None
+        for name in ("prompt_field", "answer_field"):
+            if getattr(args, name) is not None:
+                files[name] = getattr(args, name)
         return {"own": {"base": str(Path(args.base).resolve()), "template": args.template, **files}}
 
     def identity(self):
@@ -233,8 +245,8 @@ def words_of(example):
     return " ".join(example["prompt"].split())
 
 
-def reasoning_problems(path):
-    rows = read_problem_set(path)
+def reasoning_problems(path, args):
+    rows = read_problem_set(path, args)
     problems = [example for example in rows if example["kind"] == "reasoning"]
     if len(problems) < len(rows):
         print(f"{path}: {len(rows) - len(problems)} of {len(rows)} rows are no problems: left out", flush=True)

@@ -16,6 +16,7 @@ KL_GROWTH = 10            # times the median so far; nats per token
 KL_ALWAYS_FINE = 0.5      # below it no growth is a sign
 KL_NEVER_FINE = 5         # above it no earlier value excuses it
 UNFINISHED = 0.5          # share of outputs that reach max_new_tokens
+ALL_UNFINISHED = 0.9      # in every rollout: a model that never ends
 MORE_UNFINISHED = 0.3     # than in the first rollout: a base model may begin with many
 SHRUNK = 0.3              # of the first rollout's length
 FORMAT_FALL = 0.3         # below the best so far
@@ -38,9 +39,16 @@ def signs(rows):
         found["entropy"] = f"entropy rose from {first['entropy']:.2g} to {now['entropy']:.2g}: {SMALLER_STEP}"
     if now["kl"] > kl_limit(before):
         found["kl"] = f"the KL to the reference rose to {now['kl']:.2g}: {SMALLER_STEP}"
-    if now["unfinished"] > UNFINISHED and now["unfinished"] > first["unfinished"] + MORE_UNFINISHED:
+    if min(row["unfinished"] for row in rows) >= ALL_UNFINISHED:  # from the start: there is nothing to compare with
+        found["length"] = (f"{100 * now['unfinished']:.0f}% of the outputs run over max_new_tokens: raise it; "
+                           "where the model writes no end token, another template")
+    elif now["unfinished"] > UNFINISHED and now["unfinished"] > first["unfinished"] + MORE_UNFINISHED:
         found["length"] = (f"{100 * now['unfinished']:.0f}% of the outputs run over max_new_tokens: raise it, "
                            "or use length_buffer")
+    if min(row.get("no_signal", 0) for row in rows) == 1:
+        found["no_signal"] = (f"no group has a signal: within each, all rewards are equal (their mean is "
+                              f"{now['reward']:.2f}), so that nothing is learned: read an output; easier or harder "
+                              "problems, another template, or more max_new_tokens")
     length = now.get("length_of_problems", now["length"])  # where general prompts join, the mean falls by itself
     if length < SHRUNK * first["length"]:
         found["length"] = (f"outputs shrank from {first['length']:.0f} to {length:.0f} tokens: read some; "

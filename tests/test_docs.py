@@ -13,7 +13,7 @@ import grpo
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = re.compile(r"python (-m )?((?:lab|data|variants)[./]\w+(?:\.py)?|\w+\.py)")
-MADE_BY_THE_READER = {"sympy_grpo.py"}
+MADE_BY_THE_READER = {"my_rules.py"}
 
 
 def names_of(file):

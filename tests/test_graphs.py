@@ -109,6 +109,18 @@ def test_near_the_end_of_the_context_it_runs_no_further_than_the_plain_step(tiny
     assert torch.equal(plain[0], recorded[0]) and recorded[1].tolist() == [2]
 
 
+@pytest.mark.parametrize("lengths", [[62, 3], [3, 62, 40], [63, 1, 63, 2]])
+@pytest.mark.parametrize("n", [1, 3])
+def test_beside_a_prompt_near_the_end_of_the_context_the_others_keep_their_room(tiny, record, lengths, n):
+    model, prompts = tiny(seed=2).eval(), [[5] * length for length in lengths]
+    settings = dict(n=n, max_new_tokens=40, end_ids=(6,))
+    plain = generate(model, prompts, generator=seeded(), **settings)
+    recorded = graphs.generate_recorded(model, prompts, generator=seeded(), **settings)
+    assert all(torch.equal(*pair) for pair in zip(recorded, plain))
+    room = torch.tensor(lengths).repeat_interleave(n)
+    assert (plain[1] <= 64 - room).all() and plain[1].max() > 64 - max(lengths)
+
+
 def test_another_architecture_gets_a_decoder_of_its_own(tiny, record):
     for kind in ("llama", "qwen2", "qwen3"):
         model = tiny(seed=2, model_type=kind).eval()

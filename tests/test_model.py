@@ -134,6 +134,16 @@ def test_more_tokens_than_the_context_are_refused():
         tiny()(torch.zeros(1, 65, dtype=torch.long))
 
 
+def test_with_a_cache_it_is_the_shortest_row_whose_context_ends_the_steps():
+    """The others are done before, which is generate's to see to."""
+    model = tiny()
+    logits, cache = model_module.prefill(model, [[1] * 60, [1] * 3])
+    for _ in range(61):
+        model(torch.ones(2, 1, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="65 tokens.*64"):
+        model(torch.ones(2, 1, dtype=torch.long), cache=cache)
+
+
 # ------------------------------------------------------------------------------------------- sampling
 
 def test_greedy_samples_are_the_argmax_loop_for_prompts_of_different_lengths():
@@ -621,6 +631,18 @@ def talk(monkeypatch, capsys):
 def test_one_prompt_is_answered_with_the_thinking_apart_and_without_tags(tmp_path, talk):
     said = talk(actor(tmp_path, thoughtful), "--prompt", "How many?", "--temperature", 0)
     assert said == "4苹果\n\n7é\n"
+
+
+@pytest.mark.parametrize("template, around", [
+    ("Q: {prompt}\\nA:", "Q: How many?\nA:"), ("Q: {prompt}\nA:", "Q: How many?\nA:"), ("none", "How many?"),
+    ("{prompt}\\n<think>\\n", "How many?\n<think>\n")])
+def test_a_template_of_the_command_line_stands_around_the_prompt(template, around, tmp_path, monkeypatch, talk):
+    from tokenizer import Tokenizer
+    seen, prefill = [], model_module.prefill
+    monkeypatch.setattr(model_module, "prefill", lambda model, prompts: seen.extend(prompts) or prefill(model, prompts))
+    dir = actor(tmp_path, thoughtful)
+    talk(dir, "--prompt", "How many?", "--max-new-tokens", 1, "--template", template)
+    assert seen == [Tokenizer(dir).encode(around)]
 
 
 def test_a_prompt_with_sampling_is_answered_alike_with_the_same_seed(tmp_path, talk):

@@ -142,10 +142,28 @@ def test_r1_zeros_template_is_the_papers_word_for_word():
 
 
 def renders(chat_template, prompt):
-    rendering = pytest.importorskip("transformers.utils.chat_template_utils")
-    text, _ = rendering.render_jinja_template([[{"role": "user", "content": prompt}]], chat_template=chat_template,
-                                              add_generation_prompt=True, bos_token="<|begin_of_text|>")
-    return text[0]
+    """As transformers renders it; DeepSeek's start token is another."""
+    sandbox = pytest.importorskip("jinja2.sandbox")  # that comes with torch
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    start = "<｜begin▁of▁sentence｜>" if "<｜User｜>" in chat_template else "<|begin_of_text|>"
+    return environment.from_string(chat_template).render(
+        messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, bos_token=start)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("\\n", "\n"), lambda text: text.replace("\\n", "\n").replace("%}{", "%}\n{"),
+    lambda text: text.replace("%}{", "%}\n    {"), lambda text: text + "\n", lambda text: "\n" + text])
+def test_how_a_chat_templates_line_breaks_are_written_is_all_the_same(change):
+    assert recognise(change(CHATML.replace("%}{", "%} {"))) == recognise(CHATML.replace("%}{", "%} {"))
+    assert recognise(CHATML.replace("\\n", "\n")) == TEMPLATES["chatml"]
+
+
+def test_what_published_chat_templates_come_to_is_a_template_by_name_with_a_system_prompt_or_without():
+    for text, digests in tokenizer_module.PUBLISHED.items():
+        assert text.count("{prompt}") == 1 and all(re.fullmatch("[0-9a-f]{16}", digest) for digest in digests)
+        turn = re.search(r"<\|im_start\|>user|<\|start_header_id\|>user|<｜User｜>", text).start()
+        assert any(template.endswith(text[turn:]) for template in TEMPLATES.values())
+        assert text[:turn].count("system") == ("system" in text)
 
 
 def test_plain_chatml_is_known_and_asks_as_transformers_renders_it():
@@ -217,6 +235,40 @@ def test_what_is_saved_with_a_template_is_asked_so_by_transformers_too(named, tm
     ids = ours.encode(renders(saved, "What is 17 + 25?"), allow_special=True)
     assert ids == ours.encode_prompt("What is 17 + 25?")
     assert ids == open_checked(tmp_path / "saved").encode_prompt("What is 17 + 25?")
+
+
+SYSTEM = tokenizer_module.SYSTEM % "Be brief."
+
+
+@pytest.mark.parametrize("template, first, later", [
+    ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+     "\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+    (SYSTEM, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+     "\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+    ("chatml-think", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n",
+     "\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"),
+    ("llama-3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n",
+     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    (tokenizer_module.DATED, "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+     "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n",
+     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ("deepseek-think", "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\n", "<｜User｜>Hi<｜Assistant｜><think>\n"),
+    ("<|begin_of_text|>Q: {prompt}\nA:", "<|begin_of_text|>Q: Hi\nA:", "Q: Hi\nA:"),
+    ("Q: {prompt}\nA:", "Q: Hi\nA:", "Q: Hi\nA:"),
+])
+def test_a_later_turn_has_no_second_start_token_or_system_prompt(template, first, later, tmp_path):
+    shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
+    spec = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    texts = " ".join([*TEMPLATES.values(), tokenizer_module.DATED])
+    there = {token["content"] for token in spec["added_tokens"]}
+    for i, token in enumerate(sorted({*re.findall(checks.CONTROL_TOKEN, texts)} - there)):
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 9000 + i, "content": token})
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = open_checked(tmp_path / "model", template)
+    assert tokenizer.encode_prompt("Hi") == tokenizer.encode(first, allow_special=True)
+    assert tokenizer.encode_prompt("Hi", later=True) == tokenizer.encode(later, allow_special=True)
 
 
 @pytest.mark.parametrize("template, culprit", [("vicuna", "vicuna"), ("{prompt} {prompt}", "no one {prompt}"),
@@ -425,10 +477,11 @@ def test_what_would_give_wrong_ids_is_refused_without_the_check_too(culprit, cha
 
 def test_the_check_has_the_same_alphabet_templates_and_patterns():
     assert checks.BYTE == tokenizer_module.BYTE and checks.ISOLATED == tokenizer_module.ISOLATED
-    tokens = {name: {*re.findall(r"<\|[^<>|]*\|>", text)} for name, text in TEMPLATES.items()}
-    assert {name: {*each} for name, each in checks.CONTROL_TOKENS.items()} == tokens
-    families = {digest: family for digest, (family, system) in tokenizer_module.CHAT_TEMPLATES.items()}
-    assert checks.CHAT_TEMPLATES == families
+    tokens = {name: {*re.findall(checks.CONTROL_TOKEN, text)} for name, text in TEMPLATES.items()}
+    assert {name: {*each} for name, each in checks.TEMPLATES.items()} == tokens
+    published = {digest: {*re.findall(checks.CONTROL_TOKEN, text)}
+                 for text, digests in tokenizer_module.PUBLISHED.items() for digest in digests}
+    assert {digest: {*each} for digest, each in checks.PUBLISHED.items()} == published
     for layout in LAYOUTS:
         pre_tokenizer = json.loads((FIXTURES / layout / "tokenizer.json").read_text())["pre_tokenizer"]
         parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])

@@ -52,6 +52,46 @@ def test_many_unfinished_outputs_from_the_beginning_are_no_sign():
     assert not all_warnings([{"step": 1, **HEALTHY, "unfinished": 0.6}, {"step": 2, **HEALTHY, "unfinished": 0.85}])
 
 
+DEAD = {"unfinished": 1.0, "no_signal": 1.0, "reward": 0.0, "format": 0.0, "length": 160.0, "kl": 0.0}
+
+
+@pytest.mark.parametrize("change, named", [
+    (DEAD, ["100% of the outputs run over max_new_tokens", "no group has a signal"]),
+    (DEAD | {"unfinished": 0.96}, ["96% of the outputs run over max_new_tokens", "no group has a signal"]),
+    ({"unfinished": 0.92}, ["92% of the outputs run over max_new_tokens"]),  # a few end, and may teach the others
+    (DEAD | {"unfinished": 0.2}, ["no group has a signal"]),                  # ended, and in no case right
+    ({"no_signal": 1.0, "reward": 2.0}, ["their mean is 2.00"]),              # too easy
+    ({"no_signal": 1.0, "reward": 1.0, "format": 1.0}, ["their mean is 1.00"]),
+])
+def test_a_run_that_cannot_learn_says_so_at_its_first_rollout_and_once(change, named):
+    run = [{"step": i, **HEALTHY, **change} for i in range(1, 13)]
+    lines = all_warnings(run)
+    assert len(lines) == len(named) and all(line.startswith("step 1: ") for line in lines), lines
+    assert all(any(name in line for line in lines) for name in named), lines
+
+
+@pytest.mark.parametrize("first, later", [
+    ({"unfinished": 0.89}, {}), ({"no_signal": 0.95}, {}), ({}, {"no_signal": 1.0}),
+    ({"no_signal": 1.0}, {"no_signal": 0.5})])
+def test_one_group_that_tells_good_from_bad_is_enough_to_begin_with(first, later):
+    lines = all_warnings([{"step": 1, **HEALTHY, **first}, {"step": 2, **HEALTHY, **later}])
+    assert all(line.startswith("step 1: no group") for line in lines)
+    assert len(lines) == (first.get("no_signal") == 1)
+
+
+def test_a_model_that_never_ends_is_told_of_in_the_first_line_of_its_training(tiny):
+    said, rows = [], []
+
+    def log(metrics, rollout):
+        rows.append(metrics)
+        said.extend(new_warnings(rows))
+    config = grpo.GRPOConfig(rollouts=3, prompts_per_rollout=2, group_size=4, minibatches=1, max_new_tokens=6)
+    grpo.train(tiny(), [[1, 2], [4]], encode=list, decode=lambda ids: ids, generate=model_module.generate, end_ids=[99],
+               rewards={"never": lambda ids, example: 0.0}, config=config, log=log)
+    assert [line.partition(":")[0] for line in said] == ["step 1", "step 1"]
+    assert "100% of the outputs" in said[0] and "no group has a signal" in said[1]
+
+
 def test_a_first_rollout_that_already_left_the_reference_is_named():
     assert "step 1: the KL to the reference rose to 25" in new_warnings([{"step": 1, **HEALTHY, "kl": 25.0}])[0]
 

@@ -1,11 +1,13 @@
-"""Dynamic sampling and the soft length penalty of DAPO.
+"""Dynamic sampling, the soft length penalty and the overlong filtering of DAPO.
 
 DAPO (arXiv 2503.14476) 3.2: a group whose completions all earn the same has no advantage, so other prompts are drawn in
-its place. 3.4: a completion that comes near the length limit loses up to 1. PRIME's prompt filter is the same with
-another condition. DAPO's other two changes, clip-higher and the mean over tokens, are settings (variants/configs.py).
+its place. 3.4: a completion that comes near the length limit loses up to 1, or one that was cut there is left out of
+the loss (overlong filtering). PRIME's prompt filter is the first with another condition. DAPO's other two changes,
+clip-higher and the mean over tokens, are settings (variants/configs.py).
 
     grpo.train(..., select=DAPO(DAPOConfig(resample=3), max_new_tokens=160).select)
     python grpo.py --config dapo --length-buffer 32 ...
+    python grpo.py --mask-cut ...
 
 Shapes: N prompts (groups), G completions each, B = N*G rows (prompt-major), T positions, as in grpo.Rollout.
 """
@@ -20,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 class DAPOConfig:
     resample: int = 0       # replace the groups that are refused, in at most this many extra rounds; DAPO: until full
     length_buffer: int = 0  # the penalty acts over this many last tokens. DAPO: 4,096 of 20,480
+    mask_cut: bool = False  # a completion that max_new_tokens cut leaves the loss: overlong filtering [DAPO 3.4]
 
     def __post_init__(self):
         for name in ("resample", "length_buffer"):
@@ -68,10 +71,16 @@ class DAPO:
         return together(kept), len(drawn) - len(kept)
 
     def judged(self, r):
-        """The rollout with the length penalty in its rewards."""
+        """The rollout with the length penalty in its rewards, and without cut completions in its mask.
+
+        A cut completion keeps its reward, which its group's mean counts: only its own tokens teach nothing.
+        """
         if self.config.length_buffer:
             penalty = length_penalty(r.lengths, self.max_new_tokens, self.config.length_buffer)
             r.rewards = r.rewards + penalty.view(r.rewards.shape)
+        if self.config.mask_cut:
+            r.mask = r.mask & r.finished[:, None]
+            r.sampled_logprobs = torch.where(r.mask, r.sampled_logprobs, 0)
         return r
 
 
