@@ -296,7 +296,7 @@ DOUBT = re.compile("|".join([  # what extract_answer does not look for beside th
     rf"[0-9] {AZ}{{1,2}}(?: ?/ ?(?!{UNIT}){AZ}{{1,2}}(?!{AZ})|\((?!s\)))",       # 5 m/n, 5 C(n)
     rf"[0-9] ?{AZ} {AZ}(?!{AZ})", rf"(?<!{AZ}){AZ} ?[+*^/]",                   # 2 a x+b
     rf"[0-9] ?\([^)]{{,40}}[+*/=^]", rf"(?<!{AZ}){AZ} ?\([^)]{{,40}}[0-9]",     # 6(x+y), I(0)
-    r"^[^=]*=[^,]*,[^=]*=", r"^[\w-]+(?:, [\w-]+){3}",                                    # f(n)=n, g(n)=1; a list of words
+    r"^[^=]*=[^,]*,[^=]*=", r"^[\w-]+(?:, [\w-]+){3}",     # f(n)=n, g(n)=1; a list of words
     r"\b(?:about|around|over|under|above|below|up to) +[0-9]",
     r"\b(?:times|by|over|less|point) (?:one|two|three|four|five|six|seven|eight|nine|ten)\b",
     r"(?:不等于|并非|[大小多少高低]于|至[多少]|最[多少]|超过|不[到足]|约|根号|[点點]) ?[0-9]",

@@ -5,8 +5,8 @@
 
 On a CPU torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and
 in bfloat16 its backward pass is five times slower than in float32. Autograd's RMSNorm passes over its input twice as
-often as the gradient by hand. A group shares its prompt (lab/prompts.py), whereas a GPU computes whole rows faster. On
-a GPU keys and values need no copy for each query head.
+often as the gradient by hand. A group shares a long prompt (lab/prompts.py); a GPU computes whole rows faster, and
+needs no copy of keys and values for each query head.
 
 Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size.
 """

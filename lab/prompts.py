@@ -1,8 +1,9 @@
-"""What grpo.py computes of a prompt, once for all of its completions: for a CPU, where the tokens decide the time.
+"""What grpo.py computes of a long prompt, once for all of its completions: for a CPU, where the tokens decide the time.
 
 The rows of a group repeat their prompt. Its states do not depend on what follows, and a completion needs only its keys
 and values: an update reads each prompt once, then each micro-batch reads its completions after them. Values and
-gradients are those of whole rows, up to rounding.
+gradients are those of whole rows, up to rounding. Attention then needs a mask, and each pass is shorter: where less than
+a third of the tokens is spared, whole rows are as fast.
 
     prompts = model.read_prompts(rollout, rows, config)   # of a model that lab/layers.py has given its fast layers
     prompts.hidden(rollout, some_of_the_rows)             # any number of times, each followed by its backward pass
@@ -21,19 +22,20 @@ class SharingTransformer(Transformer):
     def read_prompts(self, rollout, rows, config):
         """The ReadPrompts of these rows of a grpo.Rollout.
 
-        None where each prompt has but one token, or where together they have more than a micro-batch may have.
+        None where less than a third of the tokens would be spared, or the prompts are more than a micro-batch.
         """
         group = rollout.rewards.shape[1]
         prompts = sorted({row // group for row in rows})
         firsts = [prompt * group for prompt in prompts]  # a row of each
-        # (P,) without the last token; not by the mask, from which a cut completion may be left out
-        lengths = rollout.lengths.new_tensor([rollout.ends[row] for row in firsts]) - rollout.lengths[firsts] - 1
-        tokens = len(prompts) * int(lengths.max())
-        if not 0 < tokens <= config.micro_batch_tokens:
+        # without the last token; not by the mask, from which a cut completion may be left out
+        lengths = torch.tensor(rollout.ends) - rollout.lengths.cpu() - 1  # (all rows,)
+        lengths, of_rows = lengths[firsts], int(lengths[rows].sum())      # (P,)
+        tokens, whole = len(prompts) * int(lengths.max()), sum(rollout.ends[row] for row in rows)
+        if tokens > config.micro_batch_tokens or of_rows - tokens < whole / 3:
             return None
         dtype = getattr(torch, config.dtype)
-        with torch.autocast(lengths.device.type, dtype, dtype != torch.float32, cache_enabled=False):
-            return ReadPrompts(self, prompts, rollout.ids[firsts], lengths)
+        with torch.autocast(rollout.ids.device.type, dtype, dtype != torch.float32, cache_enabled=False):
+            return ReadPrompts(self, prompts, rollout.ids[firsts], lengths.to(rollout.ids.device))
 
 
 class ReadPrompts:
