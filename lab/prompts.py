@@ -2,8 +2,8 @@
 
 The rows of a group repeat their prompt. Its states do not depend on what follows, and a completion needs only its keys
 and values: an update reads each prompt once, then each micro-batch reads its completions after them. Values and
-gradients are those of whole rows, up to rounding. Attention then needs a mask, and each pass is shorter: where less than
-a third of the tokens is spared, whole rows are as fast.
+gradients are those of whole rows, up to rounding. But attention then needs a mask, and each pass is shorter: where less
+than a third of the tokens is spared, whole rows are as fast.
 
     prompts = model.read_prompts(rollout, rows, config)   # of a model that lab/layers.py has given its fast layers
     prompts.hidden(rollout, some_of_the_rows)             # any number of times, each followed by its backward pass
