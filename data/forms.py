@@ -16,7 +16,7 @@ import io
 import json
 from pathlib import Path
 
-from data.math_answers import last_box
+from data.math_answers import last_box, read_answer
 
 PROMPTS = ("prompt", "question", "problem", "instruction", "query")
 ANSWERS = ("final_answer", "ground_truth", "expected_answer", "reward_model.ground_truth")  # where there is no "answer"
@@ -26,7 +26,6 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
          "model": "assistant"}
 OTHER_FILES = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip",
                b"\x28\xb5\x2f\xfd": "zstd"}
-LONGEST_ANSWER = 100  # characters of a "solution" that is the answer itself
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -184,7 +183,8 @@ def with_answer(row):
         prompts = [row[name] for name in PROMPTS if name in row]
         return row | {"problem": prompts[0]} if prompts else row
     answer = solution.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
-    if len(answer) <= LONGEST_ANSWER and "\n" not in answer:
+    is_short = any(map(str.isdigit, answer)) or " " not in answer  # "no box" is a solution without an answer
+    if is_short and read_answer(answer) is not None:
         rest = {name: value for name, value in row.items() if name != "solution"}
         return rest | {"answer": answer}
     return row
