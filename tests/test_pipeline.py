@@ -208,7 +208,7 @@ def files(finished_run, tmp_path_factory):
     (dir / "empty.jsonl").write_text("")
     (dir / "no_field.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps({"prompt": "2+3"}) + "\n")
     (dir / "no_json.jsonl").write_text("{\n")
-    (dir / "no_number.jsonl").write_text(json.dumps({**problem, "answer": "5 or 6"}) + "\n")
+    (dir / "no_number.jsonl").write_text(json.dumps({**problem, "answer": [5, 6]}) + "\n")
     (dir / "long.jsonl").write_text(json.dumps({**problem, "prompt": "7 " * 3000}) + "\n")
     (dir / "nothing").mkdir()
     (dir / "misfit").mkdir()
@@ -293,8 +293,8 @@ BAD = {  # what is wrong -> the command, and what its one line must name
                                 "no_field.jsonl:2"),
     "a row that is not JSON": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_json.jsonl", "--out", "OUT"],
                                "no_json.jsonl:1"),
-    "an unparseable reference": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_number.jsonl", "--out", "OUT"],
-                                 "'5 or 6'"),
+    "a reference that is no text": (["grpo.py", "--model", "MODEL", "--data", "DATA/no_number.jsonl", "--out", "OUT"],
+                                    "answer [5, 6]"),
     "a directory that is no model": (["evaluate.py", "--model", "DATA/nothing", "--data", "DATA/problems.jsonl"],
                                      "nothing/tokenizer.json"),
     "a tokenizer that does not fit": (["evaluate.py", "--model", "DATA/misfit", "--data", "DATA/problems.jsonl"],

@@ -17,7 +17,6 @@ import grpo
 import model as transformer
 import pipeline
 import pretend_cuda
-import rewards
 import sft
 from data import search
 from forked import run_forked
@@ -248,8 +247,7 @@ def killed_at_first_save(main):
 
 def distill_all():
     """A teacher that knows nothing, and whose completions pass."""
-    rewards.accuracy = lambda text, example, **more: 1.0
-    distill_script.in_its_language = lambda text, example: True
+    distill_script.correct = distill_script.one_language = lambda text, example: True
     distill.main()
 
 
