@@ -719,7 +719,11 @@ def read_both_ends(completion: str) -> Reading | None:
     """As `read_end`, with its text."""
     value, text = ending(completion)
     both = read_both(text) if len(text) <= LONGEST else None  # an essay is no text to compare
-    return both if value is None else Reading(value, both.text if both else "")
+    if value is None:
+        return both
+    if both is None:
+        return Reading(value, "")
+    return Reading(value, both.text)
 
 
 @lru_cache(2 ** 14)

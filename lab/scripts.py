@@ -110,12 +110,8 @@ def prepare(model, args):
     print(f"{args.dtype} on {next(model.parameters()).device}{compiled}", flush=True)
 
 
-def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, **defaults):
-    """The script of grpo.py, and of the variants that put another advantage estimator in place of the group advantages.
-
-    estimator_class(model, config, estimator_config's fields) makes what `train` takes as advantage_estimator;
-    `defaults` are the fields of config_class whose default the method changes.
-    """
+def parse_reinforce(description, config_class, estimator_config, defaults):
+    """(parser, arguments) of a script that reinforces; defaults: {field of config_class: the method's default}."""
     parser = Parser(description=description)
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
@@ -139,8 +135,16 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
     name = parser.parse_args().config
     published = (PUBLISHED | METHODS).get(name, {}) | SAMPLING.get(name, {})
     parser.set_defaults(**defaults | published)
-    args = parser.parse_args()  # a second time, with the defaults of the paper that --config names
+    return parser, parser.parse_args()  # a second time, with the defaults of the paper that --config names
 
+
+def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, **defaults):
+    """The script of grpo.py, and of the variants that put another advantage estimator in place of the group advantages.
+
+    estimator_class(model, config, estimator_config's fields) makes what `train` takes as advantage_estimator;
+    `defaults` are the fields of config_class whose default the method changes.
+    """
+    parser, args = parse_reinforce(description, config_class, estimator_config, defaults)
     with parser.one_line_errors(args.out):
         chosen = chosen_rules(args.rewards, rules())
         weights = chosen_weights(chosen, args.reward_weights)

@@ -1,6 +1,8 @@
 """Runs of pipeline.py that tests start, disturb and compare with one another."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -56,6 +58,19 @@ def saving_often():
 
     checkpoint.Checkpointer.save = save_now
     pipeline.main()
+
+
+def killed_at_first_save(main):
+    """Runs main() in this process, a forked one, until it has saved its state once."""
+    save = checkpoint.Checkpointer.save
+
+    def save_and_die(self, **parts):
+        self.took = self.spent = 0.0
+        if save(self, **parts):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.Checkpointer.save = save_and_die
+    main()
 
 
 def call(folder, args, program=pipeline.main, **settings):

@@ -1,8 +1,6 @@
 """The paths of a GPU, on a pretended one: no mix-up of devices, no hidden wait, nothing that cannot be recorded."""
 
 import importlib
-import os
-import signal
 from collections import Counter
 from dataclasses import replace
 
@@ -23,7 +21,7 @@ from forked import run_forked
 from lab import checkpoint, command, distill_script, graphs, measure
 from lab.layers import fast_layers
 from pretend_cuda import copies, waits
-from runs import STAGES, make, write
+from runs import STAGES, killed_at_first_save, make, write
 from variants import ppo, prime
 
 PROMPTS = [[3, 5, 7, 9, 11], [2], [4, 4, 4], [8, 1, 8]]
@@ -231,18 +229,6 @@ def test_the_whole_recipe_runs(tmp_path, monkeypatch):
         zero_samples=2, **{name: replace(getattr(smoke, name), **short) for name in ("zero", "control", "rl1", "rl2")}))
     on_the_gpu(pipeline.main, argv=["pipeline.py", "--preset", "smoke", "--out", "run"], cwd=tmp_path)
     assert [name for name in STAGES if (tmp_path / "run" / name / checkpoint.DONE).exists()] == STAGES
-
-
-def killed_at_first_save(main):
-    save = checkpoint.Checkpointer.save
-
-    def save_and_die(self, **parts):
-        self.took = self.spent = 0.0
-        if save(self, **parts):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoint.Checkpointer.save = save_and_die
-    main()
 
 
 def distill_all():

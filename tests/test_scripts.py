@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from forked import run_forked
 from lab import checkpoint
 from lab.own_rules import chosen_rules, chosen_weights
 from lab.scripts import rules
-from runs import make, write
+from runs import killed_at_first_save, make, write
 from variants import ppo, prime
 
 SMALL = ("--rollouts 2 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --dtype float32 "
@@ -235,17 +236,7 @@ def test_without_its_state_a_finished_training_is_not_begun_anew(files, tmp_path
 
 
 def test_a_stopped_training_resumes_with_more_rollouts_than_it_was_to_have(files, tmp_path):
-    def killed():
-        save = checkpoint.Checkpointer.save
-
-        def save_and_die(self, **parts):
-            self.took = self.spent = 0.0
-            if save(self, **parts):
-                import os
-                os.kill(os.getpid(), signal.SIGKILL)
-        checkpoint.Checkpointer.save = save_and_die
-        grpo.main()
-    assert call(killed, files, tmp_path / "out").status == -signal.SIGKILL
+    assert call(partial(killed_at_first_save, grpo.main), files, tmp_path / "out").status == -signal.SIGKILL
     assert checkpoint.load(tmp_path / "out")[1]["step"] == 1
     ended = call(grpo.main, files, tmp_path / "out", "--rollouts", "3")
     assert ended.status == 0 and "rollout 2/3" in ended.stdout and "rollout 1/" not in ended.stdout, ended.stderr
