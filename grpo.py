@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions x vocabulary: 1 GB or 256 MB in fp32
+adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)  # betas: not published
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):  # a misspelled choice would be computed as another; ranges: lab/check_input.py
-        choices = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "dtype": ("float32", "bfloat16"),
-                   "old_logprobs": ("trainer", "sampler")}
+        choices = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"),
+                   "dtype": ("float32", "bfloat16", "float16"), "old_logprobs": ("trainer", "sampler")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
@@ -212,7 +213,10 @@ def draw_once(draw, prompts, count):
 
 def cast_copy(model, dtype):
     """A frozen copy for sampling and scoring: parameters are cast once, buffers (rotary angles) keep their dtype."""
-    cast = {id(p): torch.nn.Parameter(p.detach().to(getattr(torch, dtype), copy=True)) for p in model.parameters()}
+    dtype, cast = getattr(torch, dtype), {}
+    for p in model.parameters():
+        is_shared = p.dtype == dtype and not p.requires_grad  # the base of LoRA's adapters
+        cast[id(p)] = p if is_shared else torch.nn.Parameter(p.detach().to(dtype, copy=True))
     return copy.deepcopy(model, cast).eval().requires_grad_(False)  # deepcopy takes what it is given as copied
 
 
@@ -272,8 +276,8 @@ def all_logprobs(model, r: Rollout, config):
     return out
 
 
-def update(model, optimizer, r: Rollout, rows, advantages, config):
-    """One Adam step on these rows of a rollout; its metrics."""
+def update(model, optimizer, scaler, r: Rollout, rows, advantages, config):
+    """One Adam step on these rows of a rollout; its metrics. scaler: a GradScaler, which acts with float16 alone."""
     c, metrics = config, defaultdict(float)
     tokens = max(1, int(r.mask[rows].sum()))  # of the whole update, before micro-batches
     normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
@@ -285,32 +289,39 @@ def update(model, optimizer, r: Rollout, rows, advantages, config):
             logprobs, r.old_logprobs[batch, :t], r.ref_logprobs[batch, :t] if c.beta else None,
             advantages[batch, :t], r.mask[batch, :t], clip_low=c.clip_low, clip_high=c.clip_high, mean=c.mean,
             sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio, beta=c.beta, kl=c.kl, normaliser=normaliser)
-        loss.backward()
+        scaler.scale(loss).backward()
         share = int(r.mask[batch].sum()) / tokens
         for name, value in means.items():
             metrics[name] += value * share
         metrics["loss"] += loss.item()
     if prompts is not None:  # the backward passes so far have ended at the prompts' keys and values
         prompts.backward()
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
-    metrics["skipped"] = float(not math.isfinite(metrics["loss"] + metrics["grad_norm"]))
-    if not metrics["skipped"]:  # Adam would keep a NaN for good
-        optimizer.step()
+    scaler.unscale_(optimizer)
+    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.grad_clip).item()
+    is_finite = math.isfinite(metrics["loss"] + metrics["grad_norm"])
+    if is_finite:  # Adam would keep a NaN for good
+        scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
+    # where a scaled gradient alone has left float16's range, nothing is wrong: the scale is halved
+    overflow = not is_finite and math.isfinite(metrics["loss"]) and scaler.get_scale() > 1
+    metrics |= {"overflow": float(overflow), "skipped": float(not is_finite and not overflow)}
+    scaler.update()
     return metrics
 
 
 class TrainState:
     """What changes from one rollout to the next. From its objects and counters a stopped training resumes exactly."""
 
-    def __init__(self, model, config, advantage_estimator, resume):
+    def __init__(self, model, config, advantage_estimator, make_optimizer, resume):
         c, device = config, next(model.parameters()).device
         self.model, self.config, self.advantage_estimator, self.reference = model, config, advantage_estimator, None
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, betas=(0.9, 0.95), fused=True)  # not published
+        self.optimizer = make_optimizer(model.parameters(), lr=c.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
         self.generator = torch.Generator(device=device).manual_seed(c.seed)
         self.shuffler = torch.Generator().manual_seed(c.seed)
         self.counters = dict.fromkeys(("step", "updates", "prompts", "samples"), 0)
-        self.objects = dict(model=model, optimizer=self.optimizer, generator=self.generator, shuffler=self.shuffler)
+        self.objects = dict(model=model, optimizer=self.optimizer, scaler=self.scaler)
+        self.objects |= dict(generator=self.generator, shuffler=self.shuffler)
         if c.beta > 0 or getattr(advantage_estimator, "needs_reference", False):
             self.reference = cast_copy(model, c.dtype).to("cpu" if c.offload_reference else device)
             self.objects["reference"] = self.reference
@@ -341,7 +352,7 @@ class TrainState:
                 counters["updates"] += 1
                 for group in self.optimizer.param_groups:
                     group["lr"] = c.lr * min(1.0, counters["updates"] / max(1, c.warmup))
-                metrics = update(self.model, self.optimizer, r, rows.tolist(), advantages, c)
+                metrics = update(self.model, self.optimizer, self.scaler, r, rows.tolist(), advantages, c)
                 if self.advantage_estimator is not None and not metrics["skipped"]:
                     metrics |= self.advantage_estimator.learn(r, rows.tolist())
                 history.append(metrics)
@@ -363,19 +374,21 @@ def rollout_metrics(r: Rollout, history, config):
     if config.old_logprobs == "sampler":  # then the first update's forward pass tells: the weights had not moved
         metrics["sampler_gap"] = history[0]["drift"]
     metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
-    finite = [update for update in history if not update["skipped"]] or history[:1]
+    finite = [update for update in history if not update["skipped"] and not update["overflow"]] or history[:1]
     metrics |= {name: sum(update[name] for update in finite) / len(finite) for name in finite[0]}
-    metrics["skipped"] = sum(update["skipped"] for update in history)
+    metrics |= {name: sum(update[name] for update in history) for name in ("skipped", "overflow")}
     return metrics | {"tokens": int(r.lengths.sum())}
 
 
 def train(model, examples, *, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None,
-          advantage_estimator=None, select=draw_once, validate=None, log=None, save=None, resume=None):
+          advantage_estimator=None, select=draw_once, make_optimizer=adam, validate=None, log=None, save=None,
+          resume=None):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
-    model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; its weights are fp32.
+    model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask. What is trained is fp32,
+    unless make_optimizer(parameters, lr=...) keeps fp32 weights of its own (variants/offload.py).
     encode(example) -> prompt ids; decode(ids) -> text, without the end token, which ids hold and no rule should read.
-    generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model a copy with weights in
+    generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model with weights in
     config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
     under softmax(logits / temperature), no top-p or top-k; a completion ends at its first of end_ids, which counts.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; 0 only logs the rule.
@@ -390,7 +403,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     c, weights, metrics = config, weights or {}, {}
     if weights.keys() - rewards.keys():
         raise ValueError(f"weights for unknown rewards: {[*weights]}, of {[*rewards]}")
-    state = TrainState(model, c, advantage_estimator, resume)
+    state = TrainState(model, c, advantage_estimator, make_optimizer, resume)
     counters = state.counters
     prompts = (examples[i % len(examples)] for i in itertools.count(counters["prompts"]))
     draw = partial(rollout, encode=encode, decode=decode, generate=generate, end_ids=end_ids, rewards=rewards,
@@ -399,7 +412,9 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         # 1, 2: sample groups of completions from the current policy; judge them by the rules
-        r, discarded = select(partial(draw, cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
+        is_cast = next(model.parameters()).dtype == getattr(torch, c.dtype)
+        sampler = model if is_cast else cast_copy(model, c.dtype)
+        r, discarded = select(partial(draw, sampler), prompts, c.prompts_per_rollout)
         counters["prompts"] += len(r.examples) + discarded
         counters["samples"] += (len(r.examples) + discarded) * c.group_size
         sampling_seconds = time.time() - started

@@ -29,7 +29,7 @@ class SFTConfig:
     weight_decay: float = 0.1   # on matrices only
     betas: tuple = (0.9, 0.95)
     grad_clip: float = 1.0
-    dtype: str = "bfloat16"     # or "float32": of the forward pass; weights, gradients and Adam stay fp32
+    dtype: str = "bfloat16"     # or float32, float16: of the forward pass; weights, gradients and Adam stay fp32
     seed: int = 0
 
 
@@ -143,24 +143,27 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
         return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)  # computed again in backward
 
 
-def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
+def train(model, examples, config: SFTConfig, make_optimizer=make_optimizer, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics.
 
     log(metrics, batch) is called each step, batch: its rows as `pack` gives them. save(model=..., optimizer=...,
-    step=...) is offered the state after each step; resume(model=..., optimizer=...) puts such a state back and returns
-    {"step": ...}. A step whose loss or gradient is not finite is skipped.
+    scaler=..., step=...) is offered the state after each step; resume(model=..., optimizer=..., scaler=...) puts such a state back and returns
+    {"step": ...}. A step whose loss or gradient is not finite is skipped; in float16 a gradient that overflows halves
+    the factor by which the loss is scaled ("overflow").
     Raises ValueError when there is no example, or none with a token to learn.
     """
     c, device = config, next(model.parameters()).device
     if not any(min(len(ids), c.row_length) > max(prompt_length, 1) for ids, prompt_length in examples):
         raise ValueError(f"none of the {len(examples)} examples has a token to learn")
     optimizer = make_optimizer(model, c.lr, c.weight_decay, c.betas)
+    scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
+    objects = dict(model=model, optimizer=optimizer, scaler=scaler)
     data = pack_epochs(examples, c)
     rows_a_step = max(1, c.batch_tokens // c.row_length)
     steps = math.ceil(len(data[0]) / rows_a_step)
     step, metrics = 0, {}
     if resume is not None:
-        step = resume(model=model, optimizer=optimizer)["step"]
+        step = resume(**objects)["step"]
     model.train()
     while step < steps:
         started = time.time()
@@ -169,24 +172,28 @@ def train(model, examples, config: SFTConfig, log=None, save=None, resume=None):
         total = 0.0
         for rows in zip(*(x.split(c.micro_batch_rows) for x in batch)):
             loss = loss_sum(model, *(x.to(device) for x in rows), c.dtype) / max(tokens, 1)
-            loss.backward()
+            scaler.scale(loss).backward()
             total += loss.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
+        scaler.unscale_(optimizer)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
         lr = learning_rate(step, steps, c)
         for group in optimizer.param_groups:
             group["lr"] = lr
         is_finite = math.isfinite(total + grad_norm)
         if is_finite:  # Adam would keep a NaN for good
-            optimizer.step()
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
+        overflow = not is_finite and math.isfinite(total) and scaler.get_scale() > 1
+        scaler.update()  # after an overflow the scale is halved, and nothing is wrong
         step += 1
         metrics = {"step": step, "steps": steps, "loss": total, "lr": lr, "grad_norm": grad_norm,
-                   "tokens": int((batch[1] > 0).sum()), "skipped": float(not is_finite),
-                   "seconds": time.time() - started}
+                   "tokens": int((batch[1] > 0).sum()), "skipped": float(not is_finite and not overflow),
+                   "overflow": float(overflow), "seconds": time.time() - started}
         if log is not None:
             log(metrics, batch)
         if save is not None:
-            save(model=model, optimizer=optimizer, step=step)
+            save(**objects, step=step)
     return metrics
 
 

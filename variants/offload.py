@@ -1,0 +1,49 @@
+"""Adam on the CPU: the card holds half-precision weights alone; float32 weights and Adam's moments are the CPU's.
+
+Full training takes 16 bytes a parameter, of which Adam's step alone needs 12: they stay in the CPU's memory, where
+torch's own fused Adam steps on them [ZeRO-Offload, arXiv 2101.06840]. A gradient goes there as soon as the backward
+pass has made it, and is added up in float32; after a step the weights come back, rounded.
+
+    masters = load(dir, "cpu", torch.float32)                       # the model as it will be saved
+    model = copy.deepcopy(masters).to("cuda", torch.bfloat16)       # what computes: 2 bytes a parameter
+    optimizer = step_on_cpu(Adam(masters.parameters(), lr=1e-5, fused=True), model, masters)
+
+Then as with any optimizer: backward, clip (the masters' gradients), step, zero_grad. With both in float32 it is the
+same training to the last bit.
+"""
+
+from functools import partial
+
+import torch
+
+
+def step_on_cpu(optimizer, model, masters):
+    """The optimizer of the masters' parameters, tied to a model of the same architecture on any device."""
+    transfers = []
+    for p, master in zip(model.parameters(), masters.parameters(), strict=True):
+        half = torch.empty_like(p, device="cpu", requires_grad=False)
+        if p.is_cuda:
+            half = half.pin_memory()  # memory that the card reads and writes by itself
+        p.register_post_accumulate_grad_hook(partial(take_gradient, master=master, half=half))
+        transfers.append((p, master, half))
+    optimizer.register_step_post_hook(lambda *_: send_weights(transfers))
+    return optimizer
+
+
+@torch.no_grad()
+def take_gradient(p, master, half):
+    """After each backward pass: from the card to the master's gradient, in float32."""
+    half.copy_(p.grad)  # waits until the gradient is there
+    p.grad = None
+    if master.grad is None:
+        master.grad = half.to(master.dtype, copy=True)
+    else:
+        master.grad += half
+
+
+@torch.no_grad()
+def send_weights(transfers):
+    """Rounds the masters into the model; one is under way to the card while the next is rounded."""
+    for p, master, half in transfers:
+        half.copy_(master)
+        p.copy_(half, non_blocking=True)
