@@ -276,8 +276,8 @@ def all_logprobs(model, r: Rollout, config):
     return out
 
 
-def update(model, optimizer, scaler, r: Rollout, rows, advantages, config):
-    """One Adam step on these rows of a rollout; its metrics. scaler: a GradScaler, which acts with float16 alone."""
+def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.amp.GradScaler(enabled=False)):
+    """One Adam step on these rows of a rollout; its metrics. float16 needs a scaler of the loss."""
     c, metrics = config, defaultdict(float)
     tokens = max(1, int(r.mask[rows].sum()))  # of the whole update, before micro-batches
     normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
@@ -352,7 +352,7 @@ class TrainState:
                 counters["updates"] += 1
                 for group in self.optimizer.param_groups:
                     group["lr"] = c.lr * min(1.0, counters["updates"] / max(1, c.warmup))
-                metrics = update(self.model, self.optimizer, self.scaler, r, rows.tolist(), advantages, c)
+                metrics = update(self.model, self.optimizer, r, rows.tolist(), advantages, c, self.scaler)
                 if self.advantage_estimator is not None and not metrics["skipped"]:
                     metrics |= self.advantage_estimator.learn(r, rows.tolist())
                 history.append(metrics)
@@ -385,8 +385,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
           resume=None):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
-    model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask. What is trained is fp32,
-    unless make_optimizer(parameters, lr=...) keeps fp32 weights of its own (variants/offload.py).
+    model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; what is trained is fp32.
     encode(example) -> prompt ids; decode(ids) -> text, without the end token, which ids hold and no rule should read.
     generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model with weights in
     config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
@@ -395,6 +394,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
     optimizer or generator} to be saved with the run, and needs_reference, whether it reads rollout.ref_logprobs.
+    make_optimizer(parameters, lr=...) -> a torch optimizer of one group: variants/offload.py's keeps fp32 on the CPU.
     select(draw, prompts, N) -> the Rollout to learn from, and how many prompts it discarded: dynamic sampling, in
     variants/dapo.py. draw(examples) -> a Rollout; prompts: an iterator of examples.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) and save(**state) come after

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
+from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -256,7 +257,10 @@ def drop(dir: str | Path):
 
 
 def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, meta) for `save`, of named modules, optimizers, generators, tensors, and values that JSON can hold."""
+    """(tensors, meta) for `save`, of named modules, optimizers, generators and so on, and values that JSON can hold.
+
+    What a module has of LoRA's frozen base (variants/lora.py) is left out: it is in the directory it came from.
+    """
     tensors, meta = {}, {}
     for name, part in parts.items():
         if isinstance(part, Module):
@@ -268,6 +272,8 @@ def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
                 for key, moment in moments.items():
                     tensors[f"{name}.{i}.{key}"] = moment  # "optimizer.0.exp_avg"
             meta[name] = state["param_groups"]
+        elif isinstance(part, GradScaler):
+            meta[name] = part.state_dict()
         elif isinstance(part, Generator):
             tensors[name] = part.get_state()
         elif isinstance(part, Tensor):
@@ -280,14 +286,14 @@ def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
 def _weights(module: Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers; tied ones (embedding and head) under their first name only."""
     persistent = module.state_dict().keys()
-    weights = dict(module.named_parameters())
+    weights = {name: p for name, p in module.named_parameters() if not hasattr(p, "is_base")}
     for name, buffer in module.named_buffers():
         if name in persistent:
             weights[name] = buffer
     return weights
 
 
-def restore(tensors: dict[str, Tensor], meta: dict, **objects: Module | Optimizer | Generator) -> dict:
+def restore(tensors: dict[str, Tensor], meta: dict, **objects: Module | Optimizer | GradScaler | Generator) -> dict:
     """Puts the state into the objects, in place; returns the rest of it, plain values and tensors, by name."""
     tensors, meta = dict(tensors), dict(meta)
     for name, target in objects.items():
@@ -299,6 +305,8 @@ def restore(tensors: dict[str, Tensor], meta: dict, **objects: Module | Optimize
             _restore_module(target, own, name)
         elif isinstance(target, Optimizer):
             _restore_optimizer(target, own, groups)
+        elif isinstance(target, GradScaler):
+            target.load_state_dict(groups)
         else:
             target.set_state(own[""])
     return meta | tensors

@@ -127,12 +127,11 @@ def tell_of_unused_gpu():
 
 
 def fast_dtype(device=None):
-    """"bfloat16" where the device multiplies it faster than float32, else "float32". None: the GPU, if there is one."""
+    """The precision in which the device multiplies fast; bfloat16 where it can. None: the GPU, if there is one."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        is_fast = processor_has("avx512_bf16") or processor_has("amx_tile")
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    is_fast = processor_has("avx512_bf16") or processor_has("amx_tile")
     return "bfloat16" if is_fast else "float32"
 
 

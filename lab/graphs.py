@@ -55,7 +55,7 @@ def blocks(columns):
 def decoder_for(model, rows, columns):
     """A Decoder with this model's weights and room for so much; if possible that of the last call."""
     parameter = next(model.parameters())
-    key = repr(model.config), parameter.dtype, parameter.device
+    key = repr(model.config), parameter.dtype, parameter.device, *base_of(model)
     decoder = decoders.get(key)
     if decoder is None or rows > decoder.rows or columns > decoder.columns:
         decoder = decoders.pop(key, None)
@@ -63,8 +63,15 @@ def decoder_for(model, rows, columns):
             rows, columns = max(rows, decoder.rows), max(columns, decoder.columns)
             del decoder
         decoder = decoders[key] = Decoder(model, rows, columns, cuda_graph)
-    torch._foreach_copy_(list(decoder.model.parameters()), [p.detach() for p in model.parameters()])
+    pairs = [(mine, theirs.detach()) for mine, theirs in zip(decoder.model.parameters(), model.parameters())
+             if mine is not theirs]
+    torch._foreach_copy_(*map(list, zip(*pairs)))
     return decoder
+
+
+def base_of(model):
+    """{id: parameter} of the base below LoRA's adapters (variants/lora.py): it stays where it is, and is not copied."""
+    return {id(p): p for p in model.parameters() if hasattr(p, "is_base")}
 
 
 class Decoder:
@@ -75,7 +82,10 @@ class Decoder:
 
     def __init__(self, model, rows, columns, record):
         c = model.config
-        self.model, self.record, self.recordings = copy.deepcopy(model).requires_grad_(False), record, {}
+        self.record, self.recordings = record, {}
+        self.base, dtype = base_of(model), next(model.parameters()).dtype
+        own = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters()}
+        self.model = copy.deepcopy(model, own | self.base).requires_grad_(False)
         self.rows, self.columns = rows, blocks(columns)
         like = next(self.model.parameters())
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, self.columns, c.head_dim)
@@ -89,7 +99,8 @@ class Decoder:
         return getattr(self.model, name)
 
     def bytes(self):
-        return self.k.nbytes + self.v.nbytes + sum(p.nbytes for p in self.model.parameters())
+        own = [p for p in self.model.parameters() if id(p) not in self.base]
+        return self.k.nbytes + self.v.nbytes + sum(p.nbytes for p in own)
 
     def __call__(self, ids, cache):
         """Logits (B, 1, V) of ids (B, 1); the next call overwrites them."""

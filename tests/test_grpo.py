@@ -1019,9 +1019,9 @@ def importance_of(model, monkeypatch, config, generate):
     """The rollout, and the factor that each token's advantage of 1 has when it comes to the update."""
     seen, update = [], grpo.update
 
-    def spy(model, optimizer, r, rows, advantages, config):
+    def spy(model, optimizer, r, rows, advantages, *rest):
         seen.append((r, advantages))
-        return update(model, optimizer, r, rows, advantages, config)
+        return update(model, optimizer, r, rows, advantages, *rest)
     monkeypatch.setattr(grpo, "update", spy)
     ones = SimpleNamespace(advantages=lambda r: torch.ones(len(r.ids)), learn=lambda r, rows: {})
     run(model, config, generate=generate, advantage_estimator=ones)

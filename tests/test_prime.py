@@ -340,7 +340,7 @@ def test_the_forward_pass_is_in_the_runs_dtype_and_weights_and_advantages_in_fp3
     seen, model = [], sharp(tiny)
     r, estimator = rolled(model, small()), PRIME(model, small(dtype=dtype))
     for network in (estimator.prm, estimator.reference):
-        network.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
+        network.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
     assert estimator.advantages(r).dtype == torch.float32 and set(seen) == {getattr(torch, dtype)}
     assert {p.dtype for p in estimator.prm.parameters()} == {torch.float32}
 

@@ -97,7 +97,8 @@ class Critic(nn.Module):
 
     def __init__(self, model, hidden=last_states):
         super().__init__()
-        self.trunk = copy.deepcopy(model).eval()
+        # what is frozen, as LoRA's base, is shared: the critic is a second adapter beside the policy's
+        self.trunk = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
         self.hidden = hidden
         one_token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         with torch.no_grad():
@@ -125,7 +126,8 @@ class PPO:
         self.critic = Critic(model, hidden).eval()
         self.trained = [p for p in self.critic.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=ppo.critic_lr, betas=(0.9, 0.95), fused=True)
-        self.objects = {"critic": self.critic, "critic_optimizer": self.optimizer}
+        self.scaler = torch.amp.GradScaler(self.trained[0].device.type, enabled=config.dtype == "float16")
+        self.objects = {"critic": self.critic, "critic_optimizer": self.optimizer, "critic_scaler": self.scaler}
         self.needs_reference = ppo.kl_in_reward > 0
 
     def advantages(self, r):
@@ -159,11 +161,13 @@ class PPO:
             t = values.shape[1]
             old_values, returns, mask = (x[batch, :t] for x in (self.old_values, self.returns, r.mask))
             loss = value_loss(values, old_values, returns, mask, self.ppo.value_clip, tokens)
-            loss.backward()
+            self.scaler.scale(loss).backward()
             total += loss.item()
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         if torch.isfinite(norm):  # Adam would keep a NaN for good
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"value_loss": total, "explained_variance": explained_variance(self.old_values, self.returns, r.mask)}
 

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions x vocabulary: 1 GB or 256 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,15 @@ class PRIME:
         config: the run's GRPOConfig; outcome: the name of the rule, 0 or 1, that is the outcome.
         """
         self.config, self.prime, self.outcome = config, prime, outcome
-        self.prm = copy.deepcopy(model).eval()
-        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.prm.parameters(), lr=prime.prm_lr, betas=(0.9, 0.95), fused=True)
-        self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_reference": self.reference}
+        # what is frozen, as LoRA's base, is shared: the reward model is a second adapter beside the policy's
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        self.prm = copy.deepcopy(model, {id(p): p for p in frozen}).eval()
+        self.reference = copy.deepcopy(model, {id(p): p for p in frozen}).eval().requires_grad_(False)
+        self.trained = [p for p in self.prm.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=prime.prm_lr, betas=(0.9, 0.95), fused=True)
+        self.scaler = torch.amp.GradScaler(self.trained[0].device.type, enabled=config.dtype == "float16")
+        self.objects = {"prm": self.prm, "prm_optimizer": self.optimizer, "prm_scaler": self.scaler,
+                        "prm_reference": self.reference}
         self.metrics = {}
 
     def outcomes(self, r):
@@ -121,24 +129,43 @@ class PRIME:
             t = logprobs.shape[1]
             of_tokens = implicit_rewards(logprobs, ref_logprobs, r.mask[rows, :t], self.prime.prm_beta)
             loss = outcome_loss(of_tokens, outcomes.flatten()[rows], normaliser=len(r.ends))
-            loss.backward()
+            self.scaler.scale(loss).backward()
             rewards[rows, :t] = of_tokens.detach()
             total += loss.item()
         predicted, right = rewards.sum(1) > 0, outcomes.flatten() > 0.5
         self.metrics = {"prm_loss": total, "prm_accuracy": (predicted == right).float().mean().item()}
-        norm = torch.nn.utils.clip_grad_norm_(self.prm.parameters(), self.config.grad_clip)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         if torch.isfinite(norm):  # Adam would keep a NaN for good
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return prime_advantages(rewards, outcomes, r.mask, self.prime.gamma)
 
     def logprobs(self, model, r, rows):
-        """(len(rows), t) at the temperature of sampling; t is where the longest of these rows ends."""
+        """(len(rows), t) of the sampled tokens, 0 elsewhere; t is where the longest of these rows ends.
+
+        A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes its logits in pieces.
+        """
+        def score(logits, targets):
+            return -F.cross_entropy(logits.float() / c.temperature, targets, reduction="none")
+
+        def score_states(states, targets):
+            return score(model.head(states), targets)
+
         c, end = self.config, max(r.ends[row] for row in rows)
-        ids, targets = r.ids[rows, :end - 1], r.ids[rows, 1:end]
+        ids, mask = r.ids[rows, :end], r.mask[rows, :end - 1].bool()
+        sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
+        targets = ids[:, 1:].flatten()[sampled]   # (n,)
         with torch.autocast(ids.device.type, getattr(torch, c.dtype), c.dtype != "float32", cache_enabled=False):
-            logits = model(ids).flatten(0, 1)  # (len(rows) * t, V)
-        return -F.cross_entropy(logits.float() / c.temperature, targets.flatten(), reduction="none").view(ids.shape)
+            if hasattr(model, "hidden") and hasattr(model, "head"):
+                states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
+                at_once = LOGITS_AT_ONCE // model.config.vocab_size
+                pieces = zip(states.split(at_once), targets.split(at_once))  # computed again in the backward pass
+                logprobs = torch.cat([checkpoint(score_states, *piece, use_reentrant=False) for piece in pieces])
+            else:
+                logprobs = score(model(ids[:, :-1]).flatten(0, 1).index_select(0, sampled), targets)
+        return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
 
     def learn(self, r, rows):
         return self.metrics  # it has already learned
