@@ -385,7 +385,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
           resume=None):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
-    model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; what is trained is fp32.
+    model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; weights are fp32.
     encode(example) -> prompt ids; decode(ids) -> text, without the end token, which ids hold and no rule should read.
     generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model with weights in
     config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
@@ -394,7 +394,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
     optimizer or generator} to be saved with the run, and needs_reference, whether it reads rollout.ref_logprobs.
-    make_optimizer(parameters, lr=...) -> a torch optimizer of one group: variants/offload.py's keeps fp32 on the CPU.
+    make_optimizer(parameters, lr=...): of one group. variants/offload.py's has fp32 weights on the CPU, model is cast.
     select(draw, prompts, N) -> the Rollout to learn from, and how many prompts it discarded: dynamic sampling, in
     variants/dapo.py. draw(examples) -> a Rollout; prompts: an iterator of examples.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) and save(**state) come after
@@ -446,7 +446,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
 
 def main():
     from lab.scripts import reinforce  # here, so that the algorithm imports without the rest of the project
-    reinforce("GRPO on a model directory, with the rules of rewards.py.", train, GRPOConfig)
+    reinforce("GRPO on a model directory, with the rules of rewards.py.", train, GRPOConfig, make_optimizer=adam)
 
 
 if __name__ == "__main__":

@@ -333,14 +333,15 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 
 # ------------------------------------------------------------------------------------------- weights in and out
 
-def hf_tensors(model):
-    """{Hugging Face's name: our rows of it}: qkv_proj and gate_up_proj are several tensors there."""
+def hf_tensors(model, named=None):
+    """{Hugging Face's name: our rows of it}: qkv_proj and gate_up_proj are several tensors there. named: {our name:
+    tensor with the parameter's rows}, in place of the parameters."""
     c = model.config
     q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {"qkv_proj": {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
              "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}}
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (named or dict(model.named_parameters())).items():
         full_name = name if name == "lm_head.weight" else f"model.{name}"
         matrix = name.split(".")[-2]  # layers.0.self_attn.qkv_proj.weight -> qkv_proj
         if matrix in fused:

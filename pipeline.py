@@ -23,7 +23,7 @@ import distill
 from data import world
 from grpo import GRPOConfig
 from lab import ablations, checkpoint, compare, measure
-from lab.arguments import chosen_stages, parse_arguments, preset_of
+from lab.arguments import chosen_stages, memory_of, parse_arguments, preset_of
 from lab.command import device_of
 from lab.run import Run, Stage, machine
 from lab.scripts import in_its_language, rules
@@ -228,7 +228,7 @@ def rejection_sampling(run):
     """RL-1's verified traces: correct, in the problem's language, readable, distinct; written to traces.jsonl."""
     p = run.preset
     problems = run.source.problems[:p.trace_prompts]
-    texts, _ = run.complete(run.starting_model(), problems, save_in="traces",
+    texts, _ = run.complete(run.model("dev2"), problems, save_in="traces",
                             samples=p.trace_samples, temperature=1.0, top_p=1.0)
     rows, counts = distill.rejection_sample(problems, texts, correct=rules()["accuracy"],
                                             one_language=in_its_language, keep=2)
@@ -250,7 +250,7 @@ def open_run(args, device):
     chosen = chosen_stages(args, table, source)
     rewards = {"zero": ACCURACY_AND_FORMAT, "dev2": WITH_LANGUAGE, "r1": ALL_RULES}
     return Run(args.out, args.preset, preset, args.seed, device, source, table, chosen, rewards, args.command,
-               args.recompute)
+               memory_of(args, preset))
 
 
 def main():

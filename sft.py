@@ -86,10 +86,11 @@ def learning_rate(step, steps, c: SFTConfig):
     return c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
-    """AdamW; decay on matrices only, not on biases and norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+def adamw(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
+    """Decay on matrices only, not on biases and norms."""
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
                               {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
 
@@ -143,19 +144,19 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
         return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)  # computed again in backward
 
 
-def train(model, examples, config: SFTConfig, make_optimizer=make_optimizer, log=None, save=None, resume=None):
-    """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics.
+def train(model, examples, config: SFTConfig, make_optimizer=adamw, log=None, save=None, resume=None):
+    """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics. make_optimizer: as adamw.
 
     log(metrics, batch) is called each step, batch: its rows as `pack` gives them. save(model=..., optimizer=...,
-    scaler=..., step=...) is offered the state after each step; resume(model=..., optimizer=..., scaler=...) puts such a state back and returns
-    {"step": ...}. A step whose loss or gradient is not finite is skipped; in float16 a gradient that overflows halves
-    the factor by which the loss is scaled ("overflow").
+    scaler=..., step=...) is offered the state after each step; resume(model=..., optimizer=..., scaler=...) puts such
+    a state back and returns {"step": ...}. A step whose loss or gradient is not finite is skipped. Where a scaled
+    gradient alone leaves float16's range ("overflow"), the step is left out as well, and the scale is halved.
     Raises ValueError when there is no example, or none with a token to learn.
     """
     c, device = config, next(model.parameters()).device
     if not any(min(len(ids), c.row_length) > max(prompt_length, 1) for ids, prompt_length in examples):
         raise ValueError(f"none of the {len(examples)} examples has a token to learn")
-    optimizer = make_optimizer(model, c.lr, c.weight_decay, c.betas)
+    optimizer = make_optimizer(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, betas=c.betas)
     scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
     objects = dict(model=model, optimizer=optimizer, scaler=scaler)
     data = pack_epochs(examples, c)
@@ -206,7 +207,7 @@ def tokenize(row, tokenizer, pretrain=False):
 
 def main():
     from lab.scripts import fine_tune  # here, so that the training imports without the rest of the project
-    fine_tune(SFTConfig, tokenize, train)
+    fine_tune(SFTConfig, tokenize, train, adamw)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import torch
 from grpo import GRPOConfig
 from lab import checkpoint
 from lab.check_input import check_settings
-from lab.command import Parser, add_template, fast_dtype
+from lab.command import Parser, add_memory, add_template, fast_dtype, fields_of
 from lab.scripts import PAIRS, PROBLEMS, add_fields_of_rows
+from lab.memory import Memory
 from sft import SFTConfig
 from tokenizer import TEMPLATES
 
@@ -24,7 +25,8 @@ SIZES = {  # option: (field of the preset, what it counts)
     "trace_samples": ("trace_samples", "traces sampled of each of them"),
     "test_problems": ("test", "problems of the test, at most"),
 }
-OWN_ONLY = ("train", "test_file", "prompt_field", "answer_field", "general", "student", "template")  # with --base
+OWN_ONLY = ("train", "test_file", "prompt_field", "answer_field", "general", "student", "template", "lora",
+            "offload_optimizer")  # with --base
 WRITTEN = {"from_stage": "from", "test_file": "test"}  # options whose name differs from their argument's
 
 
@@ -43,10 +45,9 @@ def make_parser(presets):
     parser.add_argument("--ablations", action="store_true", help="also what some claims need beside the recipe")
     parser.add_argument("--compare", action="store_true", help="GRPO, its relatives, PPO and PRIME side by side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"),
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="of forward passes; default: the faster one here")
-    parser.add_argument("--recompute", action="store_true",
-                        help="compute activations a second time in the backward pass: less memory, slower")
+    add_memory(parser)
     add_own_model(parser)
     add_sizes(parser)
     return parser
@@ -149,6 +150,17 @@ def preset_of(args, presets):
     for config in stages.values():
         check_settings(config)
     return in_dtype(replace(preset, **stages, **counts), args.dtype or fast_dtype(args.device))
+
+
+def memory_of(args, preset):
+    """The Memory that the command line asks for. Raises ValueError where it does not go with the rest."""
+    memory = fields_of(args, Memory)
+    for config in vars(preset).values():
+        if isinstance(config, GRPOConfig):
+            memory.check(config)
+    if memory.offload_optimizer and args.compare:
+        raise ValueError("--offload-optimizer does not go with --compare: a critic steps on the GPU")
+    return memory
 
 
 def chosen(args, options):

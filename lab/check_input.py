@@ -72,8 +72,8 @@ def check_settings(config) -> None:
         check_evaluation(config)
     if kind == "SFTConfig":
         check_positive(config, SFT_POSITIVE)
-        if config.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {config.dtype!r} is none of float32, bfloat16")
+        if config.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype {config.dtype!r} is none of float32, bfloat16, float16")
         if config.batch_tokens < config.row_length:
             raise ValueError(f"batch_tokens {config.batch_tokens} is less than one row of {config.row_length}")
 

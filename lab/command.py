@@ -15,16 +15,24 @@ from lab.check_input import check_settings
 from lab.check_tokenizer import TEMPLATES
 from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
                             is_out_of_memory, lock)
+from lab.memory import Memory
 from lab.records import LOGS
 
 MAY_CHANGE = ("out", "save_every", "rollouts", "keep_state")  # from call to call: a training may get more rollouts
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
-LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference; "
-               "while sampling, fewer rows or new tokens")
+LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference, "
+               "--lora, --offload-optimizer; while sampling, smaller --cache-tokens, fewer rows or new tokens")
 GPU_TOKENS = 16384  # of one forward pass by default: a GPU spends smaller ones on launches
 ONE_PASS = "of one forward pass, changes memory and speed alone; default"
 ABOUT = {"micro_batch_tokens": f"{ONE_PASS} 2048, on a GPU {GPU_TOKENS}",
-         "micro_batch_rows": f"{ONE_PASS} 16, on a GPU as many as hold {GPU_TOKENS} tokens"}
+         "micro_batch_rows": f"{ONE_PASS} 16, on a GPU as many as hold {GPU_TOKENS} tokens",
+         "recompute": "compute activations a second time in the backward pass: less memory, slower",
+         "lora": "train adapters of this rank in place of the weights (variants/lora.py), with about ten times the "
+                 "learning rate of full training",
+         "lora_alpha": "adapters are scaled by this / rank; default %(default)s",
+         "offload_optimizer": "float32 weights and Adam's moments in the CPU's memory (variants/offload.py)",
+         "cache_tokens": "a rollout is sampled in lots of at most so many tokens, prompts and answers; default "
+                         "%(default)s"}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -151,11 +159,20 @@ def template_text(text):
     return text.replace("\\n", "\n")
 
 
-def add_speed(parser):
-    parser.add_argument("--recompute", action="store_true",
-                        help="compute activations a second time in the backward pass: less memory, slower")
+def add_compile(parser):
     parser.add_argument("--compile", action="store_true",
                         help="compile the layers: needs a C++ compiler and half a minute")
+
+
+def add_memory(parser, leave_out=()):
+    """Memory's fields as options; None where one was not given."""
+    for name, default in vars(Memory()).items():
+        if name in leave_out:
+            continue
+        kind = {"type": type(default), "metavar": "RANK" if name == "lora" else None}
+        if isinstance(default, bool):
+            kind = {"action": "store_true"}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=ABOUT[name], **kind)
 
 
 # ------------------------------------------------------------------------------------------- the output directory

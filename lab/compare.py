@@ -151,7 +151,7 @@ def train_method(run, method, lr, weights):
     settings, make_estimator = ENTRIES[method]
     sizes = {field: getattr(run.preset.zero, field) for field in SIZES}
     config = GRPOConfig(**sizes | settings, lr=lr, rollouts=10 ** 6)
-    model = run.model("base")
+    model = run.to_train("base")
     estimator = make_estimator(model, config) if make_estimator else None
     select = grpo.draw_once
     if method in RESAMPLE:
@@ -159,7 +159,7 @@ def train_method(run, method, lr, weights):
         select = DAPO(dapo, config.max_new_tokens, getattr(estimator, "keep", None)).select
     run.rl(model, CONTROLS.get(method, weights), config, validate=False, sample_budget=run.preset.compare_samples,
            advantage_estimator=estimator, select=select)
-    run.save(model)
+    run.save()
     problems = run.source.validation
     texts, counts = run.complete(model, problems)
     accuracy = float(measure.score(run, problems, texts, counts)["accuracy"].mean())

@@ -6,15 +6,16 @@ import torch
 
 from data.problems import read_rows
 from evaluate import EvalConfig, complete
+from lab.adapters import base_directory
 from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
-from lab.command import Parser, add_saving, add_template, fields_of, new_directory, saving
+from lab.command import Parser, add_memory, add_saving, add_template, fields_of, new_directory, saving
 from lab.graphs import generate
 from lab.asking import decoder, to_learn, with_room
 from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
-                         in_its_language, open_model, read_problem_set, rules, save_model)
+                         in_its_language, open_model, open_to_train, read_problem_set, rules, save_trained)
 from rewards import TAGS
-from sft import SFTConfig, tokenize, train
+from sft import SFTConfig, adamw, tokenize, train
 
 
 def parse():
@@ -29,6 +30,7 @@ def parse():
     parser.add_argument("--samples", type=int, default=4, help="per prompt; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, help="default: by the problems, which a line says")
     parser.add_fields(SFTConfig, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype"))
+    add_memory(parser, leave_out=("cache_tokens",))
     add_saving(parser)
     return parser, parser.parse_with_rows()
 
@@ -38,7 +40,7 @@ def run(rejection_sample, explain, distill):
     with parser.one_line_errors(args.out):
         problems = read_problem_set(args.data, args)
         choose_max_new_tokens(args, problems, EvalConfig)
-        check_directory(args.student, args.template)  # before the teacher samples
+        check_directory(base_directory(args.student), args.template)  # before the teacher samples
         general = read_rows(args.general, ("prompt", "completion")) if args.general else []
         config = fields_of(args, SFTConfig)
         out = new_directory(args.out)
@@ -56,18 +58,19 @@ def run(rejection_sample, explain, distill):
             if not traces:
                 raise ValueError(f"{path} is empty: none of the teacher's samples is correct, readable and in the "
                                  "problem's language; another --template, more --samples, or a stronger teacher")
-            student, tokenizer = open_model(args.student, torch.float32, template=args.template)
+            student, tokenizer = open_to_train(args.student, args, config.seed)
             rows = [to_learn(row, tokenizer.template) for row in traces]
             general = [to_learn(row, tokenizer.template) for row in general]
             distill(student, rows, general, encode=partial(tokenize, tokenizer=tokenizer),
                     train=partial(fine_tune, config=config, checkpointer=checkpointer))
-            save_model(student, out, tokenizer)
+            save_trained(student, out, tokenizer)
 
 
 def fine_tune(student, examples, config, checkpointer):
     print(cut_warning(examples, config.row_length), end="")
-    train(student, examples, config, log=StepPrinter(checkpointer.dir, next(student.parameters()).device),
-          save=checkpointer.save, resume=checkpointer.resume)
+    device = next(student.model.parameters()).device
+    train(student.model, examples, config, log=StepPrinter(checkpointer.dir, device),
+          save=student.save(checkpointer.save), resume=student.resume(checkpointer.resume), **student.optimizer(adamw))
 
 
 def correct(text, example):

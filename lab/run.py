@@ -23,14 +23,17 @@ import grpo
 import model as transformer
 import sft
 from lab import checkpoint, claims, measure, report
+from lab.adapters import base_directory, load_model
 from lab.check_input import check_directory
 from lab.graphs import generate
-from lab.layers import fast_layers, recompute
+from lab.layers import fast_layers
 from lab.logs import BudgetSpent, RLLog, SFTLog
+from lab.lots import in_lots
 from lab.asking import decoder, to_learn
-from lab.scripts import cut_warning, rules
+from lab.scripts import cut_warning, rules, save_trained
+from lab.memory import Memory
 from lab.terminal import line_of
-from variants.rope_scaling import scaled_frequencies
+from lab.trainee import Trainee
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,11 +81,11 @@ class Run:
     """One run directory: the stages that are finished, their measured values, and the means to make the next."""
 
     def __init__(self, out, preset_name, preset, seed, device, source, stages, chosen, rewards, command="",
-                 recompute=False):
+                 memory=Memory()):
         """source: MiniWorld or OwnModel (lab/sources.py); stages: {name: Stage}; chosen: names of those to make now;
         rewards: the weights of the rules, which count as settings."""
         self.out, self.preset_name, self.preset, self.seed, self.device = Path(out), preset_name, preset, seed, device
-        self.source, self.stages, self.chosen, self.recompute = source, stages, chosen, recompute
+        self.source, self.stages, self.chosen, self.memory = source, stages, chosen, memory
         meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "world": source.identity(),
                 "command": command}
         self.results = {"meta": meta, **self.earlier_results()}
@@ -91,6 +94,9 @@ class Run:
         self.begin("")
         settings = {"preset": preset_name, "seed": seed, "settings": asdict(preset), "rewards": rewards}
         settings |= source.settings()
+        trained_by = {name: getattr(memory, name) for name in ("lora", "lora_alpha", "offload_optimizer")}
+        if memory.lora or memory.offload_optimizer:
+            settings["memory"] = trained_by
         checkpoint.check_same_settings(self.out / "config.json", settings)
 
     # ---- what earlier calls left
@@ -166,7 +172,7 @@ class Run:
 
     def begin(self, name, code=CODE):
         """The stage `name` begins: its cost and time are counted from here."""
-        self.name, self.tokenizer = name, self.source.tokenizer_of(name)
+        self.name, self.tokenizer, self.trained = name, self.source.tokenizer_of(name), None
         self.cost, self.started, self.code = {"tokens": 0, "flops": 0.0}, time.time(), code_of(code)
 
     def end(self):
@@ -182,7 +188,7 @@ class Run:
             self.begin(name, self.code_behind(name))
             model = stage.make(self)
             if not self.source.is_given(name):  # else it is only measured
-                self.save(model)
+                self.save()
             self.end()
             parameters = sum(p.numel() for p in model.parameters())
             done = stage.about() | {"parameters": parameters, **self.cost, "code": self.code}
@@ -230,18 +236,30 @@ class Run:
         return checkpoint.read_jsonl(path) if path.exists() else []
 
     def starting_model(self):
-        """The model that the stage under way starts from."""
-        return self.model(self.stages[self.name].starts_from)
+        """The model that the stage under way starts from, to be trained."""
+        return self.to_train(self.stages[self.name].starts_from)
+
+    def to_train(self, stage):
+        """The model of a stage, which the stage under way trains as the run's memory asks for."""
+        dir = self.source.directory(self, stage)
+        self.trained = Trainee(self.model(stage), self.memory, dir, self.seed)
+        return self.trained.model
+
+    def trainee(self, model):
+        """The Trainee of a model that `to_train` has returned, or of a new one."""
+        if self.trained is None or self.trained.model is not model:
+            self.trained = Trainee(model, self.memory)
+        return self.trained
 
     def model(self, stage):
-        """The model of a finished stage, or an own one. float32: it may be trained."""
+        """The model of a finished stage, or an own one. It may be trained."""
         dir = self.source.directory(self, stage)
-        check_directory(dir)
-        return self.prepared(transformer.load(dir, self.device, torch.float32, rope=scaled_frequencies))
+        check_directory(base_directory(dir))
+        return fast_layers(load_model(dir, self.device, self.memory.dtype(self.preset.zero.dtype)))
 
-    def save(self, model):
+    def save(self):
         """Writes the model of the stage under way."""
-        checkpoint.save_directory(self.out / self.name, partial(transformer.save, model, tokenizer=self.tokenizer))
+        save_trained(self.trained, self.out / self.name, self.tokenizer)
 
     def new_model(self, sizes):
         """A Transformer with random weights."""
@@ -249,13 +267,7 @@ class Run:
         vocab_size, context = self.tokenizer.vocab_size, self.preset.context
         config = transformer.Config(vocab_size=vocab_size, max_position_embeddings=context, **sizes)
         generator = torch.Generator().manual_seed(self.seed)
-        return self.prepared(transformer.Transformer(config).init_weights(generator).to(self.device))
-
-    def prepared(self, model):
-        """The model with the layers that this run and its device ask for."""
-        if self.recompute:
-            recompute(model)
-        return fast_layers(model)
+        return fast_layers(transformer.Transformer(config).init_weights(generator).to(self.device))
 
     def say_what_changed(self):
         """One line if the code of finished stages has changed: the first such stage, and how to re-run from there."""
@@ -331,12 +343,13 @@ class Run:
     def sft(self, model, rows, config, pretraining=False):
         """Trains on rows {"prompt", "completion"}; pretraining is the case without a mask."""
         checkpointer, save, resume = self.checkpointer()
-        log = SFTLog(self, model)
+        log, trainee = SFTLog(self, model), self.trainee(model)
         template = self.tokenizer.template
         examples = [sft.tokenize(to_learn(row, template), self.tokenizer, pretraining) for row in rows]
         print(cut_warning(examples, config.row_length), end="", flush=True)
         with checkpointer:
-            sft.train(model, examples, replace(config, seed=self.seed), log=log, save=save, resume=resume)
+            sft.train(model, examples, replace(config, seed=self.seed), log=log, save=trainee.save(save),
+                      resume=trainee.resume(resume), **trainee.optimizer(sft.adamw))
         log.close()
         return model
 
@@ -353,15 +366,16 @@ class Run:
             raise ValueError(f"no rule is called {', '.join(sorted(unknown))}: there are {', '.join(scored_by)}")
         weights = {name: weights.get(name, 0.0) for name in scored_by}
         checkpointer, save, resume = self.checkpointer()
-        log = RLLog(self, model, config, scored_by, weights, sample_budget)
+        log, trainee = RLLog(self, model, config, scored_by, weights, sample_budget), self.trainee(model)
         with checkpointer, suppress(BudgetSpent):
             if validate and resume is None:
                 log.before_training(model)
             grpo.train(model, examples or self.source.problems,
                        encode=self.prompt, decode=decoder(self.tokenizer, examples or self.source.problems),
-                       generate=generate, end_ids=self.tokenizer.end_ids,
+                       generate=in_lots(generate, self.memory.cache_tokens), end_ids=self.tokenizer.end_ids,
                        rewards=scored_by, weights=weights, config=config,
-                       validate=log.validate if validate else None, log=log, save=save, resume=resume, **in_place)
+                       validate=log.validate if validate else None, log=log, save=trainee.save(save),
+                       resume=trainee.resume(resume), **trainee.optimizer(grpo.adam), **in_place)
         log.close()
         return model
 

@@ -11,20 +11,23 @@ import rewards
 from data.math_answers import READERS, read_both, read_both_ends
 from data.problems import read_problems, read_rows
 from lab import records, watch
+from lab.adapters import base_directory, load_model, save_adapters
 from lab.asking import decoder, to_learn, with_room
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
-from lab.command import (Parser, add_going_on, add_saving, add_speed, add_template, fast_dtype, fields_of,
+from lab.command import (Parser, add_compile, add_going_on, add_memory, add_saving, add_template, fast_dtype, fields_of,
                          new_directory, saving, tell_of_unused_gpu)
 from lab.graphs import generate
-from lab.layers import fast_layers, recompute, replace
+from lab.layers import fast_layers, replace
+from lab.lots import in_lots
+from lab.memory import Memory
 from lab.own_rules import chosen_rules, chosen_weights
 from lab.prompts import SharingTransformer
-from model import Transformer, load, save
+from lab.trainee import Trainee
+from model import Transformer, save
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
-from variants.rope_scaling import scaled_frequencies
 
 FOR_PROBLEM_SETS = 512  # new tokens: GSM8K's outputs have medians of 248-315
 PROBLEMS = "JSONL, JSON or CSV: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py, data/forms.py)"
@@ -86,32 +89,51 @@ def encoder(tokenizer):
 
 def open_model(dir, dtype=None, device=None, template=None):
     """(model, tokenizer) of a directory, which is checked before anything is loaded."""
-    check_directory(dir, template)
-    tokenizer = Tokenizer(dir, template)
+    base = base_directory(dir)
+    check_directory(base, template)
+    tokenizer = Tokenizer(base, template)
     tokenizer.template  # a chat template that is not known is refused before anything is loaded
-    return fast_layers(load(dir, device, dtype, rope=scaled_frequencies)), tokenizer
+    return fast_layers(load_model(dir, device, dtype)), tokenizer
+
+
+def open_to_train(dir, args, seed):
+    """(Trainee, tokenizer) of a directory, trained as the command line's options say, which a line repeats."""
+    memory = fields_of(args, Memory)
+    model, tokenizer = open_model(dir, memory.dtype(args.dtype), template=args.template)
+    if next(model.parameters()).device.type == "cpu":
+        tell_of_unused_gpu()
+    trainee = Trainee(model, memory, dir, seed)
+    how = [f"{args.dtype} on {next(model.parameters()).device}"]
+    if memory.lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        how.append(f"LoRA of rank {memory.lora}: {trained:,} parameters are trained")
+    if memory.offload_optimizer:
+        how.append("Adam on the CPU")
+    if getattr(args, "compile", False):
+        replace(model, {SharingTransformer: Transformer})  # each layer would be compiled for its place in the cache
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+        how.append("compiled")
+    print(", ".join(how), flush=True)
+    return trainee, tokenizer
 
 
 def save_model(model, dir, tokenizer):
     save_directory(dir, partial(save, model, tokenizer=tokenizer))
 
 
-def prepare(model, args):
-    """Does what add_speed's options ask for, and prints the precision in which the model is trained."""
-    if next(model.parameters()).device.type == "cpu":
-        tell_of_unused_gpu()
-    if args.recompute:
-        recompute(model)
-    if args.compile:
-        replace(model, {SharingTransformer: Transformer})  # each layer would be compiled for its place in the cache
-        for layer in model.layers:
-            layer.compile(dynamic=True)
-    compiled = ", compiled" if args.compile else ""
-    print(f"{args.dtype} on {next(model.parameters()).device}{compiled}", flush=True)
+def save_trained(trainee, dir, tokenizer):
+    """Writes the trained model in float32; adapters in addition, as PEFT does, in its folder `adapter`."""
+    if trainee.memory.lora:
+        save_directory(dir / "adapter", partial(save_adapters, trainee.model, trainee.dir))
+    save_model(trainee.whole(), dir, tokenizer)
 
 
-def parse_reinforce(description, config_class, estimator_config, defaults):
-    """(parser, arguments) of a script that reinforces; defaults: {field of config_class: the method's default}."""
+def parse_reinforce(description, config_class, estimator_config, defaults, leave_out=()):
+    """(parser, arguments) of a script that reinforces; defaults: {field of config_class: the method's default}.
+
+    leave_out: fields of Memory that the script does not offer.
+    """
     parser = Parser(description=description)
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
@@ -129,7 +151,8 @@ def parse_reinforce(description, config_class, estimator_config, defaults):
     parser.add_fields(DAPOConfig)
     if estimator_config is not None:
         parser.add_fields(estimator_config)
-    add_speed(parser)
+    add_compile(parser)
+    add_memory(parser, leave_out)
     add_saving(parser)
     add_going_on(parser)
     name = parser.parse_args().config
@@ -138,13 +161,16 @@ def parse_reinforce(description, config_class, estimator_config, defaults):
     return parser, parser.parse_args()  # a second time, with the defaults of the paper that --config names
 
 
-def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, **defaults):
+def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, make_optimizer=None,
+              **defaults):
     """The script of grpo.py, and of the variants that put another advantage estimator in place of the group advantages.
 
     estimator_class(model, config, estimator_config's fields) makes what `train` takes as advantage_estimator;
-    `defaults` are the fields of config_class whose default the method changes.
+    make_optimizer: train's default, which may then run on the CPU; `defaults`: the fields of config_class whose default
+    the method changes.
     """
-    parser, args = parse_reinforce(description, config_class, estimator_config, defaults)
+    leave_out = () if make_optimizer else ("offload_optimizer",)
+    parser, args = parse_reinforce(description, config_class, estimator_config, defaults, leave_out)
     with parser.one_line_errors(args.out):
         chosen = chosen_rules(args.rewards, rules())
         weights = chosen_weights(chosen, args.reward_weights)
@@ -152,12 +178,12 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         choose_max_new_tokens(args, examples, config_class)
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
         check_length_buffer(dapo, config)
-        model, tokenizer = open_model(args.model, torch.float32, template=args.template)
-        prepare(model, args)
-        encode = encoder(tokenizer)
+        fields_of(args, Memory).check(config)
+        trainee, tokenizer = open_to_train(args.model, args, config.seed)
+        model, encode = trainee.model, encoder(tokenizer)
         examples = with_room(examples, encode, model.config.max_position_embeddings, config.max_new_tokens, args.data)
         out = new_directory(args.out, may_go_on=args.keep_state)
-        in_place = {}
+        in_place = trainee.optimizer(make_optimizer)
         if estimator_class is not None:
             in_place["advantage_estimator"] = estimator_class(model, config, fields_of(args, estimator_config))
         keep = getattr(in_place.get("advantage_estimator"), "keep", None)
@@ -168,15 +194,15 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         with saving(out, args) as checkpointer:
             def save(**parts):
                 is_last = parts["step"] == config.rollouts
-                (checkpointer.save_last if is_last and args.keep_state else checkpointer.save)(**parts)
+                trainee.save(checkpointer.save_last if is_last and args.keep_state else checkpointer.save)(**parts)
 
             train(model, examples,
                   encode=encode, decode=decoder(tokenizer, examples),
-                  generate=generate, end_ids=tokenizer.end_ids,
+                  generate=in_lots(generate, args.cache_tokens), end_ids=tokenizer.end_ids,
                   rewards=chosen, weights=weights, config=config,
                   log=Printer(config, out, next(model.parameters()).device), save=save,
-                  resume=checkpointer.resume, **in_place)
-            save_model(model, out, tokenizer)
+                  resume=trainee.resume(checkpointer.resume), **in_place)
+            save_trained(trainee, out, tokenizer)
 
 
 class Printer:
@@ -232,7 +258,7 @@ class StepPrinter:
         self.guard.check_sft(m, batch)
 
 
-def fine_tune(config_class, tokenize, train):
+def fine_tune(config_class, tokenize, train, make_optimizer):
     """The script of sft.py."""
     parser = Parser(description="Supervised fine-tuning of a model directory.")
     parser.add_argument("--model", required=True, help="model directory")
@@ -241,20 +267,21 @@ def fine_tune(config_class, tokenize, train):
     add_template(parser)
     parser.add_argument("--pretrain", action="store_true", help="put the loss on the prompt too")
     parser.add_fields(config_class, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
-    add_speed(parser)
+    add_compile(parser)
+    add_memory(parser, leave_out=("cache_tokens",))
     add_saving(parser)
     args = parser.parse_with_rows()
     with parser.one_line_errors(args.out):
         config, rows = fields_of(args, config_class), read_rows(args.data, ("prompt", "completion"))
-        model, tokenizer = open_model(args.model, torch.float32, template=args.template)
-        prepare(model, args)
+        trainee, tokenizer = open_to_train(args.model, args, config.seed)
         out = new_directory(args.out)
         examples = [tokenize(to_learn(row, tokenizer.template), tokenizer, args.pretrain) for row in rows]
         print(cut_warning(examples, config.row_length), end="")
         with saving(out, args) as checkpointer:
-            train(model, examples, config, log=StepPrinter(out, next(model.parameters()).device),
-                  save=checkpointer.save, resume=checkpointer.resume)
-            save_model(model, out, tokenizer)
+            train(trainee.model, examples, config, log=StepPrinter(out, next(trainee.model.parameters()).device),
+                  save=trainee.save(checkpointer.save), resume=trainee.resume(checkpointer.resume),
+                  **trainee.optimizer(make_optimizer))
+            save_trained(trainee, out, tokenizer)
 
 
 def measure_directory(config_class, complete, measure, summarise):
@@ -264,7 +291,8 @@ def measure_directory(config_class, complete, measure, summarise):
     parser.add_argument("--data", required=True, help=PROBLEMS)
     add_fields_of_rows(parser)
     add_template(parser)
-    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"), help="default %(default)s")
+    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float16", "float32"),
+                        help="default %(default)s")
     parser.add_fields(config_class)
     args = parser.parse_args()
     with parser.one_line_errors():

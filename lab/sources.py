@@ -23,8 +23,9 @@ import rewards
 from data import world
 from data.problems import read_rows
 from lab import checkpoint
-from lab.check_input import check_directory
+from lab.adapters import base_directory
 from lab.asking import with_room
+from lab.check_input import check_directory
 from lab.scripts import encoder, in_its_language, read_problem_set
 from model import read_config
 from sft import SFTConfig
@@ -131,10 +132,10 @@ class OwnModel:
         self.args, self.preset = args, preset
         template = None if args.template == "own" else args.template
         for dir in (args.base, *args.student):
-            check_directory(dir, template)
+            check_directory(base_directory(dir), template)
         self.students = student_names(args.student)
         self.directories = {"base": args.base} | {f"base_{name}": dir for name, dir in self.students.items()}
-        self.tokenizers = {name: Tokenizer(dir, template) for name, dir in self.directories.items()}
+        self.tokenizers = {name: Tokenizer(base_directory(dir), template) for name, dir in self.directories.items()}
         for tokenizer in self.tokenizers.values():
             tokenizer.template  # a chat template that is not known is refused
         self.hard, self.general, self.safety = [], [], []
@@ -162,13 +163,13 @@ class OwnModel:
         """The problems that leave room for an answer, in each model's tokens and context."""
         for name, tokenizer in self.tokenizers.items():
             dir = self.directories[name]
-            problems = with_room(problems, encoder(tokenizer), read_config(dir).max_position_embeddings,
+            problems = with_room(problems, encoder(tokenizer), config_of(dir).max_position_embeddings,
                                  self.preset.zero.max_new_tokens, f"{path}, in tokens of {dir}")
         return problems
 
     def fit(self, preset):
         """The preset with rows of SFT no longer than the shortest context."""
-        context = min(read_config(dir).max_position_embeddings for dir in self.directories.values())
+        context = min(config_of(dir).max_position_embeddings for dir in self.directories.values())
         shorter = {name: replace(config, row_length=min(config.row_length, context))
                    for name, config in vars(preset).items() if isinstance(config, SFTConfig)}
         return replace(preset, **shorter)
@@ -234,10 +235,14 @@ def student_names(directories):
     """{"qwen": its directory, "llama": ..., "qwen_3": ...}: by family, numbered where a family comes twice."""
     names = {}
     for number, dir in enumerate(directories, 1):
-        family = "llama" if read_config(dir).model_type == "llama" else "qwen"
+        family = "llama" if config_of(dir).model_type == "llama" else "qwen"
         name = f"{family}_{number}" if family in names else family
         names[name] = dir
     return names
+
+
+def config_of(dir):
+    return read_config(base_directory(dir))
 
 
 def words_of(example):

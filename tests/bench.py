@@ -164,7 +164,7 @@ def train_ours(c, rows, length, dtype, compiled=False):
             loss = sft.loss_sum(model, rows[:, :-1], None, None, rows[:, 1:], NAMES[dtype]) / ids[:, 1:].numel()
             loss.backward()
             loss.item()
-    return adam_step(model, sft.make_optimizer(model, 1e-3, 0.1), backward)
+    return adam_step(model, sft.adamw(model.parameters(), 1e-3, 0.1), backward)
 
 
 def import_nanogpt(folder):

@@ -19,6 +19,7 @@ ALLOWED = {  # beside the standard library
     "sft": {"torch", "tqdm"}, "grpo": {"torch", "tqdm"}, "distill": set(), "evaluate": {"numpy", "tqdm"},
     "variants/ppo": {"torch", "tqdm"}, "variants/prime": {"torch", "tqdm"}, "variants/process": {"torch"},
     "variants/dapo": {"torch"}, "variants/rope_scaling": {"torch"}, "variants/configs": set(),
+    "variants/lora": {"torch"}, "variants/offload": {"torch"},
     "lab/checkpoint": {"torch", "safetensors", "numpy"}}
 CONCEPTS = [*ALLOWED]
 FOLDERS = ("variants", "lab", "data")
@@ -88,6 +89,38 @@ EXAMPLES = {
         rollout = SimpleNamespace(rewards=torch.tensor([[0., 1], [1, 1]]))
         assert dapo.has_signal(rollout).tolist() == [True, False]
         assert dapo.length_penalty(torch.tensor([0, 8, 9, 12]), 10, 4).tolist() == [0, -0.5, -0.75, -1]
+    """,
+    "variants/lora": """
+        import lora
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+        before, weight = net(x), net[0].weight.clone()
+        lora.add_adapters(net, rank=2, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(net(x), before)
+        optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(100):
+            loss = (net(x) - x[:, :2]).square().mean()
+            loss.backward(), optimizer.step(), optimizer.zero_grad()
+        assert loss < 0.1 and torch.equal(net[0].weight, weight), loss
+        after = net(x)
+        with lora.adapters_off(net):
+            assert torch.equal(net(x), before)
+        assert torch.allclose(lora.merge(net)(x), after, atol=1e-5)
+        assert torch.allclose(lora.unmerge(net)[0].weight, weight, atol=1e-6)
+    """,
+    "variants/offload": """
+        import copy
+        import torch
+        import offload
+        masters = torch.nn.Linear(4, 2)
+        model, alone = copy.deepcopy(masters), copy.deepcopy(masters)
+        adam = lambda net: torch.optim.Adam(net.parameters(), lr=0.1, fused=True)
+        steps = [(model, offload.step_on_cpu(adam(masters), model, masters)), (alone, adam(alone))]
+        for net, optimizer in steps:
+            for _ in range(5):
+                net(torch.ones(1, 4)).square().sum().backward()
+                optimizer.step(), optimizer.zero_grad()
+        assert torch.equal(model.weight, alone.weight) and torch.equal(masters.weight, alone.weight)
     """,
     "variants/rope_scaling": """
         from types import SimpleNamespace

@@ -175,7 +175,7 @@ def test_by_default_weights_decay_by_a_tenth_of_the_rate():
 
 
 def test_weight_decay_falls_on_matrices_only(tiny):
-    groups = sft.make_optimizer(tiny(), 1e-3, weight_decay=0.1).param_groups
+    groups = sft.adamw(tiny().parameters(), 1e-3, weight_decay=0.1).param_groups
     decayed = {p.dim() for g in groups for p in g["params"] if g["weight_decay"] == 0.1}
     rest = {p.dim() for g in groups for p in g["params"] if g["weight_decay"] == 0}
     assert (decayed, rest) == ({2}, {1}) and sum(len(g["params"]) for g in groups) == len(list(tiny().parameters()))

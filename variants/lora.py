@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 
 class LoRALinear(nn.Linear):
-    """y = x W' + bias + (alpha / r) x A' B'. What add_adapters makes of an nn.Linear, whose weights keep their names."""
+    """y = x W' + bias + (alpha / r) x A' B'. An nn.Linear becomes one in place: its weights keep their names."""
 
     def forward(self, x):
         y = super().forward(x)

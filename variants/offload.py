@@ -19,31 +19,29 @@ import torch
 
 def step_on_cpu(optimizer, model, masters):
     """The optimizer of the masters' parameters, tied to a model of the same architecture on any device."""
-    transfers = []
     for p, master in zip(model.parameters(), masters.parameters(), strict=True):
-        half = torch.empty_like(p, device="cpu", requires_grad=False)
+        p.half = torch.empty_like(p, device="cpu", requires_grad=False)
         if p.is_cuda:
-            half = half.pin_memory()  # memory that the card reads and writes by itself
-        p.register_post_accumulate_grad_hook(partial(take_gradient, master=master, half=half))
-        transfers.append((p, master, half))
-    optimizer.register_step_post_hook(lambda *_: send_weights(transfers))
+            p.half = p.half.pin_memory()  # memory that the card reads and writes by itself
+        p.register_post_accumulate_grad_hook(partial(take_gradient, master=master))
+    optimizer.register_step_post_hook(lambda *_: send_weights(model, masters))
     return optimizer
 
 
 @torch.no_grad()
-def take_gradient(p, master, half):
+def take_gradient(p, master):
     """After each backward pass: from the card to the master's gradient, in float32."""
-    half.copy_(p.grad)  # waits until the gradient is there
+    p.half.copy_(p.grad)  # waits until the gradient is there
     p.grad = None
     if master.grad is None:
-        master.grad = half.to(master.dtype, copy=True)
+        master.grad = p.half.to(master.dtype, copy=True)
     else:
-        master.grad += half
+        master.grad += p.half
 
 
 @torch.no_grad()
-def send_weights(transfers):
+def send_weights(model, masters):
     """Rounds the masters into the model; one is under way to the card while the next is rounded."""
-    for p, master, half in transfers:
-        half.copy_(master)
-        p.copy_(half, non_blocking=True)
+    for p, master in zip(model.parameters(), masters.parameters(), strict=True):
+        p.half.copy_(master)
+        p.copy_(p.half, non_blocking=True)

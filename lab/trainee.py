@@ -1,0 +1,61 @@
+"""A model to be trained, in full or with what a small card needs: LoRA's adapters, or Adam on the CPU.
+
+    memory = Memory(lora=32)
+    trainee = Trainee(load_model(dir, device, memory.dtype("bfloat16")), memory, dir)
+    train(trainee.model, ..., **trainee.optimizer(adam), save=trainee.save(save), resume=trainee.resume(resume))
+    trainee.whole()     # the model to write, in float32: an adapter is added to the weights as the files hold them
+"""
+
+import torch
+
+from lab.adapters import add_adapters_of, load_model
+from lab.layers import recompute
+from variants.lora import add_adapters
+from variants.offload import send_weights, step_on_cpu
+
+
+class Trainee:
+    def __init__(self, model, memory, dir=None, seed=0):
+        """model, on its device, is what is trained; dir: where it was loaded from; seed: of the adapters."""
+        self.model, self.memory, self.dir, self.masters = model, memory, dir, None
+        if memory.recompute:
+            recompute(model)
+        if memory.lora:
+            add_adapters(model, memory.lora, memory.lora_alpha, generator=torch.Generator().manual_seed(seed))
+        if memory.offload_optimizer:
+            self.masters = self.load()
+
+    def load(self):
+        return load_model(self.dir, "cpu", torch.float32)
+
+    def optimizer(self, make_optimizer):
+        """{"make_optimizer": ...} as `train` takes it, where its default will not do."""
+        if self.masters is None:
+            return {}
+
+        def make(parameters, **settings):
+            return step_on_cpu(make_optimizer(self.masters.parameters(), **settings), self.model, self.masters)
+
+        return {"make_optimizer": make}
+
+    def save(self, save):
+        """A training's save(**parts) that saves the float32 weights, wherever they are."""
+        if self.masters is None:
+            return save
+        return lambda **parts: save(**parts | {"model": self.masters})
+
+    def resume(self, resume):
+        if self.masters is None or resume is None:
+            return resume
+
+        def resume_masters(**objects):
+            rest = resume(**objects | {"model": self.masters})
+            send_weights(self.model, self.masters)
+            return rest
+
+        return resume_masters
+
+    def whole(self):
+        if self.memory.lora:
+            return add_adapters_of(self.model, self.load())
+        return self.masters or self.model
