@@ -101,9 +101,9 @@ def save_directory(dir: str | Path, write):
     try:
         write(aside)
         paths = sorted(aside.iterdir(), key=lambda path: (path.name == "config.json", path.name))
-        written = next(path for path in paths if path.suffix == ".json")
+        mode = next(path.stat().st_mode for path in paths if path.suffix == ".json")
         for path in paths:
-            shutil.copymode(written, path)  # safetensors makes files that their owner alone can read
+            path.chmod(mode)  # safetensors makes files that their owner alone can read
             _flush(path)  # whole on the disk before it has its name
             os.replace(path, dir / path.name)
     finally:
