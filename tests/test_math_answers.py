@@ -25,7 +25,7 @@ accuracy, accuracy_any = RULES["accuracy"], RULES["accuracy_any"]
 
 
 def final_answer(completion):
-    return rewards.final_answer(completion, read_answer, read_end)
+    return rewards.final_answer(completion, read_answer, lambda text: getattr(read_end(text), "value", None))
 
 
 def tagged(answer, thinking="so it is"):
@@ -720,7 +720,7 @@ def test_a_countdown_example_has_both_fields(missing):
 
 def test_the_lenient_accuracy_is_a_reward_to_train_on():
     example = EXAMPLE | {"answer": r"\frac{1}{2}"}
-    for text in (r"so \boxed{\frac12}", tagged("0.5"), "0.5 or so"):
+    for text in (r"so \boxed{\frac12}", tagged("0.5"), "it is 0.5"):
         assert RULES["accuracy_any"](text, example) == 1.0
     assert RULES["accuracy"](r"\boxed{\frac12}", example) == 0.0  # which asks for the tags
 

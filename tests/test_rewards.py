@@ -355,7 +355,8 @@ def test_code_in_an_answer_is_not_run(attack, rules, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("vote", [
-    final_answer, partial(final_answer, read=math_answers.read_answer, read_end=math_answers.read_end)])
+    final_answer,
+    partial(final_answer, read=math_answers.read_answer, read_end=lambda text: math_answers.read_end(text).value)])
 def test_final_answers_of_equal_value_are_equal_votes(vote):
     votes = {vote(text) for text in ("57", "so 57.0", GOOD, "<think>a</think>\\boxed{57}", "114/2")}
     assert votes == {Fraction(57)}
