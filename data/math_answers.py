@@ -264,7 +264,7 @@ def as_text(text: str) -> str:
 UNIT = rf"(?:[cdkm]?m|[km]?g|m?l|s|h|lbs?|oz|in|ft|yd|mi|[ap]m|mph|hrs?|st|nd|rd|th)(?!{AZ})"
 DOUBTFUL = "|".join([  # "5 or so", "5 is wrong", "5 thirds"
     "not", "wrong", "incorrect", "or", "n?either", "between", r"approx\w*", "roughly", "nearly", "almost", "least",
-    "most", "minus", "negative", "base", "never", "false", "grand", "basis", "bps", "pct", "(?:per ?)?mille", "per ?mil",
+    "most", "minus", "negative", "base", "never", "false", "grand", "basis", "bps", "pct", "mille", "per ?mil(?:le)?",
     "mod(?:ulo)?", "log", "ln", "sin", "cos", "tan", "lakhs?", "lacs?", "crores?", "tens", "half", "halves", "halved",
     "doubled?", "tripled?", "root", "reciprocal", "factorial", "kilo", "mega", "giga", "centi", "milli", "micro",
     r"(?<=\()(?:about|around)", r"(?<!\()quarters?",  # 5 (about); but 9 (quarters) and 41 (fourth graders), of ASDiv
@@ -303,43 +303,29 @@ def number_in(text: str) -> Fraction | None:
 
 # ---- boxes ----
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s*")
+BOX_OR_BRACE = re.compile(r"(\\(?:boxed|fbox)(?![a-z])\s*\{?)|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 BARE = re.compile(r"(?!\\(?:boxed|fbox))[^\s{$]+")  # \boxed 5
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 JOINT = re.compile(  # between the boxes of a list: $\boxed{1}$ and $\boxed{2}$
-    rf"(?=.*(?:,|and|or))(?:[^\S\n]|[$,]|{SPACES}|{FORMULA_ENDS}|\\text ?\{{|\}}|(?<![a-z])(?:and|or)(?![a-z]))+")
-
-
-def matching_braces(text: str) -> dict[int, int]:
-    """{where a brace opens: where it closes}, without those that hold braces nested more than four deep."""
-    closed_by, unclosed = {}, []  # unclosed: [start, how deep the braces in it are nested]
-    for token in BRACE.finditer(text):
-        if token[0] == "{":
-            unclosed.append([token.start(), 0])
-        elif token[0] == "}" and unclosed:
-            start, depth = unclosed.pop()
-            if depth < 5:
-                closed_by[start] = token.start()
-            if unclosed:
-                unclosed[-1][1] = max(unclosed[-1][1], depth + 1)
-    return closed_by
+    rf"(?=.*(?:,|and|or))(?:[^\S\n]|,|{SPACES}|{FORMULA_ENDS}|\\text ?\{{|\}}|(?<![a-z])(?:and|or)(?![a-z]))+")
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of each \boxed{}, \fbox{} or "\boxed 5"."""
-    if not BOX.search(text):
-        return []
-    found, position, closed_by = [], 0, matching_braces(text)
-    for box in BOX.finditer(text):
-        if box.start() < position:  # within the box before it
-            continue
-        start, bare = box.end(), BARE.match(text, box.end())
-        if start in closed_by:
-            position = closed_by[start] + 1
-            found.append((box.start(), position, text[start + 1:position - 1]))
+    r"""(start, end, content) of each outermost \boxed{}, \fbox{} or "\boxed 5" with braces nested at most four deep."""
+    found, unclosed = [], []  # unclosed braces: [start of its box or None, start of its content, its depth]
+    for token in BOX_OR_BRACE.finditer(text):
+        bare = BARE.match(text, token.end()) if token[1] else None
+        if token[0] == "{" or (token[1] or "").endswith("{"):
+            unclosed.append([token.start() if token[1] else None, token.end(), 0])
         elif bare:
-            position = bare.end()
-            found.append((box.start(), position, bare[0]))
+            found.append((token.start(), bare.end(), bare[0]))
+        elif token[0] == "}" and unclosed:
+            start, inside, depth = unclosed.pop()
+            if unclosed:
+                unclosed[-1][2] = max(unclosed[-1][2], depth + 1)
+            if start is not None and depth < 5:
+                while found and found[-1][0] > start:  # a box within this one
+                    found.pop()
+                found.append((start, token.end(), text[inside:token.start()]))
     return found
 
 
@@ -372,7 +358,6 @@ def boxes(text: str) -> list[str | None]:
 def differ(box: str | None, other: str) -> bool:
     """Whether two boxes hold two values of a list. No one boxes more than 300 characters of one."""
     return box is not None and len(box + other) <= 300 and read_answer(box) != read_answer(other)
-
 
 
 # ---- mathematical answers ----
@@ -720,9 +705,10 @@ MARKER = re.compile("|".join([
     r"\banswer\**:",                                                       # **Answer**: 42
     r"答案[是为]?[:：]?"]), re.IGNORECASE)                                   # 答案是42
 BLOCK = re.compile(r"(\\\[|\$\$|```\w*\n)(.{,2000}?)(?:\\\]|\$\$|```)", re.DOTALL)
-TAKEN_BACK = re.compile(  # "The answer is 5. Wait, no: 6", "So it is 6."
-    r"\b(?:wait|no|not|but|actually|however|instead|wrong|incorrect|mistake|sorry|correction|rather|hmm|oops|edit|should"
-    r" be)\b|n['’]t\b|^[ \t>*-]{0,9}(?:so|thus|hence|therefore|then)\b|不|错|但|所以|更正", re.IGNORECASE | re.MULTILINE)
+TAKEN_BACK = re.compile("|".join([
+    r"\b(?:wait|no|not|but|actually|however|instead|wrong|incorrect|mistake|sorry|correction|rather|hmm|oops|edit)\b",
+    r"n['’]t\b|\bshould be\b|不|错|但|所以|更正",                              # The answer is 5. Edit: it should be 6
+    r"^[ \t>*-]{0,9}(?:so|thus|hence|therefore|then)\b"]), re.IGNORECASE | re.MULTILINE)  # So it is 6
 
 
 def last_line(tail: str) -> str:
