@@ -267,8 +267,8 @@ DOUBTFUL = "|".join([  # "5 or so", "5 is wrong", "5 thirds"
     "most", "minus", "negative", "base", "never", "false", "grand", "basis", "bps", "pct", "mille", "per ?mil(?:le)?",
     "mod(?:ulo)?", "log", "ln", "sin", "cos", "tan", "lakhs?", "lacs?", "crores?", "tens", "half", "halves", "halved",
     "doubled?", "tripled?", "root", "reciprocal", "factorial", "kilo", "mega", "giga", "centi", "milli", "micro",
-    r"(?<=\()(?:about|around)", r"(?<!\()quarters?",  # 5 (about); but 9 (quarters) and 41 (fourth graders), of ASDiv
-    r"(?:third|(?:four|fif|six|seven|eigh|nin|ten)th)s?(?! graders)"])
+    "doubt", "cannot", "but", "except", "unless", "nor", r"(?<=\()(?:about|around)", r"(?<!\()quarters?",
+    r"(?:third|(?:four|fif|six|seven|eigh|nin|ten)th)s?(?! graders)"])  # ASDiv: 9 (quarters), 41 (fourth graders)
 DOUBTED = re.compile(rf"\b(?:{DOUBTFUL})\b|n['’]t\b", re.IGNORECASE)
 DOUBT = re.compile("|".join([  # what extract_answer does not look for beside the one number of a text
     DOUBTED.pattern,
@@ -369,7 +369,7 @@ SYMBOLS = "|".join([
     rf"{SYMBOL}{POWER}?(?: ?[/*] ?{SYMBOL}{POWER}?| {SYMBOL}{POWER})+"])  # 5 m/s^2, 5 kg*m/s, 5 m s^{-1}
 WITH_WORDS = re.compile(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})")
 WITH_SYMBOLS = re.compile(rf"(.*[0-9π}})]) +(?:{SYMBOLS})")
-MIXED = re.compile(r"(-? ?[0-9]+) ([0-9]+)/([0-9]+)")
+MIXED = re.compile(r"^(-? ?[0-9]+) ([0-9]+)/([0-9]+)$")
 SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?: ?\* ?10 ?\^ ?\{? ?(-?[0-9]{1,3}) ?\}?|[eE][+]?(-?[0-9]{1,3}))")
 CLOCK = re.compile(r"([0-9]+(?: ?: ?[0-9]+)+(?:\.[0-9]+)?) ?(?:([ap])\.?m\.?)?", re.IGNORECASE)
 MATRIX = re.compile(r"[(\[]? ?\\begin ?\{([pb]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)(?:\\\\)? ?\\end ?\{\1\} ?[)\]]?")
@@ -711,13 +711,30 @@ TAKEN_BACK = re.compile("|".join([
     r"^[ \t>*-]{0,9}(?:so|thus|hence|therefore|then)\b"]), re.IGNORECASE | re.MULTILINE)  # So it is 6
 
 
+CLAUSE = re.compile(r"[,.;:，。；：]|\b(?:so|thus|hence|therefore|then|get|gives?|yields?|obtain)\b", re.IGNORECASE)
+VERB = re.compile(r"\b(?:is|are|was|were|be|has|have|makes?|equals?|leaves?)\b|[=是为得有]", re.IGNORECASE)
+DENIED = re.compile(r"\b(?:not|never|cannot|doubt|wrong|incorrect|false|n?either|nor|but|unless|except)\b"
+                    r"|n['’]t\b|不|错", re.IGNORECASE)
+VAGUE = re.compile("|".join([
+    DOUBTED.pattern, r"\b(?:than|about|around|twice|over|under|above|below|up to|within|from)\b",  # more than $5$
+    r"^[^0-9]*[0-9].*\band\b",                                             # 2 and 3: two answers
+    r"[<>^~≤≥≠≈]\W*$|[-+*/]\$ *$"]), re.IGNORECASE)                       # $3 <$ $5$
+
+
+def is_doubtful(before: str, after: str = "") -> bool:
+    """Whether the words beside a number or a formula change it: not in "They are not equal, so it is $5$"."""
+    clause = CLAUSE.split(before)[-1]
+    listed = re.search(r"[0-9]\W{,3}, ?\W?$", before)  # 2, 3
+    return bool(listed or DENIED.search(clause) or VAGUE.search(VERB.split(clause)[-1]) or DOUBTED.search(after))
+
+
 def last_line(tail: str) -> str:
     r"""The last line with content: not \], ---, \end{align}."""
     lines = tail.strip()[-2 * LONGEST:].split("\n")
     while len(lines) > 1 and not re.search(r"\w", re.sub(r"\\end\{\w+\*?\}|```\w*", "", lines[-1])):
         lines.pop()
     _, aligned, line = lines[-1].rpartition("&")  # x &= 42 \\
-    return line.removesuffix("\\\\") if aligned else lines[-1]
+    return line.removesuffix("\\\\") if aligned and r"\begin" not in lines[-1] else lines[-1]
 
 
 def marked_answer(tail: str) -> str | None:
@@ -738,21 +755,23 @@ def marked_answer(tail: str) -> str | None:
 
 
 def read_line(line: str):
-    """All of a line; or the formula $...$ that ends it; or its last number, if no word makes that doubtful."""
+    """All of a line; or the formula $...$ that ends it, or its last number, if no words beside them are doubtful."""
     line = squeeze(line)
     if len(line) > LONGEST:
         line = line[-LONGEST:].partition(" ")[2]  # not from within a number
     value = read_answer(line)
-    sentence = line.rstrip(" .!")
+    sentence = re.sub(r" is (?:the|our) (?:final )?(?:answer|solution)$", "", line.rstrip(" .!"))
     for opening, closing in ("$", "$"), (r"\(", r"\)"):
         if value is None and sentence.endswith(closing):
-            value = read_answer(sentence.removesuffix(closing).rpartition(opening)[2])
+            before, _, formula = sentence.removesuffix(closing).rpartition(opening)
+            value = None if is_doubtful(before) else read_answer(formula)
+    if value is not None:
+        return value
     is_formula = re.search(r"[\\^_|√π∞∪±]", clean(line.rpartition("=")[2]))
-    is_doubtful = re.search(r"\b(?:wrong|incorrect|false)\b|\bbetween \S+ and [^0-9]{,3}[0-9.,]+\W*$", line)
-    after = re.split("[0-9]", line)[-1]
-    if value is None and not is_formula and not is_doubtful and not DOUBTED.search(after):
-        value = extract_answer(line, last=True)
-    return value
+    around = re.fullmatch("(.*?)[0-9][0-9.,/]*([^0-9]*)", line)  # its last number
+    if not around or is_formula or is_doubtful(*around.groups()):
+        return None
+    return extract_answer(line, last=True)
 
 
 @lru_cache(2 ** 14)

@@ -522,7 +522,12 @@ ENDS = [  # (reference, a completion without answer tags)
     ("2, 3", r"The solutions are \boxed{2} and \boxed{3}."), ("2, 3", r"so \[\boxed{2}, \quad \boxed{3}\]"),
     ("42", "#### 42\n"), ("42", "Therefore, the answer is $42$.\nThis completes the solution."),
     ("x=2, y=3", "so x=2, y=3"), ("3/2", "The answer is 1 1/2."),
-    ("42", "so we get\n\n$$\\boxed{42}$$\n\nas desired.")]
+    ("42", "so we get\n\n$$\\boxed{42}$$\n\nas desired."),
+    (r"\begin{pmatrix}1 & 0 \\ 0 & 1\end{pmatrix}", r"The matrix is $ \begin{pmatrix}1 & 0 \\ 0 & 1\end{pmatrix} $."),
+    ("x >= 5", r"Therefore $x \geq 5$ is the solution."), ("1/2", r"Hence we have $\frac{1}{2}$."),
+    ("1/2", r"Since the two are not equal, the ratio of the first to the second comes to $\frac{1}{2}$."),
+    ("57", "so 57 is the answer."), ("3", "She has 3 red or blue hats, so 3"), ("x^2", "so the function is $x^2$"),
+    ("5", "so $x=5$"), ("5", "We solve $2x=10$ and get $x=5$"), ("1/2", r"With $x=1$, we get $\frac12$.")]
 NO_ENDS = [
     ("42", "The answer is 42.\nNo, it is 43."), ("42", "#### 42\nWait, that is wrong.\n#### 43"),
     ("42", "The answer is 42.\nThe answer is 43."), ("42", "42\n43"), ("42", "42\nno idea"),
@@ -549,7 +554,20 @@ NO_ENDS = [
     ("2", r"$\boxed{1}$ or $\boxed{2}$"), ("42", "The answer would be 42 were x odd.\nIt is even."),
     ("42", "One might think the answer is 42.\nIt isn't."), ("42", "The answer is 42.\n43"),
     ("42", "The answer is 42.\nTherefore: 43"), ("42", "The answer is 42.\n\\[x = 43\\]"), ("42", "答案是42。\n更正：43"),
-    ("42", "The answer is 42.\nEdit: 43"), ("42", "The answer is 42.\nEdit: it should be 43.")]
+    ("42", "The answer is 42.\nEdit: 43"), ("42", "The answer is 42.\nEdit: it should be 43."),
+    ("1/2", r"It is not $\frac{1}{2}$."), ("1/2", r"So it isn't $\frac{1}{2}$."), ("3", "so $x=2$ or $x=3$."),
+    ("3", "so $x=2$ and $x=3$."), ("3", "so $x=2$, $x=3$."), ("3", r"so \(x=2\) and \(x=3\)."),
+    ("3", "so x=2 and x=3."), ("3", "so 2 and 3."), ("3", "The values are 2, 3."),
+    ("3", "The answers are $2$ and $3$."), ("3", "x = 2 or 3"), ("3", "either $2$ or $3$"),
+    ("x^2", "anything but $x^2$"), ("x^2", "It is never $x^2$."), ("5", "less than $5$"), ("5", "It is at least $5$."),
+    ("5", "so it is more than $5$."), ("5", "It is between $3$ and $5$."),
+    (r"\frac12", r"It lies between $0$ and $\frac12$."), (r"\frac12", r"It is about $\frac12$."),
+    (r"\frac12", r"It is minus $\frac12$."), (r"\frac12", r"twice $\frac12$"),
+    (r"\frac12", r"It is not equal to $\frac12$."), (r"\sqrt{2}", r"smaller than $\sqrt{2}$"),
+    ("(1,2)", "not the point $(1,2)$."), ("5", "I doubt that it is $5$."), ("5", "The answer cannot be $5$."),
+    ("3", "The answer is $2$ or $3$."), ("3", "We get 2 for a and 3 for b."), ("3", "It is not 3."),
+    ("3", "Hence it can't be 3."), ("42", "#### not $42$"), ("5", "so $-$ $5$"), ("5", "- $5$"), ("5", "so $3 <$ $5$"),
+    ("2", "so 1 or 2")]
 
 
 @pytest.mark.parametrize("reference, completion", ENDS)

@@ -104,6 +104,12 @@ def test_a_malformed_or_ambiguous_number_is_no_answer(text):
     "5x", "5π", "5M", "5多", "5分之一", "5点五", "五5", "5 and a half"])
 def test_a_word_that_changes_the_value_is_not_overlooked(text):
     assert extract_answer(text) is None
+    assert extract_answer(text.replace("5", "$5")) is None
+
+
+@pytest.mark.parametrize("text", ["- $5", "3 - $5", "-($5)", "<= $5", "12+$5", "more than $5$"])
+def test_a_sign_before_the_dollar_is_not_overlooked(text):
+    assert extract_answer(text) is extract_answer(f"It is {text}", last=True) is None
 
 
 @pytest.mark.parametrize("text", ["５７", "٥٧", "५७", "57²", "5⁷", "½", "①", "57 or ５８", "Ⅷ 57"])
