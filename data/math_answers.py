@@ -267,7 +267,7 @@ DOUBTFUL = "|".join([  # "5 or so", "5 is wrong", "5 thirds"
     "most", "minus", "negative", "base", "never", "false", "grand", "basis", "bps", "pct", "mille", "per ?mil(?:le)?",
     "mod(?:ulo)?", "log", "ln", "sin", "cos", "tan", "lakhs?", "lacs?", "crores?", "tens", "half", "halves", "halved",
     "doubled?", "tripled?", "root", "reciprocal", "factorial", "kilo", "mega", "giga", "centi", "milli", "micro",
-    "doubt", "cannot", "but", "except", "unless", "nor", r"(?<=\()(?:about|around)", r"(?<!\()quarters?",
+    "doubt", "cannot be", "(?:any|every)thing but", "all but", r"(?<=\()(?:about|around)", r"(?<!\()quarters?",
     r"(?:third|(?:four|fif|six|seven|eigh|nin|ten)th)s?(?! graders)"])  # ASDiv: 9 (quarters), 41 (fourth graders)
 DOUBTED = re.compile(rf"\b(?:{DOUBTFUL})\b|n['’]t\b", re.IGNORECASE)
 DOUBT = re.compile("|".join([  # what extract_answer does not look for beside the one number of a text
