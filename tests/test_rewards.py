@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rewards
-from data import math_answers
+from data import exact_numbers, math_answers
 from lab.check_input import check_example
 from rewards import (accuracy, accuracy_any, extract_answer, final_answer, format, harmlessness, helpfulness,
                      is_refusal, language_consistency, split, thinks)
@@ -694,7 +694,7 @@ def test_a_prompt_and_its_answer_are_enough_to_score():
     assert accuracy_any("12 + 45 = 57", example) == 1.0
 
 
-@pytest.mark.parametrize("module", [rewards, math_answers])
+@pytest.mark.parametrize("module", [rewards, math_answers, exact_numbers])
 def test_nothing_is_evaluated(module):
     source = Path(module.__file__).read_text(encoding="utf-8").replace("re.compile(", "")
     assert not re.search(r"\b(?:eval|exec|compile|__import__)\(", source)
