@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
 # the samples that it starts from.
 PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
-CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "distill.py", "lab/graphs.py",
-        "lab/asking.py")
+CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
+        "distill.py", "lab/graphs.py", "lab/asking.py")
 
 LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "lengths.jsonl",
         "completions.jsonl")
