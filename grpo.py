@@ -9,8 +9,8 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
   5. every `reference_every` rollouts: the reference becomes the current policy
 
 The loss's value is about 0 while it learns (a group's advantages sum to 0): watch reward, KL (a sawtooth: the
-reference moves), clip fraction, entropy and gradient norm. A truncated completion keeps its reward and its gradient
-(the papers do not say; DAPO penalises it: variants/dapo.py). The sampled end token has its gradient too.
+reference moves), clip fraction, entropy and gradient norm. A truncated completion keeps reward and gradient (DAPO
+penalises it: variants/dapo.py); the sampled end token has its gradient too.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions x vocabulary: 1 GB or 256 MB in fp32
+LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary: 256 MB in fp32
 adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)  # betas: not published
 
 
@@ -417,7 +417,6 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         counters["prompts"] += len(r.examples) + discarded
         counters["samples"] += (len(r.examples) + discarded) * c.group_size
         sampling_seconds = time.time() - started
-        # the log-probabilities that stay fixed during the updates
         state.score(r)
         # 3: advantages
         if advantage_estimator is None:

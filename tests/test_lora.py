@@ -170,6 +170,25 @@ def test_merged_and_unmerged_are_the_adapted_model_and_the_base_to_rounding():
         torch.testing.assert_close(model(IDS), base(IDS), atol=1e-5, rtol=1e-5)
 
 
+def test_switches_out_of_order_are_refused_where_they_would_count_an_adapter_twice_or_not_at_all():
+    model = trained(tiny())
+    expected = model(IDS)
+    with adapters_off(model), pytest.raises(RuntimeError, match="are not on"):
+        merge(model)
+    with pytest.raises(RuntimeError, match="are not merged"):
+        unmerge(model)
+    with adapters_off(model), pytest.raises(RuntimeError, match="are not on"), adapters_off(model):
+        pass
+    assert torch.equal(model(IDS), expected)
+    merged = merge(model)(IDS)
+    for wrong in (merge, lambda model: adapters_off(model).__enter__()):
+        with pytest.raises(RuntimeError, match="are not on"):
+            wrong(model)
+    assert torch.equal(model(IDS), merged)
+    with pytest.raises(ValueError, match="already"):
+        add_adapters(model, 2)
+
+
 def test_a_bias_is_added_once():
     linear = torch.nn.Linear(3, 2)
     x, expected = torch.ones(1, 3), linear(torch.ones(1, 3))

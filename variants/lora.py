@@ -4,15 +4,17 @@ LoRA (arXiv 2106.09685) section 4.1: a matrix W (out, in) becomes W + (alpha / r
 (out, r) zero at first, so that training starts from the model as it was. All matrices of the layers get one, and the
 learning rate is about ten times that of full training ["LoRA Without Regret", Schulman et al. 2025].
 
-    add_adapters(model, rank=32)     # in place; any model whose matrices are nn.Linear. Then train as before:
+    add_adapters(model, rank=32)     # in place; then train as before:
     Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     with adapters_off(model):        # the model as it was, to the last bit: the reference of a KL penalty
         model(ids)
-    merge(model)                     # the same function without the two small products; unmerge(model) goes back
+    merge(model)                     # the adapted function without the two small products; unmerge(model) goes back
 
-A and B are float32, W may be bfloat16 or float16: it is only read. Memory: 16 bytes for each number in A and B
-(weights, gradients, Adam's moments), and for W what its precision takes.
+A and B are float32; W may be bfloat16 or float16, since training only reads it. `merge` writes W and rounds it: in half
+precision a small B A is lost in it, so merge for good into float32 weights. Memory: 16 bytes for each number in A and B
+(weights, gradients, Adam's moments), and for W what its precision takes. To save: what has "lora_" in its name in
+state_dict(), and alpha.
 """
 
 import math
@@ -28,9 +30,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         y = super().forward(x)
-        if not self.is_on:
+        if self.state != "on":
             return y
-        # outside of autocast x has the precision of W
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return y + F.linear(self.scale * F.linear(x, A), B)
 
@@ -41,14 +42,16 @@ class LoRALinear(nn.Linear):
 
 
 def add_adapters(model, rank, alpha=32.0, leave_out=("lm_head",), generator=None):
-    """Freezes the model and gives each nn.Linear an adapter, in place, but for those of these names. The model.
+    """Freezes the model and gives each nn.Linear, and no other layer, an adapter, in place. Returns the model.
 
-    A is uniform within 1 / sqrt(in) of 0, as PEFT draws it; alpha 32 as in "LoRA Without Regret", where the best
-    learning rate then hardly depends on the rank. generator: a CPU's, for A.
+    leave_out: last parts of names. A is uniform within 1 / sqrt(in) of 0, as PEFT draws it, by a generator of the CPU;
+    alpha 32 as in "LoRA Without Regret", where the best learning rate then hardly depends on the rank.
     """
+    if adapters(model):
+        raise ValueError("the model has adapters already")
     for p in model.parameters():
         p.requires_grad_(False)
-        p.is_base = True  # it will never change: copies may share it, and a training's state need not hold it
+        p.is_base = True  # for whoever copies or saves the model: training does not change it, so that it may be shared
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear or name.split(".")[-1] in leave_out:
             continue
@@ -56,7 +59,7 @@ def add_adapters(model, rank, alpha=32.0, leave_out=("lm_head",), generator=None
         bound = 1 / math.sqrt(linear.in_features)
         A = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
         linear.__class__ = LoRALinear
-        linear.scale, linear.is_on = alpha / rank, True
+        linear.scale, linear.state = alpha / rank, "on"
         linear.lora_A = nn.Parameter(A.to(device))
         linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
     return model
@@ -70,32 +73,36 @@ def adapters(model):
 @contextmanager
 def adapters_off(model):
     """Within the block the model is as it was before add_adapters."""
-    switch(model, False)
+    switch(model, "on", "off")
     try:
         yield
     finally:
-        switch(model, True)
+        switch(model, "off", "on")
 
 
-def switch(model, is_on):
-    for part in adapters(model).values():
-        part.is_on = is_on
-
-
-def merge(model):
-    """Adds the adapters to the matrices, in place; summed in float32, then in W's precision. The model."""
-    return add_deltas(model, 1)
-
-
-def unmerge(model):
-    """The matrices as they were before `merge`, up to rounding. The model."""
-    return add_deltas(model, -1)
+def switch(model, before, after):
+    """Each adapter is "on", "off" or "merged". Raises RuntimeError where one is not what it should be before."""
+    parts = adapters(model).values()
+    if any(part.state != before for part in parts):
+        raise RuntimeError(f"the adapters are not {before}, so they cannot be {after}")
+    for part in parts:
+        part.state = after
 
 
 @torch.no_grad()
-def add_deltas(model, sign):
+def merge(model):
+    """Adds the adapters to the matrices, in place: summed in float32, then in W's precision. Returns the model."""
+    switch(model, "on", "merged")
     for part in adapters(model).values():
-        part.weight.copy_(part.weight.float() + sign * part.delta())
-        part.is_on = sign < 0
+        part.weight.copy_(part.weight.float() + part.delta())
+    return model
+
+
+@torch.no_grad()
+def unmerge(model):
+    """The matrices as they were before `merge`, up to rounding. Returns the model."""
+    switch(model, "merged", "on")
+    for part in adapters(model).values():
+        part.weight.copy_(part.weight.float() - part.delta())
     return model
 
