@@ -289,6 +289,12 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(avx512_bf16, amx, 
     assert command.fast_dtype("cpu") == chosen
 
 
+@pytest.mark.parametrize("capability, chosen", [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_a_card_without_bfloat16_takes_float16(capability, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert command.fast_dtype("cuda") == chosen
+
+
 BAD = {  # what is wrong -> the command, and what its one line must name
     "another configuration": (["pipeline.py", "--preset", "smoke", "--seed", "7", "--out", "RUN", "--device", "cpu"],
                               "another configuration (seed was 0, is 7)"),
