@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2 ** 26  # positions x vocabulary: 256 MB in fp32
+LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions x vocabulary: 1 GB or 256 MB in fp32
 adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)  # betas: not published
 
 
