@@ -18,7 +18,8 @@ from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings
 from lab.memory import Memory
 from lab.records import LOGS
 
-MAY_CHANGE = ("out", "save_every", "rollouts", "keep_state")  # from call to call: a training may get more rollouts
+# from call to call: a training may get more rollouts
+MAY_CHANGE = ("out", "save_every", "rollouts", "keep_state", "memory")
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
 LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference, "
                "--lora, --offload-optimizer; while sampling, smaller --cache-tokens, fewer rows or new tokens")
@@ -173,6 +174,12 @@ def add_memory(parser, leave_out=()):
         if isinstance(default, bool):
             kind = {"action": "store_true"}
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=ABOUT[name], **kind)
+
+
+def add_foretelling(parser):
+    parser.add_argument("--memory", action="store_true",
+                        help="before it starts, print what the training takes of memory by the formula of "
+                             "lab/memory.py, and what is free")
 
 
 # ------------------------------------------------------------------------------------------- the output directory

@@ -15,16 +15,16 @@ from lab.adapters import base_directory, load_model, save_adapters
 from lab.asking import decoder, to_learn, with_room
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
-from lab.command import (Parser, add_compile, add_going_on, add_memory, add_saving, add_template, fast_dtype, fields_of,
-                         new_directory, saving, tell_of_unused_gpu)
+from lab.command import (Parser, add_compile, add_foretelling, add_going_on, add_memory, add_saving, add_template,
+                         fast_dtype, fields_of, new_directory, saving, tell_of_unused_gpu)
 from lab.graphs import generate
 from lab.layers import fast_layers, replace
 from lab.lots import in_lots
-from lab.memory import Memory
+from lab.memory import Memory, report
 from lab.own_rules import chosen_rules, chosen_weights
 from lab.prompts import SharingTransformer
 from lab.trainee import Trainee
-from model import Transformer, save
+from model import Transformer, read_config, save
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
@@ -118,6 +118,16 @@ def open_to_train(dir, args, seed):
     return trainee, tokenizer
 
 
+def foretell(args, config, examples=()):
+    """Prints what a training of args.model will take of memory, before anything of it is loaded."""
+    base = base_directory(args.model)
+    check_directory(base, args.template)
+    sizes, encode = read_config(base), encoder(Tokenizer(base, args.template))
+    longest = max((len(encode(example)) for example in examples), default=0)
+    room = max(1, sizes.max_position_embeddings - getattr(config, "max_new_tokens", 0))
+    print(report(sizes, fields_of(args, Memory), config, min(longest, room)), flush=True)
+
+
 def save_model(model, dir, tokenizer):
     save_directory(dir, partial(save, model, tokenizer=tokenizer))
 
@@ -153,6 +163,8 @@ def parse_reinforce(description, config_class, estimator_config, defaults, leave
         parser.add_fields(estimator_config)
     add_compile(parser)
     add_memory(parser, leave_out)
+    if estimator_config is None:  # what a variant adds is not in the formula
+        add_foretelling(parser)
     add_saving(parser)
     add_going_on(parser)
     name = parser.parse_args().config
@@ -179,6 +191,8 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
         check_length_buffer(dapo, config)
         fields_of(args, Memory).check(config)
+        if getattr(args, "memory", False):
+            foretell(args, config, examples)
         trainee, tokenizer = open_to_train(args.model, args, config.seed)
         model, encode = trainee.model, encoder(tokenizer)
         examples = with_room(examples, encode, model.config.max_position_embeddings, config.max_new_tokens, args.data)
@@ -269,10 +283,13 @@ def fine_tune(config_class, tokenize, train, make_optimizer):
     parser.add_fields(config_class, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
     add_compile(parser)
     add_memory(parser, leave_out=("cache_tokens",))
+    add_foretelling(parser)
     add_saving(parser)
     args = parser.parse_with_rows()
     with parser.one_line_errors(args.out):
         config, rows = fields_of(args, config_class), read_rows(args.data, ("prompt", "completion"))
+        if args.memory:
+            foretell(args, config)
         trainee, tokenizer = open_to_train(args.model, args, config.seed)
         out = new_directory(args.out)
         examples = [tokenize(to_learn(row, tokenizer.template), tokenizer, args.pretrain) for row in rows]
