@@ -84,7 +84,8 @@ class Decoder:
         c = model.config
         self.record, self.recordings = record, {}
         self.base, dtype = base_of(model), next(model.parameters()).dtype
-        own = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters()}
+        own = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters()
+               if id(p) not in self.base}
         self.model = copy.deepcopy(model, own | self.base).requires_grad_(False)
         self.rows, self.columns = rows, blocks(columns)
         like = next(self.model.parameters())
