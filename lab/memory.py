@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+LOGITS_AT_ONCE = (2 ** 26, 2 ** 28)  # grpo.py's and sft.py's: on a CPU, on a GPU
+SHARE = 1 / 20                       # lab/graphs.py's
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -150,7 +153,7 @@ def held(s, memory, c, card=0):
         is_away = c.offload_reference and card
         terms["reference"] = Bytes(scoring=copy, host=copy) if is_away else always(copy)
     if is_rl(c) and is_cast(memory, c):
-        terms["sampler's copy"] = always(copy)  # grpo.train holds it until it makes the next one
+        terms["sampler's copy"] = Bytes(copy)
     return terms
 
 
@@ -181,9 +184,9 @@ def of_a_micro_batch(s, memory, c, prompt, card):
         terms["weights cast by autocast"] = Bytes(update=cast)
 
     # the head: logits of a piece in half precision, in float32, their log-softmax; on the way back the latter, its
-    # gradient and the logits'. sft.py: logits, softmax, the logits' gradient
-    logits = min(rows * learned, (2 ** 28 if card else 2 ** 26) // s.vocab_size) * s.vocab_size  # LOGITS_AT_ONCE
-    forward, back = ((half + 8) * logits, 12 * logits) if is_rl(c) else (0, (2 * half + 4) * logits)
+    # gradient and the logits'. sft.py: the logits and their gradient in half precision, logits and softmax in float32
+    logits = min(rows * learned, LOGITS_AT_ONCE[bool(card)] // s.vocab_size) * s.vocab_size
+    forward, back = (half + 8) * logits, 12 * logits
     # its weights, where they are trained: a cast, a piece's gradient, and the sum of those so far
     head = 0 if memory.lora else s.vocab_size * D
     gradient = {"cast": 2, "piece": 2 + 4, "sum": 4} if is_cast(memory, c) else {"cast": 0, "piece": half, "sum": half}
@@ -199,22 +202,20 @@ def of_a_lot(s, memory, c, prompt, card):
     """Of what is sampled at once; on a GPU in the fixed memory of lab/graphs.py's decoder, with weights of its own."""
     half, longest = half_of(c), prompt + c.max_new_tokens
     rows = min(c.prompts_per_rollout, max(1, memory.cache_tokens // (c.group_size * longest))) * c.group_size
-    column = 2 * s.num_hidden_layers * widths(s)[1] * half * rows  # keys and values
-    columns = math.ceil(longest / 32) * 32
-    terms = {"logits of a step": Bytes(rows * s.vocab_size * (half + 8))}  # the probabilities, their running sum
-    # rows leave where four fifths or fewer stay, which are copied (growth copies half)
-    terms["cache of the rows that stay"] = Bytes(4 * column * columns // 5)
-    terms["cache"] = Bytes(column * columns)
-    if card:
-        fixed = column // rows * power_of_two(rows) * math.ceil(longest / 64) * 64
-        fixed += a_copy(s, memory, c)
-        # each recording, one for 64 columns, has logits of its own
-        recorded = (math.ceil(c.max_new_tokens / 64) + 1) * power_of_two(rows) * s.vocab_size * half
-        is_kept = fixed <= card / 20
-        terms["cache"] = Bytes()
-        terms["recorded decoder and its cache"] = always(fixed) if is_kept else Bytes(fixed)
-        terms["recorded logits"] = always(recorded) if is_kept else Bytes(recorded)
-    return terms
+    token = 2 * s.num_hidden_layers * widths(s)[1] * half  # its keys and values
+    room = rows * token * math.ceil(longest / 32) * 32
+    terms = {"logits of a step": Bytes(rows * s.vocab_size * (half + 8)),  # the probabilities, their running sum
+             # rows leave where four fifths or fewer stay, which are copied (growth copies half)
+             "cache of the rows that stay": Bytes(4 * room // 5)}
+    if not card:
+        return terms | {"cache": Bytes(room)}
+    fixed_rows, columns = power_of_two(rows), math.ceil(longest / 64) * 64
+    decoder = a_copy(s, memory, c) + fixed_rows * token * columns
+    # each recording, one for 64 columns, has logits of its own
+    recorded = (math.ceil(c.max_new_tokens / 64) + 1) * fixed_rows * s.vocab_size * half
+    is_kept = decoder <= SHARE * card
+    made = {"recorded decoder and its cache": decoder, "recorded logits": recorded}
+    return terms | {what: always(count) if is_kept else Bytes(count) for what, count in made.items()}
 
 
 def power_of_two(count):
@@ -292,6 +293,19 @@ def written(options):
 
 # ------------------------------------------------------------------------------------------- the tables of docs/
 
+@dataclass(frozen=True)
+class Defaults:
+    """What of grpo.py's defaults for problem sets on a GPU is read here."""
+    prompts_per_rollout: int = 16
+    group_size: int = 16
+    minibatches: int = 4
+    max_new_tokens: int = 512
+    micro_batch_tokens: int = 16384
+    beta: float = 0.001
+    offload_reference: bool = False
+    dtype: str = "bfloat16"
+
+
 def qwen(D, I, layers, heads, kv_heads, V=151936, positions=32768, tied=True):
     """Sizes of a Qwen2.5, from its published config.json."""
     return SimpleNamespace(
@@ -318,10 +332,10 @@ GSM8K = [("Qwen2.5-0.5B", "recompute"), ("Qwen2.5-0.5B", "LoRA"), ("Qwen2.5-1.5B
          ("Qwen2.5-7B", "LoRA")]
 
 
-def least_invasive(sizes, config, card):
+def least_invasive(sizes, card):
     """A cell: the first choice that fits, and GB: what is held all the time, and all at the highest."""
     for name, options in CHOICES:
-        chosen = with_options(Memory(), config, options)
+        chosen = with_options(Memory(), Defaults(), options)
         highest, _ = total(needed(sizes, *chosen, card=card))
         if highest <= 0.9 * card:  # a tenth for CUDA itself, and for memory in pieces too small
             return f"{name}: {total(held(sizes, *chosen, card))[0] / 1e9:.1f} / {highest / 1e9:.1f}"
@@ -332,25 +346,26 @@ def row(cells):
     return f"| {' | '.join(cells)} |"
 
 
-def fitting(config):
+def fitting():
+    """The lines of the table in docs/speed_and_memory.md."""
     lines = [row(["", *(f"{size} GB" for size in CARDS)]), row(["---"] * (len(CARDS) + 1))]
     for name, sizes in MODELS.items():
-        lines.append(row([name, *(least_invasive(sizes, config, size * 10 ** 9) for size in CARDS)]))
+        lines.append(row([name, *(least_invasive(sizes, size * 10 ** 9) for size in CARDS)]))
     return lines
 
 
-def commands(config):
+def commands():
+    """The lines of that in docs/own_model.md."""
     lines = [row(["", "options", "GPU", "CPU"]), row(["---"] * 4)]
     for name, kind in GSM8K:
-        highest, host = total(needed(MODELS[name], *with_options(Memory(), config, LADDER[kind]), card=80 * 10 ** 9))
+        chosen = with_options(Memory(), Defaults(), LADDER[kind])
+        highest, host = total(needed(MODELS[name], *chosen, card=80 * 10 ** 9))
         lines.append(row([name, f"`{written(LADDER[kind])}`", f"{highest / 1e9:.0f} GB", f"{host / 1e9:.0f} GB"]))
     return lines
 
 
 def main():
-    from grpo import GRPOConfig  # here: it reads its options from this file
-    config = GRPOConfig(max_new_tokens=512, micro_batch_tokens=16384)  # as on a GPU, for problem sets
-    print("\n".join(fitting(config)), "", *commands(config), sep="\n")
+    print(*fitting(), "", *commands(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,19 @@ import grpo
 import model as transformer
 import sft
 from counted import Counted
+from lab import graphs
+from lab.command import GPU_TOKENS
+from lab.graphs import Decoder
 from lab.layers import fast_layers
-from lab.memory import Memory, held, tensors
+from lab.memory import (LOGITS_AT_ONCE, MODELS, SHARE, Defaults, Memory, best_remedy, commands, fitting, held, needed,
+                        of_a_lot, report, tensors, total, with_options)
+from lab.scripts import FOR_PROBLEM_SETS
 from lab.trainee import Trainee
 from model import Config, Transformer
 from test_pretend_cuda import on_the_gpu
+from test_scripts import SMALL, call, files  # noqa: F401  a fixture
+
+ROOT = Path(__file__).parent.parent
 
 # the parameters are nearly all: 3.3M beside rows of 8 tokens
 SIZES = Config(vocab_size=500, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
@@ -82,8 +91,7 @@ def resident(memory, config):
     """By the formula, on a CPU: {moment: bytes}."""
     terms = held(SIZES, memory, config)
     sums = dict(zip(("sampling", "scoring", "update", "host"), map(sum, zip(*terms.values()))))
-    while_sampling = sums["sampling"] + sums["host"] - terms["gradients"].host
-    return {"sampling": while_sampling, "update": sums["update"] + sums["host"]}
+    return {moment: sums[moment] + sums["host"] for moment in ("sampling", "update")}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
@@ -123,7 +131,8 @@ def on_a_card(dir, config):
                    make_optimizer=make_optimizer)
     terms = held(SIZES, memory, config).values()
     card = {"cuda": sum(count.update for count in terms), "cpu": sum(count.host for count in terms)}
-    assert found[-1] == pytest.approx(card, rel=0.002), (found[-1], card)
+    # a copy's rotary angles count as the CPU's until they are used
+    assert found[-1] == pytest.approx(card, rel=0.01), (found[-1], card)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -133,17 +142,29 @@ def test_an_offloaded_optimizers_parts_lie_where_the_formula_says(dir, beta):
 
 # ------------------------------------------------------------------------------------------- heights
 
+# tokens enough to count, beside a vocabulary whose logits count
+BUSY = replace(SIZES, vocab_size=2000, hidden_size=64, intermediate_size=256, max_position_embeddings=128)
+
+
+@pytest.fixture
+def busy(tmp_path):
+    transformer.save(Transformer(BUSY).init_weights(torch.Generator().manual_seed(0)), tmp_path)
+
+    def make(memory):
+        """(Trainee, all of its tensors)"""
+        trainee = Trainee(fast_layers(transformer.load(tmp_path, "cpu", memory.dtype("bfloat16"))), memory, tmp_path)
+        models = [model for model in (trainee.model, trainee.masters) if model is not None]
+        return trainee, [t for model in models for t in (*model.parameters(), *model.buffers())]
+    return make
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_height_is_above_the_formulas_and_none_far_below(kind, recompute, tmp_path):
-    """On a CPU, with tokens enough to count, beside a vocabulary whose logits count."""
-    sizes = replace(SIZES, vocab_size=2000, hidden_size=64, intermediate_size=256, max_position_embeddings=128)
-    transformer.save(Transformer(sizes).init_weights(torch.Generator().manual_seed(0)), tmp_path)
+def test_no_height_of_grpo_is_above_the_formulas_and_none_far_below(kind, recompute, busy):
     memory, heights = replace(KINDS[kind], recompute=recompute), {}
     config = grpo.GRPOConfig(rollouts=2, prompts_per_rollout=4, group_size=4, minibatches=2, max_new_tokens=24,
                              micro_batch_tokens=150, beta=0.1, dtype="bfloat16")
-    model = fast_layers(transformer.load(tmp_path, "cpu", memory.dtype(config.dtype)))
-    trainee = Trainee(model, memory, tmp_path)
+    trainee, known = busy(memory)
 
     def reached(moment):
         heights[moment] = max(live.peak, heights.get(moment, 0))
@@ -155,13 +176,84 @@ def test_no_height_is_above_the_formulas_and_none_far_below(kind, recompute, tmp
         reached("sampling")
         return result
 
-    known = [*model.parameters(), *model.buffers()]
-    if trainee.masters is not None:
-        known += [*trainee.masters.parameters(), *trainee.masters.buffers()]
     with Counted(*known) as live:
         grpo.train(trainee.model, [[1, 2, 3, 4, 5, 6]] * 4, encode=list, decode=str, generate=generate, end_ids=[],
                    rewards={"length": lambda text, example: len(text)}, config=config, **trainee.optimizer(grpo.adam))
         reached("others")
-    *device, host = map(sum, zip(*needed(sizes, memory, config, prompt=6).values()))
-    share = {"sampling": heights["sampling"] / (device[0] + host), "others": heights["others"] / (max(device[1:]) + host)}
+    *device, host = map(sum, zip(*needed(BUSY, memory, config, prompt=6).values()))
+    share = {"sampling": heights["sampling"] / (device[0] + host),
+             "others": heights["others"] / (max(device[1:]) + host)}
     assert all(0.7 < part <= 1 for part in share.values()), share
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_height_of_sft_is_above_the_formulas_and_none_far_below(kind, recompute, busy):
+    memory = replace(KINDS[kind], recompute=recompute)
+    trainee, known = busy(memory)
+    config = sft.SFTConfig(epochs=1, batch_tokens=256, micro_batch_rows=4, row_length=32)
+    with Counted(*known) as live:
+        sft.train(trainee.model, [([1, 2, 3, 4] * 8, 0)] * 16, config, **trainee.optimizer(sft.adamw))
+    share = live.peak / sum(total(needed(BUSY, memory, config)))
+    assert 0.7 < share <= 1, share
+
+
+def test_a_recorded_decoder_copies_the_adapters_alone_and_shares_their_base(dir):
+    model = Trainee(transformer.load(dir, "cpu", torch.bfloat16), Memory(lora=8), dir).model
+    with Counted(*model.parameters(), *model.buffers()) as live:
+        before = live.peak
+        decoder = Decoder(model.eval(), 4, 64, None)
+    four_rows = replace(RL, dtype="bfloat16", group_size=4, prompts_per_rollout=1)
+    terms = of_a_lot(SIZES, Memory(lora=8), four_rows, prompt=60, card=80e9)
+    made = live.peak - before
+    assert made == pytest.approx(terms["recorded decoder and its cache"].sampling, rel=0.02)
+    assert decoder.bytes() <= made
+
+
+# ------------------------------------------------------------------------------------------- what is printed
+
+@pytest.mark.parametrize("free, line", [
+    (80, "of 80.00 that are free"), (20, "of 20.00 that are free: does not fit; most brings --recompute, ")])
+def test_the_report_says_what_is_free_and_what_brings_most(free, line, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 10 ** 9, 24 * 10 ** 9))
+    config = grpo.GRPOConfig(max_new_tokens=512, micro_batch_tokens=16384)
+    said = report(MODELS["Qwen2.5-0.5B"], Memory(), config)
+    highest, _ = total(needed(MODELS["Qwen2.5-0.5B"], Memory(), config, card=24e9))
+    assert f"GPU: {highest / 1e9:.2f} GB, {line}" in said, said
+
+
+def test_an_option_that_brings_most_brings_what_the_line_says():
+    config, sizes = grpo.GRPOConfig(micro_batch_tokens=16384), MODELS["Qwen2.5-1.5B"]
+    for memory in (Memory(), Memory(recompute=True), Memory(lora=32), Memory(offload_optimizer=True)):
+        options, less = best_remedy(sizes, memory, config, 256, 80e9)
+        before, after = (total(needed(sizes, *both, card=80e9))[0]
+                         for both in ((memory, config), with_options(memory, config, options)))
+        assert before - after == less > 0
+
+
+@pytest.mark.parametrize("main, data, options, told", [
+    (grpo.main, "problems.jsonl", SMALL + ["--lora", "4"], ["weights", "adapters", "sampling", "scoring", "update"]),
+    (sft.main, "pairs.jsonl", ["--epochs", "1", "--dtype", "float32"], ["weights", "update"])])
+def test_memory_is_told_before_the_training_which_goes_on(main, data, options, told, files, tmp_path):
+    ended = call(main, files, tmp_path / "out", "--memory", data=data, small=options)
+    assert ended.status == 0 and (tmp_path / "out" / "model.safetensors").exists(), ended.stderr
+    before = ended.stdout.partition("float32 on cpu")[0]
+    assert all(word in before for word in told) and "that are free" in before, before
+
+
+@pytest.mark.parametrize("page, table", [("speed_and_memory", fitting), ("own_model", commands)])
+def test_the_documents_tables_are_what_the_command_prints(page, table):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for line in table():
+        assert line.removesuffix(" |") in text, f"python -m lab.memory prints {line}"
+
+
+def test_the_tables_are_of_grpos_defaults():
+    on_a_gpu = grpo.GRPOConfig(max_new_tokens=FOR_PROBLEM_SETS, micro_batch_tokens=GPU_TOKENS)
+    assert vars(Defaults()).items() <= vars(on_a_gpu).items()
+
+
+def test_the_pieces_of_logits_are_those_of_the_trainings():
+    assert grpo.LOGITS_AT_ONCE == sft.LOGITS_AT_ONCE == LOGITS_AT_ONCE[torch.cuda.is_available()]
+    assert SHARE == graphs.SHARE
