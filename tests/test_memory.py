@@ -1,8 +1,10 @@
 """What the formula says that a training takes of memory, beside bytes that are counted."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +198,23 @@ def test_no_height_of_sft_is_above_the_formulas_and_none_far_below(kind, recompu
         sft.train(trainee.model, [([1, 2, 3, 4] * 8, 0)] * 16, config, **trainee.optimizer(sft.adamw))
     share = live.peak / sum(total(needed(BUSY, memory, config)))
     assert 0.7 < share <= 1, share
+
+
+def test_what_a_card_took_is_below_the_formula_and_not_far():
+    """GRPO of 64 x (155 + 300) tokens, recomputed, by tests/gpu.py on an H200. Full training has changed since."""
+    config = replace(Defaults(), prompts_per_rollout=8, group_size=8, max_new_tokens=300, micro_batch_tokens=4096)
+    ran = json.loads((ROOT / "results" / "gpu" / "NVIDIA_H200.json").read_text())["cards"]
+    hows = {"Adam on the CPU": Memory(True, offload_optimizer=True), "LoRA 32": Memory(True, lora=32)}
+    compared = 0
+    for name, how, _ in (card["name"].split(", ") for card in ran):
+        if how in hows:
+            card, = (card for card in ran if card["name"] == f"{name}, {how}, bfloat16")
+            sizes = SimpleNamespace(**vars(MODELS[name]) | {"max_position_embeddings": 2048})
+            *device, _ = map(sum, zip(*needed(sizes, hows[how], config, prompt=155, card=150e9).values()))
+            assert 0 < device[0] / 1e9 - card["sampling_GB"] < 1.2, (name, how)
+            assert 0 < max(device[1:]) / 1e9 - card["updates_GB"] < 1.2, (name, how)
+            compared += 1
+    assert compared >= 7
 
 
 def test_a_recorded_decoder_copies_the_adapters_alone_and_shares_their_base(dir):
