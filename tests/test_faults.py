@@ -660,27 +660,47 @@ def pairs(tmp_path):
 
 
 RL = ("--rollouts 5 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --resample 0 "
-      "--rewards accuracy language_consistency").split()
-SFT = ["--batch-tokens", "128", "--row-length", "64"]
-SCRIPTS = {"grpo": (grpo.main, RL), "ppo": (ppo.main, RL), "prime": (prime.main, RL), "sft": (sft.main, SFT)}
+      "--rewards accuracy language_consistency --dtype").split()
+SFT = ["--batch-tokens", "128", "--row-length", "64", "--dtype"]
+RUNS = {"grpo": (grpo.main, RL), "ppo": (ppo.main, RL), "prime": (prime.main, RL), "sft": (sft.main, SFT)}
+HOW = {"plain": "float32", "lora": "bfloat16 --lora 4", "offload": "bfloat16 --offload-optimizer", "float16": "float16",
+       "lora in float16": "float16 --lora 4", "offload in float16": "float16 --offload-optimizer"}
+SCRIPTS = [*((name, how) for how in ("plain", "lora", "float16") for name in RUNS), ("grpo", "offload"),
+           ("sft", "offload"), ("prime", "lora in float16"), ("grpo", "offload in float16")]
+
+OTHER_SETTINGS = {  # option: what the line says that refuses it where the run is killed
+    "plain": [("--lr 0.5", "lr was"), ("--lora 4", "lora was 0, is 4"),
+              ("--dtype bfloat16", "dtype was float32, is bfloat16")],
+    "lora": [("--lora 8", "lora was 4, is 8"), ("--lora-alpha 16", "lora_alpha was 32.0, is 16.0"),
+             ("--lora 0", "lora was 4, is 0")],
+    "offload": [("--lora 4", "offload_optimizer beside lora")],
+    "float16": [("--dtype float32", "dtype was float16, is float32"), ("--lora 4", "lora was 0, is 4")]}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, tmp_path):
-    main, more = SCRIPTS[name]
+def trained_files(dir):
+    """{file: bytes} of the model, its adapter and what was logged, but for times and paths."""
+    apart = ("times.jsonl", "report.html", "LOCK", "settings.json")
+    return {str(path.relative_to(dir)): path.read_bytes() for path in sorted(dir.rglob("*"))
+            if path.is_file() and path.name not in apart}
+
+
+@pytest.mark.parametrize("name, how", SCRIPTS)
+def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, how, tmp_path):
+    main, more = RUNS[name]
     make(tmp_path / "model", "llama", "qwen")
     if name == "sft":
         data = pairs(tmp_path)
     else:
         data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
-    args = ["--model", tmp_path / "model", "--data", data, "--dtype", "float32", "--save-every", "0", *more]
+    args = ["--model", tmp_path / "model", "--data", data, "--save-every", "0", *more, *HOW[how].split()]
     whole = script(main, [*args, "--out", tmp_path / "whole"])
     assert whole.status == 0, whole.stderr
     out = ["--out", tmp_path / "out"]
     killed = script(main, [*args, *out], killed_at=2)
     assert killed.status == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
-    other = script(main, [*args, *out, "--lr", "0.5"])
-    assert other.status == 2 and "lr was" in other.stderr
+    for option, culprit in OTHER_SETTINGS[how.split()[0]]:
+        other = script(main, [*args, *out, *option.split()])
+        assert other.status == 2 and culprit in other.stderr and other.stderr.count("\n") == 1, other.stderr
     rows = Path(data).read_text()
     Path(data).write_text(rows.replace("1", "2"))
     other = script(main, [*args, *out])
@@ -688,8 +708,10 @@ def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, t
     Path(data).write_text(rows)
     again = script(main, [*args, "--out", f"{tmp_path / 'out'}/"])
     assert again.status == 0, again.stderr
-    weights = {dir: (tmp_path / dir / "model.safetensors").read_bytes() for dir in ("out", "whole", "model")}
-    assert weights["out"] == weights["whole"] != weights["model"]
+    assert trained_files(tmp_path / "out") == trained_files(tmp_path / "whole")
+    weights = [(tmp_path / dir / "model.safetensors").read_bytes() for dir in ("out", "model")]
+    assert weights[0] != weights[1]
+    assert ("adapter/adapter_model.safetensors" in trained_files(tmp_path / "out")) == ("lora" in how)
     assert not (tmp_path / "out" / checkpoint.STATE).exists()
 
 
@@ -722,7 +744,7 @@ def test_a_distillation_killed_while_it_samples_and_while_it_trains_resumes_to_t
 
 def test_a_script_whose_rate_is_far_too_high_names_the_last_good_state_and_saves_the_batch(tmp_path):
     make(tmp_path / "model", "llama", "qwen")
-    args = ["--model", tmp_path / "model", "--data", pairs(tmp_path), *SFT, "--dtype", "float32"]
+    args = ["--model", tmp_path / "model", "--data", pairs(tmp_path), *SFT, "float32"]
     ended = script(sft.main, [*args, "--lr", "1e38", "--out", tmp_path / "out"])
     assert ended.status == 2 and ended.stderr.count("\n") == 1, ended.stderr
     assert "5 updates in a row" in ended.stderr and "no good state yet" in ended.stderr
