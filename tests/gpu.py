@@ -34,6 +34,8 @@ import model as transformer  # noqa: E402
 import sft  # noqa: E402
 from lab import checkpoint, graphs  # noqa: E402
 from lab.layers import fast_layers, recompute  # noqa: E402
+from lab.memory import Memory  # noqa: E402
+from lab.trainee import Trainee  # noqa: E402
 from pipeline import PRESETS  # noqa: E402
 from variants.ppo import PPO  # noqa: E402
 from variants.prime import PRIME  # noqa: E402
@@ -51,7 +53,13 @@ SHAPES = {
                          model_type="qwen2"),
     "Qwen2.5-1.5B": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                          num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=2048,
-                         model_type="qwen2")}
+                         model_type="qwen2"),
+    "Qwen2.5-3B": dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                       num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=2048,
+                       model_type="qwen2"),
+    "Qwen2.5-7B": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                       num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=2048,
+                       model_type="qwen2", tie_word_embeddings=False)}
 TINY = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=256)
 if not ON_CARD:
@@ -137,11 +145,14 @@ def correct():
         with catching(f"{kind}: model"):
             compare_model(kind)
     for name in ("GRPO", "PPO", "PRIME", "SFT"):
-        with catching(name):
-            a, b = (updated(name, device) for device in ("cpu", DEVICE))
-            start = flat(new_model(TINY, "cpu"))
-            check(f"{name}: an update beside the CPU's", relative(b - start, a - start), 0.02)
-    for name, compare in (("resume", compare_resumed), ("bfloat16", compare_bfloat16), ("memory", out_of_memory),
+        for memory in MEMORIES:
+            if memory.offload_optimizer and name in ("PPO", "PRIME"):
+                continue
+            with catching(f"{name}, {how(memory)}"):
+                a, b = (updated(name, device, memory) for device in ("cpu", DEVICE))
+                start = flat(new_model(TINY, "cpu"))
+                check(f"{name}, {how(memory)}: update beside the CPU's", relative(b - start, a - start), 0.02)
+    for name, compare in (("resume", compare_resumed), ("half precision", compare_half), ("memory", out_of_memory),
                           ("smoke recipe", smoke)):
         with catching(name):
             compare()
@@ -185,20 +196,41 @@ def canned(ids):
     return generate
 
 
-def updated(name, device):
+MEMORIES = (Memory(), Memory(lora=4), Memory(offload_optimizer=True))
+
+
+def how(memory):
+    """"in full", or by which of a small card's means."""
+    if memory.lora:
+        return f"LoRA {memory.lora}"
+    return "Adam on the CPU" if memory.offload_optimizer else "in full"
+
+
+class RandomTrainee(Trainee):
+    """Of a model with random weights, which no directory holds."""
+
+    def load(self):
+        weights = {name: p for name, p in self.model.state_dict().items() if "lora_" not in name}
+        plain = transformer.Transformer(self.model.config)
+        plain.load_state_dict(weights)
+        return plain.float()
+
+
+def updated(name, device, memory=Memory()):
     """The weights after one step of a method from the same weights and samples on this device."""
-    model = fast_layers(new_model(TINY, "cpu").to(device))
-    ids = random_ids(96, 16, 24)
+    trainee = RandomTrainee(fast_layers(new_model(TINY, "cpu").to(device)), memory)
+    model, ids = trainee.model, random_ids(96, 16, 24)
     if name == "SFT":
         config = sft.SFTConfig(lr=1e-3, epochs=1, row_length=64, batch_tokens=4096, dtype="float32")
-        sft.train(model, [(row.tolist(), 4) for row in ids], config)
-        return flat(model)
+        sft.train(model, [(row.tolist(), 4) for row in ids], config, **trainee.optimizer(sft.adamw))
+        return flat(trainee.whole())
     config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=4, group_size=4, minibatches=1, warmup=1,
                              max_new_tokens=24, dtype="float32", beta=0.0 if name == "PRIME" else 0.01)
     estimators = {"PPO": partial(PPO, model, config), "PRIME": partial(PRIME, model, config, outcome="even")}
     grpo.train(model, [[5, 6, 7], [8, 9], [3], [4, 5]], encode=list, decode=str, generate=canned(ids), end_ids=[],
-               rewards={"even": is_even}, config=config, advantage_estimator=estimators.get(name, lambda: None)())
-    return flat(model)
+               rewards={"even": is_even}, config=config, advantage_estimator=estimators.get(name, lambda: None)(),
+               **trainee.optimizer(grpo.adam))
+    return flat(trainee.whole())
 
 
 def is_even(text, _=None):
@@ -224,20 +256,22 @@ def compare_resumed():
     check("a resumed training's weights", (resumed != rollouts(4)).float().mean(), 0.0)
 
 
-def compare_bfloat16():
-    """What bfloat16 costs at the gpu preset's shape: logits, and the gap between sampler and trainer."""
-    model = fast_layers(new_model(SHAPES["gpu preset"]))
+def compare_half():
+    """What half precision costs at the gpu preset's shape: logits, and the gap between sampler and trainer."""
     ids = random_ids(96, 8, 100).to(DEVICE)
-    with torch.no_grad():
-        exact = model(ids)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            check("bfloat16 logits beside float32's", relative(model(ids), exact), 0.03,
-                  norm_dtype=str(model.norm(model.embed_tokens(ids).bfloat16()).dtype))
-    metrics = []
-    config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=16, group_size=16, max_new_tokens=100)
-    grpo.train(model, [[5, 6, 7], [8, 9], [3], [4, 5]], encode=list, decode=str, generate=graphs.generate, end_ids=[7],
-               rewards={"even": is_even}, config=config, log=lambda m, _: metrics.append(m))
-    check("gap of sampler and trainer", metrics[0]["sampler_gap"], 0.02, kl=metrics[0]["kl"])
+    for dtype, limit in (("float32", 1e-3), ("float16", 0.005), ("bfloat16", 0.02)):
+        model = fast_layers(new_model(SHAPES["gpu preset"]))
+        with torch.no_grad():
+            exact, dtype_of = model(ids), getattr(torch, dtype)
+            with torch.autocast(DEVICE, dtype_of, dtype != "float32"):
+                check(f"{dtype} logits beside float32's", relative(model(ids), exact), 2 * limit,
+                      norm_dtype=str(model.norm(model.embed_tokens(ids).to(dtype_of)).dtype))
+        metrics = []
+        config = grpo.GRPOConfig(rollouts=2, prompts_per_rollout=16, group_size=16, max_new_tokens=100, dtype=dtype)
+        grpo.train(model, [[5, 6, 7], [8, 9], [3], [4, 5]], encode=list, decode=str, generate=graphs.generate,
+                   end_ids=[7], rewards={"even": is_even}, config=config, log=lambda m, _: metrics.append(m))
+        check(f"{dtype}: gap of sampler and trainer", metrics[0]["sampler_gap"], limit, kl=metrics[1]["kl"],
+              overflow=sum(m["overflow"] for m in metrics), skipped=sum(m["skipped"] for m in metrics))
 
 
 OUT_OF_MEMORY = """
@@ -388,6 +422,47 @@ def trl_step(shape, prompt, new, prompts, group, ours):
     note("GRPO step, 0.5B, TRL", seconds=taken, ours_is_faster=taken / ours, peak_GB=peak_gigabytes())
 
 
+def cards():
+    """What fits a small card: GRPO of 64 x (155 + 300) tokens, recomputed, in micro-batches of 4,096 tokens."""
+    full, lora, offload = Memory(recompute=True), Memory(True, lora=32), Memory(True, offload_optimizer=True)
+    plan = [("Qwen2.5-0.5B", full), ("Qwen2.5-0.5B", offload), ("Qwen2.5-0.5B", lora), ("Qwen2.5-1.5B", full),
+            ("Qwen2.5-1.5B", offload), ("Qwen2.5-1.5B", lora), ("Qwen2.5-3B", offload), ("Qwen2.5-3B", lora),
+            ("Qwen2.5-7B", lora)]
+    for name, memory in plan:
+        with catching(f"{name}, {how(memory)}"):
+            card_step(name, memory, "bfloat16")
+    with catching("Qwen2.5-1.5B, LoRA 32, float16"):
+        card_step("Qwen2.5-1.5B", lora, "float16")
+
+
+def card_step(name, memory, dtype):
+    prompt, new, prompts, group = (155, 300, 8, 8) if ON_CARD else (8, 8, 2, 2)
+    graphs.decoders.clear()
+    if ON_CARD:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    trainee = RandomTrainee(fast_layers(new_model(SHAPES[name], dtype=memory.dtype(dtype))), memory)
+    sampling, rows = [], []
+
+    def generate(*args, **settings):
+        if ON_CARD:
+            torch.cuda.reset_peak_memory_stats()
+        result = graphs.generate(*args, **settings)
+        sampling.append(peak_gigabytes())
+        if ON_CARD:
+            torch.cuda.reset_peak_memory_stats()
+        return result
+
+    config = grpo.GRPOConfig(rollouts=2, prompts_per_rollout=prompts, group_size=group, minibatches=4,
+                             max_new_tokens=new, old_logprobs="sampler", micro_batch_tokens=4096, dtype=dtype)
+    grpo.train(trainee.model, random_ids(90, prompts, prompt).tolist(), encode=list, decode=str, generate=generate,
+               end_ids=[], rewards={"even": is_even}, config=config, **trainee.optimizer(grpo.adam),
+               log=lambda m, _: rows.append((m["seconds"], m["sampling_seconds"], m["overflow"])))
+    seconds, of_sampling, overflow = rows[-1]
+    note(f"{name}, {how(memory)}, {dtype}", seconds=seconds, sampling=of_sampling, sampling_GB=sampling[-1],
+         updates_GB=peak_gigabytes(), first=rows[0][0], overflow=overflow)
+
+
 def recipe(stages="base,zero", limit=280):
     """The gpu preset's base and R1-Zero: seconds, and the share of problems solved."""
     preset = "gpu" if ON_CARD else "smoke"
@@ -414,7 +489,7 @@ def recipe(stages="base,zero", limit=280):
 # ------------------------------------------------------------------------------------------- the parts
 
 PARTS = {"correct": (correct, 150), "decode": (decode, 120), "train": (train, 100), "step": (step, 100),
-         "recipe": (recipe, 300)}
+         "cards": (cards, 240), "recipe": (recipe, 300)}
 
 
 def run_part(name, path):
