@@ -21,6 +21,9 @@ def check_directory(dir, template=None):
 
     Raises ValueError with the file and the field.
     """
+    if (Path(dir) / "adapter_config.json").exists() and not (Path(dir) / "config.json").exists():
+        raise ValueError(f"{dir} holds an adapter and no model: a training of ours leaves the merged one in the folder "
+                         "above; another's is merged by lab/adapters.py's load_model, for model.py's save to write")
     check_tokenizer(dir, template)
     check_model(dir)
     path = Path(dir) / "tokenizer.json"

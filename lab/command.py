@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from lab import report
+from lab.adapters import directories
 from lab.check_input import check_settings
 from lab.check_tokenizer import TEMPLATES
 from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
@@ -219,7 +220,7 @@ def saving(out, args):
             settings[f"content of {rule}"] = content_hash(rule.rpartition(":")[0])
     for name in sorted(settings.keys() & set(INPUTS)):  # wherever they lie now, their content must be the same
         path = settings.pop(name)
-        settings[f"content of {name}"] = content_hash(path) if path else None
+        settings[f"content of {name}"] = "+".join(map(content_hash, directories(path))) if path else None
     goes_on = (out / "config.json").exists()  # with more rollouts than before
     with lock(out):
         check_same_settings(out / "settings.json", settings)
