@@ -380,9 +380,8 @@ def rollout_metrics(r: Rollout, history, config):
     return metrics | {"tokens": int(r.lengths.sum())}
 
 
-def train(model, examples, *, encode, decode, generate, end_ids, rewards, config: GRPOConfig, weights=None,
-          advantage_estimator=None, select=draw_once, make_optimizer=adam, validate=None, log=None, save=None,
-          resume=None):
+def train(model, examples, *, encode, decode, generate, end_ids, rewards, config, weights=None, select=draw_once,
+          advantage_estimator=None, make_optimizer=adam, validate=None, log=None, save=None, resume=None):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; weights are fp32.
@@ -413,8 +412,8 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         # 1, 2: sample groups of completions from the current policy; judge them by the rules
         is_cast = next(model.parameters()).dtype == getattr(torch, c.dtype)
-        sampler = model if is_cast else cast_copy(model, c.dtype)
-        r, discarded = select(partial(draw, sampler), prompts, c.prompts_per_rollout)
+        r, discarded = select(partial(draw, model if is_cast else cast_copy(model, c.dtype)), prompts,
+                              c.prompts_per_rollout)  # in one call, so that the copy is gone before the updates
         counters["prompts"] += len(r.examples) + discarded
         counters["samples"] += (len(r.examples) + discarded) * c.group_size
         sampling_seconds = time.time() - started

@@ -72,8 +72,8 @@ NOT_AFTER = ("minus ", "negative ", "not ", "n't ", "than ", "twice ", "half of 
 NUMBER = re.compile("".join([
     rf"(?<![{OPERATORS}*.,{NUMERAL}])",                       # no 12 in 3+12, 1.12.3, 五12
     rf"(?<![{OPERATORS}*][ ({{=])(?<![{OPERATORS}]= )",       # nor in 3 - 12, -(12), <= 12; "x = 12" is fine
-    rf"(?<!{LETTER})",                                        # nor in x12
-    *(f"(?<!{word})" for word in NOT_AFTER),                  # nor in "minus 12"
+    rf"(?<!{LETTER})(?<![{OPERATORS}{NUMERAL}* (][$€£¥￥])",    # nor in x12, - $12
+    *(f"(?<!{word})(?<!{word}[$€£¥￥])" for word in NOT_AFTER),  # nor in "minus 12"
     r"(?P<sign>[-−]?)[$€£¥￥]?(?P<whole>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)",           # -$1,234 or -$1234
     r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?(?P<percent> ?(?:[%％]|per ?cent\b))?",  # .50, /4, %
     rf"(?![0-9])(?! ?[{OPERATORS}*=%％‰])",                   # no 12 in 1234, 12 + 3, 12=12

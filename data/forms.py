@@ -90,7 +90,7 @@ def array_of(whole):
     is_row = any(name in whole for name in (*PROMPTS, *CONVERSATIONS))
     if is_row or len(arrays) != 1:
         return [whole]
-    return [each.get("row", each) if isinstance(each, dict) else each for each in arrays[0]]  # of a viewer's page
+    return [each["row"] if isinstance(each, dict) and "row" in each else each for each in arrays[0]]  # a viewer's page
 
 
 def csv_rows(path, content):
@@ -129,16 +129,7 @@ def usual_fields(row, prompt_field=None, answer_field=None):
 
     prompt_field, answer_field: names, "reward_model.ground_truth" for one within another, in place of looking for them.
     """
-    given, taken = row, set()
-    if prompt_field is not None:
-        taken |= {*PROMPTS, "nums", "target"}
-    if answer_field is not None:
-        taken |= {"answer", "solution", "nums", "target"}
-    row = {name: value for name, value in given.items() if name not in taken}
-    if prompt_field is not None:
-        row["prompt"] = value_at(given, prompt_field)
-    if answer_field is not None:
-        row["answer"] = value_at(given, answer_field)
+    row = with_chosen_fields(row, prompt_field, answer_field)
     for name in CONVERSATIONS:
         if name in row and not any(prompt in row for prompt in PROMPTS):
             row["prompt"] = question_and_answer(row[name])[0]
@@ -149,7 +140,19 @@ def usual_fields(row, prompt_field=None, answer_field=None):
     for name in ("instruction", "query"):
         if name in row and not any(prompt in row for prompt in PROMPTS[:3]):
             row["prompt"] = with_input(row, name)
-    return row if answer_field is not None else with_answer(row)
+    return with_answer(row)
+
+
+def with_chosen_fields(row, prompt_field, answer_field):
+    """A copy of the row with "prompt" and "answer" from the fields that a user named, without what they replace."""
+    chosen, replaced = {}, set()
+    if prompt_field is not None:
+        chosen["prompt"] = value_at(row, prompt_field)
+        replaced |= {*PROMPTS, "nums", "target"}
+    if answer_field is not None:
+        chosen["answer"] = value_at(row, answer_field)
+        replaced |= {"answer", "solution", "nums", "target"}
+    return {name: value for name, value in row.items() if name not in replaced} | chosen
 
 
 def value_at(row, path):

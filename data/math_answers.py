@@ -1,7 +1,7 @@
 r"""MATH's answers: LaTeX read as exact values, so that two ways to write an answer are equal and no others are.
 
     read_answer(r"\frac{\sqrt{12}}{4}") == read_answer(r"\sqrt{3}/2")   the value of an answer text
-    read_end("so $x = 2$.\nHence it is \\boxed{2}.") == 2               of a completion without answer tags
+    read_end("so $x = 2$.\nHence it is \\boxed{2}.").value == 2         of a completion without answer tags
     read_expression(r"\boxed{(50 - 1) \times 2 = 98}")                  "(50 - 1) * 2 = 98": what Countdown asks for
     equal(read_both("20%"), read_both("20"))                           an answer beside its reference
 
@@ -12,257 +12,66 @@ import re
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
-from itertools import product
-from math import gcd
 from typing import NamedTuple
 
-import rewards
+from data.exact_numbers import exact_value, rational
 from rewards import HAN, LATIN, LONGEST, OPERATORS, Percent, extract_answer, split, squeeze
-
-
-def need(condition, reason: str) -> None:
-    """Gives up on an exact number; exact_value turns that into None."""
-    if not condition:
-        raise ValueError(reason)
-
-
-# ---- exact numbers ----
-#
-# {(n, k): c} is the sum of c * sqrt(n) * pi^k, with c a fraction and n squarefree; n = -1 makes i. No terms: zero.
-
-ONE = (1, 0)
-
-
-def plain(a: dict) -> Fraction | None:
-    """The number as a fraction; None with a root, π or i in it."""
-    if not a:
-        return Fraction(0)
-    return a[ONE] if a.keys() == {ONE} else None
-
-
-def is_whole(x: Fraction | None) -> bool:
-    return x is not None and x.denominator == 1
-
-
-def without_zeros(terms: dict) -> dict:
-    return {base: c for base, c in terms.items() if c}
-
-
-def add(a: dict, b: dict) -> dict:
-    return without_zeros({base: a.get(base, 0) + b.get(base, 0) for base in a | b})
-
-
-def multiply(a: dict, b: dict) -> dict:
-    total = {}
-    for ((m, j), x), ((n, k), y) in product(a.items(), b.items()):
-        shared = gcd(m, n)  # sqrt(m) sqrt(n) = shared * sqrt(mn / shared^2)
-        if m < 0 and n < 0:
-            shared = -shared  # i * i = -1
-        base = (m * n // shared ** 2, j + k)
-        total[base] = total.get(base, 0) + x * y * shared
-    total = without_zeros(total)
-    need(len(total) < 7, "too many terms")
-    need(all(abs(c.numerator) + c.denominator < 10 ** 300 for c in total.values()), "too many digits")
-    return total
-
-
-def power(a: dict, exponent: Fraction | None) -> dict:
-    need(a and exponent and is_whole(exponent), "only whole powers, neither 0^n nor n^0")
-    need(abs(exponent) <= (100 if len(a) == 1 else 5), "too high a power")
-    if exponent < 0:
-        need(len(a) == 1, "a sum in a denominator")
-        a = {(n, -k): 1 / (c * n) for (n, k), c in a.items()}  # 1 / sqrt(n) = sqrt(n) / n
-    exponent = abs(int(exponent))
-    result = {ONE: Fraction(1)}
-    while exponent:  # by squares: 9^99 in 10 products
-        if exponent % 2:
-            result = multiply(result, a)
-        exponent //= 2
-        if exponent:
-            a = multiply(a, a)
-    return result
-
-
-def root(a: dict) -> dict:
-    """sqrt(72) = 6 sqrt(2), sqrt(1/2) = sqrt(2) / 2, sqrt(-4) = 2i"""
-    x = plain(a)
-    need(x, "a root of zero, or of a number that is no fraction")
-    inside = x.numerator * x.denominator
-    need(abs(inside) <= 1000 ** 2, "a root of too large a number")
-    n, outside = squarefree(inside)
-    return {(n, 0): Fraction(outside, x.denominator)}
-
-
-@lru_cache(1024)
-def squarefree(n: int) -> tuple[int, int]:
-    """(m, k) with n = m k^2, m squarefree."""
-    k, p = 1, 2
-    while p * p <= abs(n):
-        if n % (p * p):
-            p += 1
-        else:
-            n //= p * p
-            k *= p
-    return n, k
-
-
-TOKEN = re.compile(r"\\frac|[0-9]*\.[0-9]+|[0-9]+|\S")
-TWO_MEANINGS = re.compile("|".join([
-    r"[0-9.] +[0-9.]",                                      # 2 3
-    r"[)}πi] ?[0-9]",                                       # π2
-    r"\} ?\^",                                              # \frac{3}{2}^2
-    r"√ ?[0-9.]+ ?[πi(^\\]",                                # √2π
-    r"/ ?√?(?:[0-9.]+|[({][0-9.]+[)}]) ?[(√πi\\]"]))        # 1/2π
-
-
-@lru_cache(256)  # the items of a set are often tried in several readings
-def exact_value(text: str) -> dict | None:
-    r"""The exact value of a cleaned text in + - * / ^ √ π i \frac and brackets; None for anything else."""
-    try:
-        need(len(text) <= 300 and sum(map(text.count, "({√^-")) <= 60, "too long, or nested too deeply")
-        need(not TWO_MEANINGS.search(text), "it can be read in two ways")
-        reader = ExactReader(text)
-        value = reader.sum()
-        need(not reader.tokens, "a bracket closes nothing")
-        return value
-    except (ValueError, IndexError):  # IndexError: the text ends too early
-        return None
-
-
-class ExactReader:
-    """Reads a sum of products of factors, but no calculation: an answer leaves no plain numbers to add or multiply
-    (2 + 3), while a fraction, a power and a root are but ways to write a number, and 2π is a product."""
-
-    def __init__(self, text: str):
-        self.tokens = TOKEN.findall(text)[::-1]  # the next one is the last
-
-    def next_is(self, characters: str) -> bool:
-        return bool(self.tokens) and self.tokens[-1] in characters
-
-    def sum(self) -> dict:
-        value = self.product()
-        while self.next_is("+-"):
-            sign = self.tokens.pop()
-            term = self.product()
-            need(value and term and not value.keys() & term.keys(), "a sum not worked out")
-            value = add(value, multiply(term, {ONE: Fraction(f"{sign}1")}))
-        return value
-
-    def product(self) -> dict:
-        value = self.factor()
-        while self.tokens and not self.next_is("+-)}"):
-            sign = self.tokens.pop() if self.next_is("*/") else "*"  # 2π
-            value = self.combine(value, sign, self.factor())
-        return value
-
-    def combine(self, a: dict, sign: str, b: dict) -> dict:
-        x, y = plain(a), plain(b)
-        both_plain = x is not None and y is not None
-        is_fraction = sign == "/" and is_whole(x) and is_whole(y)
-        need(is_fraction or not both_plain, "a product not worked out")
-        value = multiply(a, power(b, Fraction(-1)) if sign == "/" else b)
-        need(both_plain or plain(value) is None, "a product not worked out: 12π * 45/π")
-        return value
-
-    def factor(self) -> dict:
-        token = self.tokens.pop()
-        if token == "-":
-            return multiply(self.factor(), {ONE: Fraction(-1)})
-        if token == "(":
-            value = self.bracket(")")
-        elif token == "{":
-            value = self.bracket("}")
-        elif token == "√":
-            value = root(self.factor())
-        elif token == "\\frac":
-            numerator = self.factor()
-            value = self.combine(numerator, "/", self.factor())
-        elif token == "π":
-            value = {(1, 1): Fraction(1)}
-        elif token == "i":
-            value = {(-1, 0): Fraction(1)}
-        else:
-            value = self.number(token)
-        if self.next_is("^"):
-            self.tokens.pop()
-            value = power(value, plain(self.factor()))
-        return value
-
-    def bracket(self, closing: str) -> dict:
-        value = self.sum()
-        need(self.tokens.pop() == closing, "a bracket of another kind")
-        return value
-
-    def number(self, token: str) -> dict:
-        need(re.fullmatch("[0-9.]+", token), "no number")
-        value = without_zeros({ONE: Fraction(token)})
-        if not (token.isdigit() and self.next_is("\\frac")):
-            return value
-        part = self.factor()
-        if plain(part) is None:  # 2\frac{π}{3}
-            return multiply(value, part)
-        need(0 < plain(part) < 1, r"1\frac{1}{2} is 3/2, 1\frac{3}{2} is in doubt")
-        return add(value, part)
 
 
 # ---- one spelling for each thing ----
 
-def digits_of(match: re.Match) -> str:
-    return re.sub("[^0-9]", "", match[0])
-
-
+AZ = rf"[^\W\d_{HAN}]"  # a letter
+SAME = {spelling: form for form, spellings in {
+    r"\ne ": r"\ne \neq ≠ !=", r"\le ": r"\le \leq \leqslant ≤ <=", r"\ge ": r"\ge \geq \geqslant ≥ >=", "<": r"\lt",
+    ">": r"\gt", "π": r"\pi", "∞": r"\infty", "±": r"\pm", "∪": r"\cup \bigcup", "∅": r"\emptyset \varnothing \oslash",
+    "*": r"\times \cdot × · ⋅", "/": r"\div ÷", "-": "−", "%": r"\% ％", ",": "， 、", ";": "；", "Ω": r"\Omega",
+    r"\mathbb{R}": "ℝ"}.items() for spelling in spellings.split()}
+ONE_SPELLING = ("|".join(re.escape(each) + ("(?![a-z])" if each[-1].isalpha() else "") for each in SAME),
+                lambda match: SAME[match[0]])
+TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mbox|hbox|emph|boxed|fbox|operatorname|math(?:rm|bf|it|sf|tt))"
+TEXT_OF = rf"{TEXT} ?\{{([^{{}}]*)\}}"
 THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,? ?\\[,!]) ?[0-9]{3})+(?![0-9])"
 BRACKET_SIZE = r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!"
-TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mbox|hbox|emph|boxed|fbox|operatorname|math(?:rm|bf|it|sf|tt))"
 POWER = r"(?: ?\^ ?(?:-?[1-4]|\{ ?-?[1-4] ?\})|[²³])"
-UNIT_POWER = rf"({TEXT} ?\{{[ ~]?(?:[A-Za-z. /·]{{2,}}|[a-zA-Z]) ?\}}){POWER}"
+UNIT_POWER = rf"({TEXT} ?\{{[ ~]?(?:[A-Za-z. /*]{{2,}}|[a-zA-Z]) ?\}}){POWER}"
 DEGREES = r"\^ ?(?:\\circ(?![a-z])|\{ ?\\circ ?\})|°"
-SPACES = r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|\\?\$|(?<!\\)\\[()[\]]"  # and the borders of formulas
+SPACES = r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])"
+FORMULA_ENDS = r"\\?\$|(?<!\\)\\[()[\]]"
 OPENING = (r"(?i)^ ?(?:#+ )?(?:(?:so|thus|hence|therefore)[ ,]+)?(?:the )?(?:final )?"
            r"(?:(?:answer|solution)s?(?: (?:is|are):?|:)(?: |$))?")
+
+
 SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # in this order
-    (r"\\n(?:eq|e)(?![a-z])|≠|!=", r"\\ne "),                                            # x ≠ 5 -> x \ne 5
-    (r"≤|<=|\\leqslant(?![a-z])", r"\\le "),                                             # x ≤ 5, x <= 5 -> x \le 5
-    (r"≥|>=|\\geqslant(?![a-z])", r"\\ge "),                                             # x ≥ 5, x >= 5 -> x \ge 5
-    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),                                    # x \lt 5 -> x < 5
-    (THOUSANDS, digits_of),                                                              # 1{,}234 -> 1234
+    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),                                  # 2pi -> 2\pi
+    ONE_SPELLING,                                                                        # 2\pi -> 2π, x ≤ 5 -> x \le 5
+    (THOUSANDS, lambda match: re.sub("[^0-9]", "", match[0])),                           # 1{,}234 -> 1234
     (BRACKET_SIZE, ""),                                                                  # \left( -> (
     (r"(?<=[0-9A-Za-z}).])~(?=[A-Za-z\\])|(?<=\{)~", " "),                               # 5~\text{m} -> 5 \text{m}
     (r"\*\*([^*]*)\*\*", r" \1 "),                                                       # **5** -> 5
-    (rf"({TEXT} ?\{{[^{{}}]*\^ ?)\{{ ?(-?[1-4]) ?\}}", r"\1\2"),                          # \mathrm{s^{-2}}
+    (rf"({TEXT} ?\{{[^{{}}]*\^ ?)\{{ ?(-?[1-4]) ?\}}", r"\1\2"),                         # \text{s^{-2}} -> \text{s^-2}
     (UNIT_POWER, r"\1"),                                                                 # \text{cm}^2 -> \text{cm}
-    (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{cm} -> cm
-    (r"\\mu +(?=[AFLVWgms](?![A-Za-z]))", "µ"), (r"\\Omega(?![a-z])", "Ω"),              # \mu\text{m} -> µm
-    (f"{DEGREES}|{SPACES}", " "),                                                        # $90^\circ$ -> 90
-    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),                                  # 2pi -> 2\pi
-    (r"\\%|％", "%"), ("，|、", ","), ("；", ";"),                                           # 5\% -> 5%, 5，6 -> 5,6
-    (r"\\[dtc]?frac(?![a-z]) ?", r"\\frac"),                                             # \dfrac -> \frac
-    (r"\\frac([0-9]) ?([0-9])(?![0-9])", r"\\frac{\1}{\2}"),                             # \frac12
-    (r"\\frac(\\?pi|[0-9π]) ?(\\?pi(?![a-z])|[0-9π])(?![0-9])", r"\\frac{\1}{\2}"),      # \frac\pi 2
-    (r"\\frac([0-9π])(?=\{)", r"\\frac{\1}"),                                            # \frac1{2}
-    (r"(\\frac\{[^{}]*\}) ?([0-9])(?![0-9])", r"\1{\2}"),                                # \frac{1}2
-    (r"^(-? ?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),                          # 1 1/2 -> 1\frac{1}{2}
+    (TEXT_OF, r" \1 "),                                                                  # \text{cm} -> cm
+    (r"\\mu +(?=[AFLVWgms](?![A-Za-z]))", "µ"),                                          # \mu\text{m} -> µm
+    (f"{DEGREES}|{SPACES}|{FORMULA_ENDS}", " "),                                         # $90^\circ$ -> 90
+    (r"\\[dtc]?frac(?![a-z]) ?", r"\\frac"),                                             # \dfrac{1}{2} -> \frac{1}{2}
+    (r"\\frac([0-9π]) ?([0-9π])(?![0-9])", r"\\frac{\1}{\2}"),                           # \frac12 -> \frac{1}{2}
+    (r"(\\frac\{[^{}]*\}) ?([0-9])(?![0-9])", r"\1{\2}"),                                # \frac{1}2 -> \frac{1}{2}
     (r"(?<=[0-9])\.(?=/)", ""),                                                          # 3./2 -> 3/2
-    (r"\\sqrt ?([0-9])(?![0-9])", r"√{\1}"),                                             # \sqrt2
-    (r"\\sqrt(?![a-z0-9 ])", "√"),                                                       # \sqrt{2}
-    (r"\\pi(?![a-z])", "π"), ("−", "-"), (r"\\infty(?![a-z])", "∞"), (r"\\pm(?![a-z])", "±"),
-    (r"\\(?:big)?cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),                           # (0,1) U (2,3)
-    (r"\\(?:emptyset|varnothing|oslash)(?![a-z])|^\\\{ *\\\}$", "∅"),                    # \{\} -> ∅
-    ("ℝ", r"\\mathbb{R}"), (r"\\div(?![a-z])|÷", "/"),                                   # 6 ÷ 3 -> 6 / 3
-    (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"),                                           # 6 \times 3 -> 6 * 3
-    (r"\\([lg]e)q(?![a-z])", r"\\\1"),                                                   # \leq -> \le
+    (r"\\sqrt ?([0-9])(?![0-9])", r"√{\1}"),                                             # \sqrt2 -> √{2}
+    (r"\\sqrt(?![a-z0-9 ])", "√"),                                                       # \sqrt{2} -> √{2}
+    (r"(?<=[)\]]) ?U ?(?=[(\[])", "∪"),                                                  # (0,1) U (2,3)
+    (r"^\\\{ *\\\}$", "∅"),                                                              # \{\} -> ∅
     (OPENING, ""),                                                                       # So the answer is 5 -> 5
-    (r"\.? *$", ""))]
-
-
+    (r"\.? *$", ""))]                                                                    # 5. -> 5
 TYPOGRAPHY = [(re.compile(pattern), form) for pattern, form in (
+    ONE_SPELLING,                                                                        # 3 \times 37 -> 3 * 37
+    (BRACKET_SIZE, ""),                                                                  # \left( -> (
+    (r"\\\$ ?([0-9](?:[0-9.,]*[0-9])?)", r"\1 dollars"),                                 # \$5 -> 5 dollars
     (r"\$|\\[()[\]]|^[*#]+|(?<![*.。])[*.。]+$", " "),                                     # $n$., **n** -> n
-    (r"[‘’]", "'"), ("[“”]", '"'), ("[–—−]", "-"),                                       # “a” – b -> "a" - b
-    ("，|、", ","), ("；", ";"), ("：", ":"),                                                # 3：30 -> 3:30
-    (r"\\(?:times|cdot)(?![a-z])|[×·⋅]", "*"),                                           # 3 \times 37 -> 3 * 37
-    (r"\\[dt]frac(?![a-z])", r"\\frac"), (BRACKET_SIZE, ""),                             # \left(\dfrac -> (\frac
-    (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~", " "),                                       # a\,b -> a b
-    (rf"{TEXT} ?\{{([^{{}}]*)\}}", r" \1 "),                                             # \text{even} -> even
+    (r"[‘’]", "'"), ("[“”]", '"'), ("[–—]", "-"), ("：", ":"),                            # “3：30” -> "3:30"
+    (r"\\[dt]frac(?![a-z])", r"\\frac"),                                                 # \dfrac -> \frac
+    (rf"{SPACES}|(?<=[^ ])~", " "),                                                      # a\,b -> a b
+    (TEXT_OF, r" \1 "),                                                                  # \text{even} -> even
     (OPENING, ""),                                                                       # The answer is 1a1 -> 1a1
     (r" ?([^\w ]) ?", r"\1"),                                                            # 3 * 37 -> 3*37; 3 37 stays
     ("(?<![ .。*])[ .。*]+$", ""))]                                                        # what was before a $
@@ -274,16 +83,26 @@ def clean(text: str) -> str:
     return text
 
 
+def as_text(text: str) -> str:
+    """What is compared where no value can be read: the text, its spaces and typography aside."""
+    for pattern, form in TYPOGRAPHY:
+        text = pattern.sub(form, squeeze(text))
+    return text
+
+
 # ---- the one number of a text ----
 
-AZ = rf"[^\W\d_{HAN}]"  # a letter
 UNIT = rf"(?:[cdkm]?m|[km]?g|m?l|s|h|lbs?|oz|in|ft|yd|mi|[ap]m|mph|hrs?|st|nd|rd|th)(?!{AZ})"
-DOUBTFUL_WORDS = [  # "5 or so", "5 is wrong", "5 thirds"
+DOUBTFUL = "|".join([  # "5 or so", "5 is wrong", "5 thirds"
     "not", "wrong", "incorrect", "or", "n?either", "between", r"approx\w*", "roughly", "nearly", "almost", "least",
-    "most", "minus", "negative", "base", "never", "false", "grand", "basis", "pct", "per ?mille?", "mod(?:ulo)?", "log",
-    "ln", "sin", "cos", "tan", "lakhs?", "lacs?", "crores?", "tens", "half", "halves", "halved", "doubled?",
-    "tripled?", "root", "reciprocal", "factorial", "(?:third|quarter|(?:four|fif|six|seven|eigh|nin|ten)th)s?"]
+    "most", "minus", "negative", "base", "never", "false", "grand", "basis", "bps", "pct", "mille", "per ?mil(?:le)?",
+    "mod(?:ulo)?", "log", "ln", "sin", "cos", "tan", "lakhs?", "lacs?", "crores?", "tens", "half", "halves", "halved",
+    "doubled?", "tripled?", "root", "reciprocal", "factorial", "kilo", "mega", "giga", "centi", "milli", "micro",
+    "doubt", "cannot be", "(?:any|every)thing but", "all but", r"(?<=\()(?:about|around)", r"(?<!\()quarters?",
+    r"(?:third|(?:four|fif|six|seven|eigh|nin|ten)th)s?(?! graders)"])  # ASDiv: 9 (quarters), 41 (fourth graders)
+DOUBTED = re.compile(rf"\b(?:{DOUBTFUL})\b|n['’]t\b", re.IGNORECASE)
 DOUBT = re.compile("|".join([  # what extract_answer does not look for beside the one number of a text
+    DOUBTED.pattern,
     r"[\\^_|√π∞∪±ⁿⁱˣʸ]",                                                      # 5\pi, 5^2: a formula
     r"[^\s!-~\w°€£¥￥’‘“”…。，：；！？、（）−–—·×÷≤≥≠]",                                # 5‱
     r"[0-9] ?!",                                                              # 5!
@@ -293,18 +112,14 @@ DOUBT = re.compile("|".join([  # what extract_answer does not look for beside th
     r"\.[0-9]+ ?(?:\.\.|…)",                                                  # 4.99...
     rf"[0-9](?!{UNIT}){AZ}{{1,3}}(?!{AZ})", rf"[0-9]{AZ}(?!{AZ})",            # 5ab, 5x
     rf"[0-9] (?!{UNIT}){AZ}{{1,2}}$",                                         # 5 n
-    rf"[0-9] {AZ}{{1,2}}(?: ?/ ?(?!{UNIT}){AZ}{{1,2}}(?!{AZ})|\((?!s\)))",       # 5 m/n, 5 C(n)
-    rf"[0-9] ?{AZ} {AZ}(?!{AZ})", rf"(?<!{AZ}){AZ} ?[+*^/]",                   # 2 a x+b
-    rf"[0-9] ?\([^)]{{,40}}[+*/=^]", rf"(?<!{AZ}){AZ} ?\([^)]{{,40}}[0-9]",     # 6(x+y), I(0)
-    r"^[^=]*=[^,]*,[^=]*=", r"^[\w-]+(?:, [\w-]+){3}",     # f(n)=n, g(n)=1; a list of words
-    r"\b(?:about|around|over|under|above|below|up to) +[0-9]",
-    r"\b(?:times|by|over|less|point) (?:one|two|three|four|five|six|seven|eight|nine|ten)\b",
-    r"(?:不等于|并非|[大小多少高低]于|至[多少]|最[多少]|超过|不[到足]|约|根号|[点點]) ?[0-9]",
-    r"[0-9] ?(?:[成折又余]|以[上下]|左右)",
-    "或",
-    r"n['’]t\b",
-    rf"\b(?:{'|'.join(DOUBTFUL_WORDS)})\b"]), re.IGNORECASE)
-DOUBTED = re.compile(rf"\b(?:{'|'.join(DOUBTFUL_WORDS)})\b|n['’]t\b", re.IGNORECASE)
+    rf"[0-9] {AZ}{{1,2}}(?: ?/ ?(?!{UNIT}){AZ}{{1,2}}(?!{AZ})|\((?!s\)))",    # 5 m/n, 5 C(n)
+    rf"[0-9] ?{AZ} {AZ}(?!{AZ})", rf"(?<!{AZ}){AZ} ?[+*^/]",                  # 2 a x+b
+    rf"[0-9] ?\([^)]{{,40}}[+*/=^]", rf"(?<!{AZ}){AZ} ?\([^)]{{,40}}[0-9]",   # 6(x+y), I(0)
+    r"^[^=]*=[^,]*,[^=]*=", r"^[\w-]+(?:, [\w-]+){3}",                        # f(n)=n, g(n)=1; a list of words
+    r"\b(?:about|around|over|under|above|below|up to) +[0-9]",                # about 5
+    r"\b(?:times|by|over|less|point) (?:one|two|three|four|five|six|seven|eight|nine|ten)\b",  # 5 over two
+    r"(?:不等于|并非|[大小多少高低]于|至[多少]|最[多少]|超过|不[到足]|约|根号|[点點]) ?[0-9]",        # 约5
+    r"[0-9] ?(?:[成折又余]|以[上下]|左右)", "或"]), re.IGNORECASE)                          # 5以上, 5或六
 
 
 def number_in(text: str) -> Fraction | None:
@@ -319,41 +134,29 @@ def number_in(text: str) -> Fraction | None:
 
 # ---- boxes ----
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s*")
+BOX_OR_BRACE = re.compile(r"(\\(?:boxed|fbox)(?![a-z])\s*\{?)|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 BARE = re.compile(r"(?!\\(?:boxed|fbox))[^\s{$]+")  # \boxed 5
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
-
-
-def matching_braces(text: str) -> dict[int, int]:
-    """{where a brace opens: where it closes}, without those that hold braces nested more than four deep."""
-    closed_by, unclosed = {}, []  # unclosed: [start, how deep the braces in it are nested]
-    for token in BRACE.finditer(text):
-        if token[0] == "{":
-            unclosed.append([token.start(), 0])
-        elif token[0] == "}" and unclosed:
-            start, depth = unclosed.pop()
-            if depth < 5:
-                closed_by[start] = token.start()
-            if unclosed:
-                unclosed[-1][1] = max(unclosed[-1][1], depth + 1)
-    return closed_by
+JOINT = re.compile(  # between the boxes of a list: $\boxed{1}$ and $\boxed{2}$
+    rf"(?=.*(?:,|and|or))(?:[^\S\n]|,|{SPACES}|{FORMULA_ENDS}|\\text ?\{{|\}}|(?<![a-z])(?:and|or)(?![a-z]))+")
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of each \boxed{}, \fbox{} or "\boxed 5"."""
-    if not BOX.search(text):
-        return []
-    found, position, closed_by = [], 0, matching_braces(text)
-    for box in BOX.finditer(text):
-        if box.start() < position:  # within the box before it
-            continue
-        start, bare = box.end(), BARE.match(text, box.end())
-        if start in closed_by:
-            position = closed_by[start] + 1
-            found.append((box.start(), position, text[start + 1:position - 1]))
+    r"""(start, end, content) of each outermost \boxed{}, \fbox{} or "\boxed 5" with braces nested at most four deep."""
+    found, unclosed = [], []  # unclosed braces: [start of its box or None, start of its content, its depth]
+    for token in BOX_OR_BRACE.finditer(text):
+        bare = BARE.match(text, token.end()) if token[1] else None
+        if token[0] == "{" or (token[1] or "").endswith("{"):
+            unclosed.append([token.start() if token[1] else None, token.end(), 0])
         elif bare:
-            position = bare.end()
-            found.append((box.start(), position, bare[0]))
+            found.append((token.start(), bare.end(), bare[0]))
+        elif token[0] == "}" and unclosed:
+            start, inside, depth = unclosed.pop()
+            if unclosed:
+                unclosed[-1][2] = max(unclosed[-1][2], depth + 1)
+            if start is not None and depth < 5:
+                while found and found[-1][0] > start:  # a box within this one
+                    found.pop()
+                found.append((start, token.end(), text[inside:token.start()]))
     return found
 
 
@@ -363,18 +166,29 @@ def last_box(text: str) -> str | None:
 
 
 def boxes(text: str) -> list[str | None]:
-    r"""What stands in each box; None where its neighbours would change a 1 in its place.
-
-    They do in -\boxed{5}, \boxed{5}0, not \boxed{5}, \boxed{5} thousand.
+    r"""What stands in each box, "1, 2" for \boxed{1} and \boxed{2}; None where its neighbours would change a 1 in its
+    place: in -\boxed{5}, \boxed{5}0, not \boxed{5}, \boxed{5} thousand.
     """
     found = find_boxes(text)
     contents = [None] * (len(found) - 20)  # more than twenty are not looked at
-    for start, end, content in found[-20:]:
+    found = found[-20:]
+    between = ["", *(text[end:start] for (_, end, _), (start, _, _) in zip(found, found[1:])), ""]
+    for (start, end, content), left, right in zip(found, between, between[1:]):
+        joined = JOINT.fullmatch(left)
         before = re.search(r"[^\s=]*[^\S\n]*\Z", text[max(0, start - 40):start].replace("!=", "≠"))[0]
         after = re.match(r"\S*(?:[^\S\n]+[^\s\d\\]+){0,2}", text[end:end + 40])[0]
-        stands_alone = number_in(f"{before}1{after}") == 1
-        contents.append(content if stands_alone else None)
+        if number_in(f"{'' if joined else before}1{'' if JOINT.fullmatch(right) else after}") != 1:
+            contents.append(None)
+        elif joined and differ(contents[-1], content):
+            contents[-1] += f" or {content}" if "or" in left else f", {content}"
+        else:
+            contents.append(content)
     return contents
+
+
+def differ(box: str | None, other: str) -> bool:
+    """Whether two boxes hold two values of a list. No one boxes more than 300 characters of one."""
+    return box is not None and len(box + other) <= 300 and read_answer(box) != read_answer(other)
 
 
 # ---- mathematical answers ----
@@ -386,11 +200,13 @@ SYMBOLS = "|".join([
     rf"{SYMBOL}{POWER}?(?: ?[/*] ?{SYMBOL}{POWER}?| {SYMBOL}{POWER})+"])  # 5 m/s^2, 5 kg*m/s, 5 m s^{-1}
 WITH_WORDS = re.compile(rf"(.*[0-9π}})]) ?({UNIT}|[A-Za-z. ]{{4,}})")
 WITH_SYMBOLS = re.compile(rf"(.*[0-9π}})]) +(?:{SYMBOLS})")
+MIXED = re.compile(r"^(-? ?[0-9]+) ([0-9]+)/([0-9]+)$")
 SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?: ?\* ?10 ?\^ ?\{? ?(-?[0-9]{1,3}) ?\}?|[eE][+]?(-?[0-9]{1,3}))")
 CLOCK = re.compile(r"([0-9]+(?: ?: ?[0-9]+)+(?:\.[0-9]+)?) ?(?:([ap])\.?m\.?)?", re.IGNORECASE)
 MATRIX = re.compile(r"[(\[]? ?\\begin ?\{([pb]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)(?:\\\\)? ?\\end ?\{\1\} ?[)\]]?")
-NAMED = re.compile(r" ?([A-Za-z])(?: ?_ ?\{?[0-9]\}?)? ?= ?([^=]*)")
+NAMED = re.compile(r" ?([A-Za-z](?: ?_ ?\{?[0-9]\}?)?) ?(?:=|\\in(?![a-z])) ?([^=]*)")  # x = 5, x_1 = 5, x \in [0,1]
 AND_OR = re.compile(r" ?,? ?(?<![A-Za-z])(and|or)(?![A-Za-z]) ?")
+BRACKETS = ("()", "(]", "[)", "[]", "{}")
 
 
 def split_at(separator: str, text: str) -> list[str]:
@@ -423,14 +239,14 @@ def read_value(text: str, level: int = 0):
         items = split_at(",", inside)
         if len(items) > 1 or (items and opening == "\\{"):
             return read_items(items, opening[-1] + closing[-1], level)
-    number = read_measure(text)
+    number = read_number(text)
     if number is not None:
         return number
     value = read_matrix(text, level) or read_clock(text) or read_named_tuple(text, level)
     return value or read_union(text, level) or read_list(text, level)
 
 
-def read_measure(text: str):
+def read_number(text: str):
     r"""An exact number before a unit or a percent sign: a fraction; with roots, π or i ("number", its terms)."""
     measured = WITH_WORDS.fullmatch(text)
     if not measured or number_in(f"1 {measured[2]}") != 1:  # "5 thousand" is not 5
@@ -439,23 +255,21 @@ def read_measure(text: str):
         text = measured[1]
     scientific = SCIENTIFIC.fullmatch(text)
     if scientific:
-        return read_scientific(*scientific.groups())
+        number, power_of_ten, e = scientific.groups()
+        exponent = int(power_of_ten or e)
+        in_doubt = exponent == 0 or abs(exponent) > 100 or (e and abs(exponent) == 1)  # 5.7e1 is no way to write 57
+        return None if in_doubt else Fraction(number) * Fraction(10) ** exponent
     percent = re.fullmatch(r"(.*?) ?(?:%|per ?cent)", text)
-    value = exact_value(percent[1] if percent else text)
-    if value is None:
+    text = MIXED.sub(r"\1\\frac{\2}{\3}", percent[1] if percent else text)  # 1 1/2 -> 1\frac{1}{2}
+    terms = exact_value(text)
+    if terms is None:
         return None
     if percent:
-        value = {base: c / 100 for base, c in value.items()}
-        return ("number", frozenset(value.items())) if plain(value) is None else Percent(plain(value))
-    return ("number", frozenset(value.items())) if plain(value) is None else plain(value)
-
-
-def read_scientific(number: str, power_of_ten: str | None, e: str | None) -> Fraction | None:
-    """1.2*10^5 and 4.5e33; 5.7e1 is no way to write 57, so in doubt."""
-    exponent = int(power_of_ten or e)
-    if exponent == 0 or abs(exponent) > 100 or (e and abs(exponent) < 2):
-        return None
-    return Fraction(number) * Fraction(10) ** exponent
+        terms = {base: c / 100 for base, c in terms.items()}
+    number = rational(terms)
+    if number is None:
+        return "number", frozenset(terms.items())
+    return Percent(number) if percent else number
 
 
 def read_matrix(text: str, level: int):
@@ -468,7 +282,7 @@ def read_matrix(text: str, level: int):
 
 
 def read_clock(text: str):
-    """(":", numbers, "a", "p" or ""): the time 03:30:57 = 3:30:57, 3:30 p.m., or the ratio 3:1."""
+    """(":", numbers, "a", "p" or ""): the time 03:30:57 = 3:30:57, 3:30 p.m., or the ratio 3:1, 3 to 1."""
     clock = CLOCK.fullmatch(re.sub(r"^([0-9]+) to ([0-9]+)$", r"\1:\2", text))
     if not clock:
         return None
@@ -477,12 +291,12 @@ def read_clock(text: str):
 
 def read_named_tuple(text: str, level: int):
     """(p, q) = (3, 2) is (3, 2), if the names stand in the order of the alphabet."""
-    named = re.fullmatch(r"\(([A-Za-z, ]+)\) ?= ?(\([^=]*\))", text)
-    names = re.findall("[A-Za-z]+", named[1]) if named else []
-    if not named or names != sorted(set(names)) or max(map(len, names)) > 1:
+    named = re.fullmatch(r"\(([A-Za-z](?: ?, ?[A-Za-z])+)\) ?= ?(\([^=]*\))", text)
+    if not named:
         return None
-    value = read_value(named[2], level + 1)
-    return value if isinstance(value, tuple) and value[0] == "()" and len(value[1]) == len(names) else None
+    names, value = re.findall("[A-Za-z]", named[1]), read_value(named[2], level + 1)
+    is_tuple = isinstance(value, tuple) and value[0] == "()" and len(value[1]) == len(names)
+    return value if is_tuple and names == sorted(set(names)) else None
 
 
 def read_union(text: str, level: int):
@@ -491,13 +305,14 @@ def read_union(text: str, level: int):
     if len(parts) < 2:
         return None
     values = [read_value(part, level + 1) for part in parts]
-    if not all(isinstance(value, tuple) and value[0] in INTERVALS for value in values):
+    if not all(isinstance(value, tuple) and value[0] in BRACKETS for value in values):
         return None
     return "∪", frozenset(values)
 
 
 def read_list(text: str, level: int):
-    """Bare lists: "1, 2 and 3" a set, "1 or 2" a set that says so, "1; 2" in order; else a formula."""
+    """Bare lists: "1, 2 and 3" a set, "1 or 2" a set that says so, "1; 2" in order; else a formula. Of equations:
+    x = 1, x = 2 and x = 1 or x = 2 are the set 1, 2; x = 1, y = 2 names its values."""
     items = split_at(";", text)
     if len(items) > 1 and level == 0:
         return read_items(items, ";", level)
@@ -509,9 +324,14 @@ def read_list(text: str, level: int):
         return read_formula(text) if items else None
     if level > 0 and "," in text or is_doubtful_list(items):
         return None
-    named = [NAMED.fullmatch(item) for item in items]
-    if all(named) and len({name[1] for name in named}) == 1:  # x = -2, x = 5
-        items = [name[2] for name in named]
+    equations = [NAMED.fullmatch(item) for item in items]
+    if all(equations):
+        names = [re.sub("[ {}]", "", equation[1]) for equation in equations]
+        values = [read_value(equation[2], level + 1) for equation in equations]
+        if len(set(names)) == len(names) > 1 and None not in values:
+            return "=", tuple(sorted(zip(names, values), key=lambda pair: pair[0]))
+        if len(set(names)) == 1:
+            return read_items([equation[2] for equation in equations], "{}", level)
     value = read_items(items, "{}", level)
     return ("or", value[1]) if value and words == {"or"} else value
 
@@ -524,16 +344,13 @@ def is_doubtful_list(items: list[str]) -> bool:
     return bool(thousands) and (all(thousands) or any(spaced) and any(thousands))
 
 
-INTERVALS = ("()", "(]", "[)", "[]", "{}")
-
-
 def read_items(items: list[str], brackets: str, level: int):
     """(brackets, values): a tuple or an interval in order, a set {} in none, each value with its number of times;
     1 ± 2 stands for two items."""
-    if brackets not in (*INTERVALS, ";") or level > 2:
+    if brackets not in (*BRACKETS, ";") or level > 2:
         return None
     if brackets != "{}":
-        values = [read_value(re.sub(r"""^ *(['"])(.*)\1 *$""", r"\2", item), level + 1) for item in items]
+        values = [read_value(re.sub(r"""^ *(['"])(.*)\1 *$""", r"\2", item), level + 1) for item in items]  # ['1', '2']
         return None if None in values else (brackets, tuple(values))
     values = []
     for item in items:
@@ -561,10 +378,9 @@ def read_formula(text: str) -> str | None:
 
 
 NO_ANSWER = r"none$|nothing$|unknown$|no (?:answer|idea)|(?:the )?(?:final )?answer$"
-NOTHING = rf"[?.…_{{}}-]*|nan|null|n/?a|{NO_ANSWER}"
 FEW_WORDS = re.compile(rf"(?!{NO_ANSWER})[{LATIN}]{{2,}}(?:[ '-][{LATIN}]+){{0,2}}")
 CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])[ :]*(?!(?:is|was|are|has|can|may|seems)\b)(.+)")  # (C) 5, C. 5
-RULE_LINE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|_{3,}|={3,}|```\w*)[ \t]*$", re.MULTILINE)
+RULE_LINE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|_{3,}|={3,}|```\w*)[ \t]*$", re.MULTILINE)  # 42\n---
 
 
 @lru_cache(2 ** 14)  # several rules read the same text, and completions share their answers
@@ -574,9 +390,10 @@ def read_answer(text: str):
     Decided: the one number of a text, as `extract_answer` reads it; else the whole text as an exact number with
     fractions, mixed numbers, roots, π, i, powers, percent: \sqrt{8} = 2\sqrt{2}; a tuple or an interval, whose brackets
     count; a set in any order, as are "1, 2", "1,2 and 3", "x = 1, x = 2" and "1 \pm 2" ("1 or 2" is kept apart), and a
-    union; a matrix; a time or a ratio; up to three words or a choice, (A) = A, in any case; another formula as the same
-    string, spaces aside. "x =", units and degrees are dropped (but see `equal`). Boxes come first; several that differ
-    are no answer. A fraction need not be in lowest terms: 114/2 = 57.
+    union; values with names, "x = 1, y = 2"; a matrix; a time or a ratio; up to three words or a choice, (A) = A, in
+    any case; another formula as the same string, spaces aside. "x =", units and degrees are dropped (but see `equal`).
+    Boxes come first; several that differ are no answer, but a list where "and" or a comma joins them. A fraction need
+    not be in lowest terms: 114/2 = 57.
     Undecided, so None or a mere string: a calculation left to do (12 + 45, 12π * 45/π), formulas with variables in
     other words, a decimal for a third, a root or π, and whatever is in doubt.
     """
@@ -597,10 +414,8 @@ def read_answer(text: str):
         return number if choice is None else choice
     if len(cleaned) > 300:  # only a sentence is that long
         return None
-    value = None
-    named = re.fullmatch(r"[A-Za-z] ?(?:=|\\in(?![a-z])) ?([^=]*)", cleaned)  # x = 5
-    if named:
-        value = read_value(named[1])
+    equation = NAMED.fullmatch(cleaned)
+    value = read_value(equation[2]) if equation else None  # x = 5
     if value is None or isinstance(value, str):  # y = 2x + 3 is a formula as a whole
         value = read_value(cleaned)
     if value is None and FEW_WORDS.fullmatch(cleaned.lower()):
@@ -622,11 +437,16 @@ def read_choice(cleaned: str):
 
 # ---- an answer beside its reference ----
 
-def as_text(text: str) -> str:
-    """What is compared where no value can be read: the text, its spaces and typography aside."""
-    for pattern, form in TYPOGRAPHY:
-        text = pattern.sub(form, squeeze(text))
-    return text
+NOTHING = re.compile(rf"[?.…_{{}}-]*|nan|null|n/?a|{NO_ANSWER}", re.IGNORECASE)
+UNITS = {word: names.split()[0] for names in (
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inches",
+    "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
+    "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent",
+    "degree", "rad radian", "% percent")
+    for word in names.split()}
+MEASURE = re.compile(  # 5 cm^2, 5 square cm, 5 m/s^2, 5 km per hour, 5 m s^{-2}
+    r"[0-9)}π] ?\\?(square |sq\.? ?|cubic )?([A-Za-zµμΩ]+|%)(?:\^\{?([1-4]))?"
+    r"( ?/ ?\w+(?:\^\{?[1-4])?| per \w+|[* ]\w+\^\{?-[1-4])?")
 
 
 class Reading(NamedTuple):
@@ -651,7 +471,7 @@ def read_both(text: str) -> Reading | None:
     if len(set(found)) == 1 and found[0] is not None:
         text = found[0]
     text = as_text(text)
-    return None if re.fullmatch(NOTHING, text, re.IGNORECASE) else Reading(value, text)
+    return None if NOTHING.fullmatch(text) else Reading(value, text)
 
 
 def equal(answer: Reading | None, reference: Reading | None) -> bool:
@@ -660,39 +480,44 @@ def equal(answer: Reading | None, reference: Reading | None) -> bool:
         return False
     if reference.value is None:
         return answer.text == reference.text
+    in_base = re.fullmatch(r"([0-9][0-9A-F]*)_\{?[0-9]+\}?", reference.text)
+    if in_base and answer.text == in_base[1]:  # 52 for 52_8
+        return True
     units = units_of(answer.text), units_of(reference.text)
     return equal_values(answer.value, reference.value) and (units[0] == units[1] or not all(units))
 
 
-UNITS = {word: names.split()[0] for names in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inches",
-    "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
-    "ml mL", "L l", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "dollar", "cent",
-    "degree", "rad radian", "% percent")
-    for word in names.split()}
-
-
-def units_of(text: str) -> set[str]:
-    """The units that stand after numbers; 5 cm is not 5 m, while 5 apples may be anything."""
-    words = re.findall(r"[0-9)}π] ?\\?([A-Za-z]+|%)", text)
-    return {UNITS[unit] for word in words for unit in (word, word.removesuffix("s")) if unit in UNITS}
+def units_of(text: str) -> set[tuple]:
+    """(unit, its power, the power below the line) after each number: 5 cm is not 5 m, 5 cm^2 nor 5 cm/s, while
+    5 apples may be anything."""
+    units = set()
+    for area, word, power, per in MEASURE.findall(text.replace("²", "^2").replace("³", "^3")):
+        unit = UNITS.get(word) or UNITS.get(word.removesuffix("s"))
+        if word != "in" and re.fullmatch(SYMBOL, word):  # "5 in all"
+            unit = UNITS.get(word, word)
+        if unit:
+            power = power or {"s": "2", "c": "3"}.get(area[:1], "1")
+            units.add((unit, power, per and (re.findall("[1-4]", per) or ["1"])[0]))
+    return units
 
 
 def equal_values(answer, reference) -> bool:
-    """Whether an answer's value is the reference's. What only one of them has is no difference: %, a base, a choice's
-    letter or its content, a.m. or p.m.; and 1, 2 is right where the reference is "1 or 2".
+    """Whether an answer's value is the reference's. What only one of them has is no difference: %, a choice's letter or
+    its content, a.m. or p.m. And 1, 2 is right where the reference is "1 or 2", x_1 = 1, x_2 = 2 where it is 1, 2.
     """
-    if rewards.equal(without_percent(answer), without_percent(reference)) or rewards.equal(answer, reference):
+    if answer is None:
+        return False
+    if answer == reference or without_percent(answer) == without_percent(reference):
         return True
-    if isinstance(reference, str) and isinstance(answer, Fraction):
-        digits = re.fullmatch(r"([0-9]+) _ (?:\{ )?[0-9]+(?: \})?", reference)  # 52_8
-        return bool(digits) and answer == Fraction(digits[1])
     kinds = [value[0] if isinstance(value, tuple) else None for value in (answer, reference)]
     if "choice" in kinds and kinds != ["choice", "choice"]:
         choice, other = (answer, reference) if kinds[0] == "choice" else (reference, answer)
         return other == choice[1] or equal_values(choice[2], other)
     if kinds == [":", ":"]:
         return answer[1] == reference[1] and "" in (answer[2], reference[2])
+    if kinds == ["=", "{}"]:
+        names, values = zip(*answer[1])
+        return len({name[0] for name in names}) == 1 and frozenset(Counter(values).items()) == reference[1]
     return kinds == ["{}", "or"] and answer[1] == reference[1]
 
 
@@ -703,57 +528,44 @@ def without_percent(value):
     return type(value)(map(without_percent, value)) if isinstance(value, (tuple, frozenset)) else value
 
 
-# ---- what rewards.py asks ----
-
-def read_end(completion: str):
-    r"""What a completion without answer tags ends on, as `read_answer` reads it.
-
-    The last \boxed{}; or what an explicit marker names, "#### 42" or "The answer is 42.", unless what follows takes it
-    back; or else the last line, closing delimiters aside: all of it, or the formula $...$ that ends it, or the last
-    number, as a base model writes: "12 + 45 = 57, so 57."
-    """
-    return ending(completion)[0]
-
-
-def read_both_ends(completion: str) -> Reading | None:
-    """As `read_end`, with its text."""
-    value, text = ending(completion)
-    both = read_both(text) if len(text) <= LONGEST else None  # an essay is no text to compare
-    if value is None:
-        return both
-    if both is None:
-        return Reading(value, "")
-    return Reading(value, both.text)
-
-
-@lru_cache(2 ** 14)
-def ending(completion: str):
-    """(the value of the final answer, its text)"""
-    answer = split(completion)[1]
-    if not answer:
-        return None, ""
-    tail = completion.partition("</think>")[2] or completion
-    at = max(tail.rfind(r"\boxed"), tail.rfind(r"\fbox"))
-    if at >= 0:
-        found = boxes(tail[max(0, at - 100):at + LONGEST])
-        text = found[-1] if found and found[-1] is not None else answer
-        return read_answer(text), text
-    if "</answer>" in tail:
-        tail = answer
-    text = marked_answer(tail)
-    if text is None:
-        text = last_line(tail)
-    return read_line(text), text
-
+# ---- a completion without answer tags ----
 
 MARKER = re.compile("|".join([
     r"####(?![ \t]*(?:[0-9]+[.)][ \t]|[A-Za-z]{2,}[ :]))",                 # #### 42; not #### Step 2, #### 1. Add
-    r"(?<!if )(?<!if the )\b(?:answers?|solutions?) ?(?:is|are)\b:?",          # The answer is 42
-    r"\banswer\**:", r"答案[是为]?[:：]?"]), re.IGNORECASE)                       # **Answer**: 42
+    r"(?<!if )(?<!if the )(?<!wrong )(?<!incorrect )\b(?:answers?|solutions?) ?(?:is|are)\b:?",  # The answer is 42
+    r"\banswer\**:",                                                       # **Answer**: 42
+    r"答案[是为]?[:：]?"]), re.IGNORECASE)                                   # 答案是42
 BLOCK = re.compile(r"(\\\[|\$\$|```\w*\n)(.{,2000}?)(?:\\\]|\$\$|```)", re.DOTALL)
-TAKEN_BACK = re.compile(  # "The answer is 5. Wait, no: 6", "So it is 6."
-    r"\b(?:wait|no|not|but|actually|however|instead|wrong|incorrect|mistake|sorry|correction|rather|hmm|oops)\b"
-    r"|n['’]t\b|^[ \t>*-]{0,9}(?:so|thus|hence|therefore|then)\b|不|错|但|所以", re.IGNORECASE | re.MULTILINE)
+TAKEN_BACK = re.compile("|".join([
+    r"\b(?:wait|no|not|but|actually|however|instead|wrong|incorrect|mistake|sorry|correction|rather|hmm|oops|edit)\b",
+    r"n['’]t\b|\bshould be\b|不|错|但|所以|更正",                              # The answer is 5. Edit: it should be 6
+    r"^[ \t>*-]{0,9}(?:so|thus|hence|therefore|then)\b"]), re.IGNORECASE | re.MULTILINE)  # So it is 6
+
+
+CLAUSE = re.compile(r"[,.;:，。；：]|\b(?:so|thus|hence|therefore|then|get|gives?|yields?|obtain)\b", re.IGNORECASE)
+VERB = re.compile(r"\b(?:is|are|was|were|be|has|have|makes?|equals?|leaves?)\b|[=是为得有]", re.IGNORECASE)
+DENIED = re.compile(r"\b(?:not|never|cannot|doubt|wrong|incorrect|false|n?either|nor|but|unless|except)\b"
+                    r"|n['’]t\b|不|错", re.IGNORECASE)
+VAGUE = re.compile("|".join([
+    DOUBTED.pattern, r"\b(?:than|about|around|twice|over|under|above|below|up to|within|from)\b",  # more than $5$
+    r"^[^0-9]*[0-9].*\band\b",                                             # 2 and 3: two answers
+    r"[<>^~≤≥≠≈]\W*$|[-+*/]\$ *$"]), re.IGNORECASE)                       # $3 <$ $5$
+
+
+def is_doubtful(before: str, after: str = "") -> bool:
+    """Whether the words beside a number or a formula change it: not in "They are not equal, so it is $5$"."""
+    clause = CLAUSE.split(before)[-1]
+    listed = re.search(r"[0-9]\W{,3}, ?\W?$", before)  # 2, 3
+    return bool(listed or DENIED.search(clause) or VAGUE.search(VERB.split(clause)[-1]) or DOUBTED.search(after))
+
+
+def last_line(tail: str) -> str:
+    r"""The last line with content: not \], ---, \end{align}."""
+    lines = tail.strip()[-2 * LONGEST:].split("\n")
+    while len(lines) > 1 and not re.search(r"\w", re.sub(r"\\end\{\w+\*?\}|```\w*", "", lines[-1])):
+        lines.pop()
+    _, aligned, line = lines[-1].rpartition("&")  # x &= 42 \\
+    return line.removesuffix("\\\\") if aligned and r"\begin" not in lines[-1] else lines[-1]
 
 
 def marked_answer(tail: str) -> str | None:
@@ -764,7 +576,8 @@ def marked_answer(tail: str) -> str | None:
     after = tail[markers[-1].end():].lstrip(" \t\n:：*")
     block = BLOCK.match(after)
     text, _, rest = (block[2], "", after[block.end():]) if block else after.partition("\n")
-    if not text.strip() or TAKEN_BACK.search(rest[:LONGEST]):
+    text = re.sub(r"\*\*(\.?)[ \t]*$", r"\1", text)  # **42**.
+    if not text.strip() or text.rstrip().endswith("?") or TAKEN_BACK.search(rest[:LONGEST]):
         return None
     last = re.sub(r"\\[A-Za-z]+", "", last_line(rest))
     if re.search("[0-9]", last) and not re.search(f"{AZ}{{3}}|[{HAN}]", last):  # "x = 43": another answer
@@ -772,36 +585,56 @@ def marked_answer(tail: str) -> str | None:
     return text.rstrip(" \t*")
 
 
-def last_line(tail: str) -> str:
-    r"""The last line with content: not \], ---, \end{align}."""
-    lines = tail.strip()[-2 * LONGEST:].split("\n")
-    while len(lines) > 1 and not re.search(r"\w", re.sub(r"\\end\{\w+\*?\}|```\w*", "", lines[-1])):
-        lines.pop()
-    _, aligned, line = lines[-1].rpartition("&")  # x &= 42 \\
-    return line.removesuffix("\\\\") if aligned else lines[-1]
-
-
 def read_line(line: str):
+    """All of a line; or the formula $...$ that ends it, or its last number, if no words beside them are doubtful."""
     line = squeeze(line)
     if len(line) > LONGEST:
         line = line[-LONGEST:].partition(" ")[2]  # not from within a number
     value = read_answer(line)
-    sentence = line.rstrip(" .!")
+    sentence = re.sub(r" is (?:the|our) (?:final )?(?:answer|solution)$", "", line.rstrip(" .!"))
     for opening, closing in ("$", "$"), (r"\(", r"\)"):
         if value is None and sentence.endswith(closing):
-            value = read_answer(sentence.removesuffix(closing).rpartition(opening)[2])
+            before, _, formula = sentence.removesuffix(closing).rpartition(opening)
+            value = None if is_doubtful(before) else read_answer(formula)
+    if value is not None:
+        return value
     is_formula = re.search(r"[\\^_|√π∞∪±]", clean(line.rpartition("=")[2]))
-    if value is None and not is_formula and not re.search(r"\b(?:wrong|incorrect|false)\b", line):
-        value = extract_answer(line, last=True)
-    return value
+    around = re.fullmatch("(.*?)[0-9][0-9.,/]*([^0-9]*)", line)  # its last number
+    if not around or is_formula or is_doubtful(*around.groups()):
+        return None
+    return extract_answer(line, last=True)
+
+
+@lru_cache(2 ** 14)
+def read_end(completion: str) -> Reading | None:
+    r"""What a completion without answer tags ends on, as `read_both` reads it.
+
+    The last \boxed{}; or what an explicit marker names, "#### 42" or "The answer is 42.", unless what follows takes it
+    back; or else the last line, closing delimiters aside: all of it, or the formula $...$ that ends it, or the last
+    number, as a base model writes: "12 + 45 = 57, so 57."
+    """
+    answer = split(completion)[1]
+    if not answer:
+        return None
+    tail = completion.partition("</think>")[2] or completion
+    at = max(tail.rfind(r"\boxed"), tail.rfind(r"\fbox"))
+    if at >= 0:
+        found = boxes(tail[max(0, at - 100):at + LONGEST])
+        text = found[-1] if found and found[-1] is not None else answer
+        value = read_answer(text)
+    else:
+        if "</answer>" in tail:
+            tail = answer
+        text = marked_answer(tail) or last_line(tail)
+        value = read_line(text)
+    both = read_both(text) if len(text) <= LONGEST else None  # an essay is no text to compare
+    return both if value is None else Reading(value, both.text if both else "")
 
 
 def read_expression(text: str) -> str:
     """What Countdown's answer writes, in the last box if there is one."""
     found = boxes(text)
-    if found:
-        text = found[-1] or ""
-    return clean(text)
+    return clean(found[-1] or "" if found else text)
 
 
-READERS = {"read": read_both, "read_end": read_both_ends, "read_expression": read_expression, "equal": equal}
+READERS = {"read": read_both, "read_end": read_end, "read_expression": read_expression, "equal": equal}

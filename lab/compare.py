@@ -37,8 +37,9 @@ CONTROLS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # their rewards
 SIZES = ("prompts_per_rollout", "group_size", "minibatches", "max_new_tokens", "warmup", "micro_batch_tokens", "dtype")
 CLIPPED = dict(mean="token", beta=0.0)  # the loss of PPO and PRIME: the clipped ratio over all tokens
 # What a result depends on.
-CODE = ("model.py", "lab/layers.py", "sft.py", "grpo.py", "rewards.py", "data/math_answers.py", "data/world.py",
-        "variants/ppo.py", "variants/prime.py", "variants/dapo.py", "variants/configs.py", "lab/compare.py")
+CODE = ("model.py", "lab/layers.py", "sft.py", "grpo.py", "rewards.py", "data/math_answers.py",
+        "data/exact_numbers.py", "data/world.py", "variants/ppo.py", "variants/prime.py", "variants/dapo.py",
+        "variants/configs.py", "lab/compare.py")
 
 
 def ppo(lam):

@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
 # the samples that it starts from.
 PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
-CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "distill.py", "lab/graphs.py",
-        "lab/asking.py")
+CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
+        "distill.py", "lab/graphs.py", "lab/asking.py")
 
 LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "lengths.jsonl",
         "completions.jsonl")
@@ -88,7 +88,7 @@ class Run:
         self.source, self.stages, self.chosen, self.memory = source, stages, chosen, memory
         meta = {"preset": preset_name, "seed": seed, "machine": machine(device), "world": source.identity(),
                 "command": command}
-        self.results = {"meta": meta, **self.earlier_results()}
+        self.results = self.earlier_results(meta)
         self.times = self.earlier_times()
         self.values = {}  # stage -> metric -> array with one value per test problem
         self.begin("")
@@ -101,11 +101,11 @@ class Run:
 
     # ---- what earlier calls left
 
-    def earlier_results(self):
-        """What an earlier call left in results.json about stages that are still finished."""
+    def earlier_results(self, meta):
+        """meta, and what an earlier call left in results.json about stages that are still finished."""
         path = self.out / "results.json"
         if not path.exists():
-            return {"stages": {}, "claims": []}
+            return {"meta": meta, "stages": {}, "claims": []}
         earlier = checkpoint.read_json(path)
         recorded, measured_claims = earlier.get("stages", {}), earlier.get("claims", [])
         whole = isinstance(recorded, dict) and isinstance(measured_claims, list)
@@ -116,7 +116,9 @@ class Run:
             is_plain_name = re.fullmatch(r"\w{1,99}", name)  # it becomes a path, which must not lead elsewhere
             if is_plain_name and checkpoint.finished(self.out / name) is not None:
                 stages[name] = stage
-        results = {"stages": stages, "claims": []}
+        if stages:
+            meta = meta | {"command": with_earlier_commands(earlier.get("meta"), meta["command"])}
+        results = {"meta": meta, "stages": stages, "claims": []}
         if len(stages) == len(recorded):  # the rest was measured on all of them
             results |= {name: earlier[name] for name in ("claims", "rule", "budgets") if name in earlier}
         if "compare" in earlier and "base" in stages:
@@ -415,6 +417,16 @@ class Run:
         parameters = sum(p.numel() for p in model.parameters())
         self.cost["tokens"] += trained + sampled
         self.cost["flops"] += parameters * (6.0 * trained + 2.0 * (scored + sampled))
+
+
+def with_earlier_commands(meta, command):
+    """The commands that made a run together, as a shell takes them. meta: as an earlier call has left it."""
+    earlier = meta.get("command") if isinstance(meta, dict) else None
+    if not isinstance(earlier, str):
+        return command
+    if f" && {command} && " in f" && {earlier} && ":
+        return earlier
+    return f"{earlier} && {command}"
 
 
 def machine(device):

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import rewards
-from data.math_answers import READERS, read_both, read_both_ends
+from data.math_answers import READERS, read_both, read_end
 from data.problems import read_problems, read_rows
 from lab import records, watch
 from lab.adapters import base_directory, load_model, save_adapters
@@ -36,7 +36,7 @@ PAIRS = 'JSONL, JSON or CSV: rows {"prompt", "completion"}, or "messages" (data/
 
 def final_answer(completion, example):
     """What a completion votes for: the reference where it is right; a text that no rule reads only beside another."""
-    answer, reference = rewards.final_answer(completion, read_both, read_both_ends), read_both(example["answer"])
+    answer, reference = rewards.final_answer(completion, read_both, read_end), read_both(example["answer"])
     return answer and reference and answer.vote(reference)
 
 

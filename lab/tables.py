@@ -449,6 +449,7 @@ def main():
     try:
         if args.keep:
             keep(*args.keep)
+            print(args.keep[1])
         else:
             for name, text in make_pages(ROOT / "results").items():
                 (ROOT / "results" / name).write_text(text, encoding="utf-8")

@@ -1,18 +1,25 @@
-"""README.md and docs/ speak of files, functions and commands that exist."""
+"""README.md, docs/ and docstrings speak of files, functions, commands and options that exist."""
 
 import ast
+import importlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 import grpo
+from forked import run_forked
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = re.compile(r"python (-m )?((?:lab|data|variants)[./]\w+(?:\.py)?|\w+\.py)")
+RESULTS = sorted((ROOT / "results").glob("**/README.md"))  # an about.md is a part of one
+CODE = [file for folder in (".", "lab", "data", "variants", "tests") for file in sorted((ROOT / folder).glob("*.py"))]
+COMMANDS = re.compile(r"python (-m )?((?:lab|data|variants|tests)[./]\w+(?:\.py)?|\w+\.py)")
+IN_CODE = re.compile(r"(?<!`)`[^`]+`(?!`)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 MADE_BY_THE_READER = {"my_rules.py"}
 
 
@@ -22,7 +29,7 @@ def names_of(file):
     return {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_to_a_file(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
@@ -52,6 +59,50 @@ def test_every_command_that_moved_is_where_the_page_says():
         (module_flag, name), = COMMANDS.findall(row.split(" | ")[1])
         file = name.replace(".", "/") + ".py" if module_flag else name
         assert (ROOT / file).exists(), row
+
+
+def prose_of(path):
+    """What a page or a docstring says today (of moved.md what it calls "now"), each command on one line."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    if path.name == "moved.md":
+        text = re.sub(r"^\|.*?\| ", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\\\n *", "", text)
+    return IN_CODE.sub(lambda code: code[0].replace("\n", " "), text)
+
+
+@cache
+def shown_options():
+    """(path, module, option) of each option in a command of ours that is shown."""
+    shown = []
+    for path in [*PAGES, *RESULTS, *CODE]:
+        for _, name, rest in re.findall(COMMANDS.pattern + r"([^`#\n]*)", prose_of(path)):
+            module = name.removesuffix(".py").replace("/", ".")
+            shown += [(path.name, module, option) for option in OPTION.findall(rest)]
+    return shown
+
+
+@cache
+def options_of(module):
+    """The options that --help lists."""
+    ended = run_forked(importlib.import_module(module).main, argv=[module, "--help"])
+    assert ended.status == 0, ended.stderr
+    listed = re.findall(r"^  (-.*?)(?:  |$)", ended.stdout, re.MULTILINE)
+    return {option for line in listed for option in OPTION.findall(line)}
+
+
+def test_every_option_of_a_command_shown_is_one_that_the_command_has():
+    shown = shown_options()
+    assert {module for _, module, _ in shown} >= {"pipeline", "variants.ppo", "lab.tables", "tests.bench"}
+    assert not [found for found in shown if found[2] not in options_of(found[1])]
+
+
+def test_every_option_that_a_page_names_is_one_of_some_command():
+    known = {"--full"}.union(*(options_of(module) for _, module, _ in shown_options()))  # --full: tests/conftest.py
+    named = [(page.name, option) for page in [*PAGES, *RESULTS]
+             for code in IN_CODE.findall(prose_of(page)) for option in OPTION.findall(code)]
+    assert len(named) > 50 and not [found for found in named if found[1] not in known]
 
 
 def test_the_readme_can_be_read_in_a_few_minutes():

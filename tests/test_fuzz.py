@@ -6,7 +6,7 @@ import time
 import pytest
 
 import rewards
-from data import math_answers
+from data import exact_numbers, math_answers
 
 REFERENCE = "718281828459"  # no fragment holds it, so nothing that is made of them is right
 FRAGMENTS = [
@@ -33,8 +33,8 @@ MUST_BE_RIGHT = ("accuracy", "accuracy_any", "numbers", "numbers_any", "helpfuln
 
 def forget():
     """Empties what is remembered of earlier calls."""
-    math_answers.exact_value.cache_clear()
-    math_answers.squarefree.cache_clear()
+    exact_numbers.exact_value.cache_clear()
+    exact_numbers.squarefree.cache_clear()
 
 
 def timed(rule, text, example):

@@ -10,6 +10,7 @@ import math
 import random
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -1577,3 +1578,19 @@ print(peak() - before, 20 * weights + 2 * 2 * 896 * tokens + layer + 2 ** 30, ou
     peak, formula, grad_norm = map(float, result.stdout.split())
     print(f"peak {peak / 1e9:.2f} GB, the formula says {formula / 1e9:.2f} GB")
     assert 0 < grad_norm and peak <= formula, f"{peak / 1e9:.2f} GB, the formula says {formula / 1e9:.2f} GB"
+
+
+def test_the_samplers_copy_is_gone_before_the_updates(tiny):
+    copies, alive = [], []
+
+    def generate(model, *args, **settings):
+        copies.append(weakref.ref(model))
+        return model_module.generate(model, *args, **settings)
+
+    estimator = SimpleNamespace(advantages=lambda r: r.rewards.flatten(),
+                                learn=lambda r, rows: alive.append(copies[-1]() is not None) or {})
+    model = tiny()
+    run(model, small(rollouts=2, dtype="bfloat16"), generate=generate, advantage_estimator=estimator)
+    assert alive and not any(alive)
+    run(model, small(rollouts=2, dtype="float32"), generate=generate, advantage_estimator=estimator)
+    assert copies[-1]() is model  # which has this precision already

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rewards
-from data import math_answers
+from data import exact_numbers, math_answers
 from lab.check_input import check_example
 from rewards import (accuracy, accuracy_any, extract_answer, final_answer, format, harmlessness, helpfulness,
                      is_refusal, language_consistency, split, thinks)
@@ -104,6 +104,12 @@ def test_a_malformed_or_ambiguous_number_is_no_answer(text):
     "5x", "5π", "5M", "5多", "5分之一", "5点五", "五5", "5 and a half"])
 def test_a_word_that_changes_the_value_is_not_overlooked(text):
     assert extract_answer(text) is None
+    assert extract_answer(text.replace("5", "$5")) is None
+
+
+@pytest.mark.parametrize("text", ["- $5", "3 - $5", "-($5)", "<= $5", "12+$5", "more than $5$"])
+def test_a_sign_before_the_dollar_is_not_overlooked(text):
+    assert extract_answer(text) is extract_answer(f"It is {text}", last=True) is None
 
 
 @pytest.mark.parametrize("text", ["５７", "٥٧", "५७", "57²", "5⁷", "½", "①", "57 or ５８", "Ⅷ 57"])
@@ -355,7 +361,8 @@ def test_code_in_an_answer_is_not_run(attack, rules, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("vote", [
-    final_answer, partial(final_answer, read=math_answers.read_answer, read_end=math_answers.read_end)])
+    final_answer,
+    partial(final_answer, read=math_answers.read_answer, read_end=lambda text: math_answers.read_end(text).value)])
 def test_final_answers_of_equal_value_are_equal_votes(vote):
     votes = {vote(text) for text in ("57", "so 57.0", GOOD, "<think>a</think>\\boxed{57}", "114/2")}
     assert votes == {Fraction(57)}
@@ -687,7 +694,7 @@ def test_a_prompt_and_its_answer_are_enough_to_score():
     assert accuracy_any("12 + 45 = 57", example) == 1.0
 
 
-@pytest.mark.parametrize("module", [rewards, math_answers])
+@pytest.mark.parametrize("module", [rewards, math_answers, exact_numbers])
 def test_nothing_is_evaluated(module):
     source = Path(module.__file__).read_text(encoding="utf-8").replace("re.compile(", "")
     assert not re.search(r"\b(?:eval|exec|compile|__import__)\(", source)

@@ -32,7 +32,7 @@ class LoRALinear(nn.Linear):
             return y
         # outside of autocast x has the precision of W
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return y + self.scale * F.linear(F.linear(x, A), B)
+        return y + F.linear(self.scale * F.linear(x, A), B)
 
     @torch.no_grad()
     def delta(self):

@@ -23,6 +23,7 @@ def step_on_cpu(optimizer, model, masters):
         p.half = torch.empty_like(p, device="cpu", requires_grad=False)
         if p.is_cuda:
             p.half = p.half.pin_memory()  # memory that the card reads and writes by itself
+        p.wide = torch.empty_like(master, requires_grad=False)  # kept: fresh memory costs as much as a transfer
         p.register_post_accumulate_grad_hook(partial(take_gradient, master=master))
     optimizer.register_step_post_hook(lambda *_: send_weights(model, masters))
     return optimizer
@@ -34,7 +35,7 @@ def take_gradient(p, master):
     p.half.copy_(p.grad)  # waits until the gradient is there
     p.grad = None
     if master.grad is None:
-        master.grad = p.half.to(master.dtype, copy=True)
+        master.grad = p.wide.copy_(p.half)
     else:
         master.grad += p.half
 
