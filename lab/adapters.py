@@ -1,7 +1,6 @@
 """Directories with LoRA's adapters in PEFT's format: written beside a merged model, and merged where one is read.
 
     load_model(dir, device, dtype)     # as model.load; `dir` may hold an adapter of PEFT's, whose base is at hand
-    base_directory(dir)                # the directory with the tokenizer and the weights: `dir`, or an adapter's base
     save_adapters(model, base, dir)    # adapter_config.json and adapter_model.safetensors, which `peft` opens
 
 Our fused matrices (qkv_proj, gate_up_proj) are several in these files: one A serves all parts, and B has their rows.
@@ -13,40 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lab.check_adapter import CONFIG, PREFIX, WEIGHTS, check_adapter, scale_of
-from lab.check_model import naming_file, read_json
+from lab.check_adapter import CONFIG, PREFIX, WEIGHTS, directories, scale_of
+from lab.check_model import read_json
 from model import hf_tensors, load
 from variants.lora import adapters
 from variants.rope_scaling import scaled_frequencies
-
-
-def is_adapter(dir):
-    return (Path(dir) / CONFIG).exists() and not (Path(dir) / "config.json").exists()
-
-
-def directories(dir):
-    """[dir], or, of an adapter, [dir, its base, ...] down to the model that all are added to.
-
-    Raises ValueError where a base is not at hand, or an adapter does not fit it.
-    """
-    chain = [dir]
-    while is_adapter(chain[-1]):
-        with naming_file(Path(chain[-1]) / CONFIG) as path:
-            base = read_json(path).get("base_model_name_or_path")
-            if not isinstance(base, str) or not Path(base).is_dir():
-                raise ValueError(f"its base_model_name_or_path {base!r} is no directory here: write the path of the "
-                                 "base's directory there")
-            if Path(base).resolve() in [Path(each).resolve() for each in chain]:
-                raise ValueError(f"its base_model_name_or_path {base!r} leads back to itself")
-        chain.append(base)
-    for adapter in chain[:-1]:
-        check_adapter(adapter, chain[-1])
-    return chain
-
-
-def base_directory(dir):
-    """Where the tokenizer, config.json and the base's weights are. Raises ValueError as `directories`."""
-    return directories(dir)[-1]
 
 
 def load_model(dir, device=None, dtype=None):

@@ -1,8 +1,10 @@
 """Diagnoses a directory with an adapter of PEFT's before anything of it is loaded.
 
-`check_adapter(dir, base)` passes over plain LoRA of the matrices of the model in `base`. Else it raises a ValueError of
-one line, which names the file and the field or tensor. What PEFT would compute otherwise is refused, whatever it is
-called: a field that is not known must be empty.
+    base_directory(dir)      # the directory with the tokenizer and the weights: `dir`, or an adapter's base
+    directories(dir)         # all that are added up: adapters, and that one last
+
+What is not plain LoRA of the base's matrices raises a ValueError of one line, which names the file and the field or
+tensor. What PEFT would compute otherwise is refused, whatever it is called: a field that is not known must be empty.
 """
 
 import math
@@ -10,8 +12,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lab.check_model import FLOATS, check_fields, check_number, check_regular, naming_file, read_fields, read_json, \
-    tensor_shapes
+from lab.check_model import (FLOATS, check_fields, check_number, check_regular, naming_file, read_fields, read_json,
+                             tensor_shapes)
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # without a say in what is added to which matrix: that stands in the tensors
@@ -20,6 +22,35 @@ HARMLESS = ("base_model_name_or_path", "lora_dropout", "inference_mode", "target
             "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 CHECKED = ("peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora")
 UNTOUCHED = (None, True, False, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it is
+
+
+def is_adapter(dir):
+    return (Path(dir) / CONFIG).exists() and not (Path(dir) / "config.json").exists()
+
+
+def directories(dir):
+    """[dir], or, of an adapter, [dir, its base, ...] down to the model that all are added to.
+
+    Raises ValueError where a base is not at hand, or an adapter does not fit it.
+    """
+    chain = [dir]
+    while is_adapter(chain[-1]):
+        with naming_file(Path(chain[-1]) / CONFIG) as path:
+            base = read_json(path).get("base_model_name_or_path")
+            if not isinstance(base, str) or not Path(base).is_dir():
+                raise ValueError(f"its base_model_name_or_path {base!r} is no directory here: write the path of the "
+                                 "base's directory there")
+            if Path(base).resolve() in [Path(each).resolve() for each in chain]:
+                raise ValueError(f"its base_model_name_or_path {base!r} leads back to itself")
+        chain.append(base)
+    for adapter in chain[:-1]:
+        check_adapter(adapter, chain[-1])
+    return chain
+
+
+def base_directory(dir):
+    """Where the tokenizer, config.json and the base's weights are. Raises ValueError as `directories`."""
+    return directories(dir)[-1]
 
 
 def check_adapter(dir, base):

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from lab import report
-from lab.adapters import directories
+from lab.check_adapter import directories
 from lab.check_input import check_settings
 from lab.check_tokenizer import TEMPLATES
 from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,

@@ -23,7 +23,8 @@ import grpo
 import model as transformer
 import sft
 from lab import checkpoint, claims, measure, report
-from lab.adapters import base_directory, load_model
+from lab.adapters import load_model
+from lab.check_adapter import base_directory
 from lab.check_input import check_directory
 from lab.graphs import generate
 from lab.layers import fast_layers

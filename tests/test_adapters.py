@@ -16,7 +16,8 @@ import model as transformer
 import pipeline
 import sft
 from forked import run_forked
-from lab.adapters import base_directory, directories, load_model, save_adapters
+from lab.adapters import load_model, save_adapters
+from lab.check_adapter import base_directory, directories
 from runs import make, write
 from variants import ppo, prime
 from variants.lora import adapters, add_adapters
@@ -101,7 +102,8 @@ BROKEN = {
     "r 0": (field(r=0), "r is 0"), "r -2": (field(r=-2), "r is -2"), "r true": (field(r=True), "r is True"),
     "r 2.0": (field(r=2.0), "r is 2.0"), "no r": (field(r="gone"), "r is None"),
     "another r": (field(r=3), "the base and r 3 ask for"),
-    "alpha as text": (field(lora_alpha="32"), "lora_alpha is '32'"), "alpha 0": (field(lora_alpha=0), "lora_alpha is 0"),
+    "alpha as text": (field(lora_alpha="32"), "lora_alpha is '32'"),
+    "alpha 0": (field(lora_alpha=0), "lora_alpha is 0"),
     "alpha NaN": (field(lora_alpha=float("nan")), "lora_alpha is nan"),
     "alpha infinite": (field(lora_alpha=float("inf")), "lora_alpha is inf"),
     "rslora as text": (field(use_rslora="no"), "use_rslora is 'no'"),
@@ -111,7 +113,7 @@ BROKEN = {
     "another width": (put(f"{PREFIX}A.weight", 2, 31), f"{PREFIX}A.weight is F32 [2, 31]"),
     "turned": (put(f"{PREFIX}A.weight", 32, 2), f"{PREFIX}A.weight is F32 [32, 2]"),
     "integers": (put(f"{PREFIX}A.weight", 2, 32, dtype=torch.int32), "is I32"),
-    "an embedding": (put("base_model.model.model.embed_tokens.lora_embedding_A", 2, 99), "embed_tokens.lora_embedding_A"),
+    "an embedding": (put("base_model.model.model.embed_tokens.lora_embedding_A", 2, 99), "embed_tokens.lora_embedding"),
     "a norm": (put("base_model.model.model.norm.lora_A.weight", 2, 32), "norm.lora_A.weight is no LoRA of a matrix"),
     "a matrix of no layer": (put("base_model.model.model.layers.2.mlp.up_proj.lora_A.weight", 2, 32), "layers.2"),
     "a tied head": (put("base_model.model.lm_head.lora_A.weight", 2, 32), "lm_head.lora_A.weight is no LoRA of a"),
@@ -138,7 +140,7 @@ def test_an_adapter_that_is_broken_or_no_plain_lora_is_named_before_anything_is_
 
 
 @pytest.mark.parametrize("change", [
-    field(use_rslora=None, use_dora=False, rank_pattern={}, modules_to_save=[], lora_bias=False, init_lora_weights=True),
+    field(use_rslora=None, use_dora=False, rank_pattern={}, modules_to_save=[], lora_bias=False),
     field(lora_dropout=0.1, task_type=None, target_modules="all-linear", revision="main", bias="none"),
     field(init_lora_weights="gaussian", inference_mode=False, layers_to_transform=[0, 1], peft_version="99"),
     tensors(lambda held: [held.pop(name) for name in list(held) if "layers.1." in name]),
@@ -222,8 +224,8 @@ def test_a_chat_with_an_adapter_says_what_to_do(files):
 
 def test_commands_take_an_adapter_as_a_model(files, tmp_path):
     data, adapter = files / "problems.jsonl", files / "adapter"
-    ended = run_forked(evaluate.main, argv=["evaluate.py", "--model", str(adapter), "--data", str(data), "--samples", "1",
-                                            "--max-new-tokens", "4", "--dtype", "float32"])
+    small = "--samples 1 --max-new-tokens 4 --dtype float32".split()
+    ended = run_forked(evaluate.main, argv=["evaluate.py", "--model", str(adapter), "--data", str(data), *small])
     assert ended.status == 0 and "reasoning: 40 rows" in ended.stdout, ended.stderr
     small = "--epochs 1 --batch-tokens 2048 --row-length 64 --dtype float32 --lora 2".split()
     args = ["--model", adapter, "--data", files / "pairs.jsonl", "--out", tmp_path / "out", *small]

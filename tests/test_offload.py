@@ -101,6 +101,19 @@ def test_in_bfloat16_the_loss_follows_that_of_the_same_training_in_one_place(tin
     assert max(moved) < 0.2  # of the way that they went
 
 
+def test_the_norm_of_the_gradient_is_summed_in_the_models_order_wherever_it_lies(tiny, monkeypatch):
+    """In another order it would round otherwise, and a run would not be the same as before."""
+    clipped, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: (
+        clipped.append(list(parameters)), clip(clipped[-1], most))[1])
+    for name, (train, make_optimizer) in TRAININGS.items():
+        masters = tiny(seed=1)
+        for model in (masters, copy.deepcopy(masters)):
+            make = make_optimizer if model is masters else offloaded(model, masters, make_optimizer)
+            train(model, "float32", make_optimizer=make)
+            assert [id(p) for p in clipped[-1]] == [id(p) for p in masters.parameters()]
+
+
 def test_in_float16_an_overflow_leaves_masters_weights_and_moments_alone(tiny):
     masters = tiny()
     model = copy.deepcopy(masters).half()
