@@ -282,6 +282,11 @@ def test_a_script_runs_and_where_it_is_killed_resumes(name, tmp_path):
     if script != "evaluate":
         assert (tmp_path / "out" / "model.safetensors").exists()
         assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists() == ("LoRA" in how)
+    if how:
+        on_the_gpu(main, argv=[*argv[:-1], "whole"], cwd=tmp_path)
+        whole = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+        assert len(whole) == 1 + ("LoRA" in how)
+        assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in whole)
         settings = checkpoint.read_json(tmp_path / "out" / "settings.json")
         rows = {"sft": 512, "distill": 64}  # of 32 and of 256 tokens
         assert settings.get("micro_batch_tokens", 16384) == 16384
@@ -316,7 +321,7 @@ def check_placement(name, tiny):
     moments = [moment for state in made[0].state.values() for moment in state.values()]
     assert len(moments) == 3 * with_gradient[0] and not any(moment.is_cuda for moment in moments)
     for p, master in zip(model.parameters(), masters.parameters(), strict=True):
-        assert torch.equal(p.cpu(), master.bfloat16())
+        assert torch.equal(p.detach().cpu(), master.bfloat16())
 
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])
