@@ -95,9 +95,10 @@ class Run:
         self.begin("")
         settings = {"preset": preset_name, "seed": seed, "settings": asdict(preset), "rewards": rewards}
         settings |= source.settings()
-        trained_by = {name: getattr(memory, name) for name in ("lora", "lora_alpha", "offload_optimizer")}
-        if memory.lora or memory.offload_optimizer:
-            settings["memory"] = trained_by
+        changed = {name: value for name, value in vars(memory).items()
+                   if name != "recompute" and value != getattr(Memory(), name)}
+        if changed:
+            settings["memory"] = changed
         checkpoint.check_same_settings(self.out / "config.json", settings)
 
     # ---- what earlier calls left

@@ -132,7 +132,7 @@ def test_with_what_small_cards_need_the_recipe_is_killed_and_resumed_byte_for_by
     for name in trained:
         assert model_module.load(runs[0] / name, "cpu").embed_tokens.weight.dtype == torch.float32
     if how != "float16":
-        for other in (["--lora", "8"], [], ["--lora", "4", "--lora-alpha", "8"]):
+        for other in (["--lora", "8"], [], ["--lora", "4", "--lora-alpha", "8"], [*HOW[how], "--cache-tokens", "200"]):
             ended = call(tmp_path / "killed", [*args[:-len(HOW[how])], *other])
             assert ended.status == 2 and "(memory" in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
