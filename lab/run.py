@@ -24,7 +24,7 @@ import model as transformer
 import sft
 from lab import checkpoint, claims, measure, report
 from lab.adapters import load_model
-from lab.check_adapter import base_directory
+from lab.check_adapter import base_directory, is_adapter
 from lab.check_input import check_directory
 from lab.graphs import generate
 from lab.layers import fast_layers
@@ -99,6 +99,8 @@ class Run:
                    if name != "recompute" and value != getattr(Memory(), name)}
         if changed:
             settings["memory"] = changed
+        if is_adapter(self.out):
+            raise ValueError(f"{self.out} already holds an adapter; choose another --out")
         checkpoint.check_same_settings(self.out / "config.json", settings)
 
     # ---- what earlier calls left

@@ -28,7 +28,7 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """model/, adapter/ whose base it is, problems.jsonl and pairs.jsonl"""
+    """model/, adapter/ whose base it is, problems.jsonl, test.jsonl and pairs.jsonl"""
     dir = tmp_path_factory.mktemp("files")
     model, _ = make(dir / "model", "llama", "qwen")
     add_adapters(model, 2, generator=torch.Generator().manual_seed(0))
@@ -37,6 +37,7 @@ def files(tmp_path_factory):
             part.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     save_adapters(model, dir / "model", dir / "adapter")
     write(dir / "problems.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)])
+    write(dir / "test.jsonl", [{"prompt": "What is 50 + 1?", "answer": "51"}])
     write(dir / "pairs.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
     return dir
 
@@ -195,7 +196,7 @@ def of_model(dir, files):
 def commands(dir, files, out):
     """{name: (main, arguments)} of what takes a model, this one."""
     problems, pairs, model = files / "problems.jsonl", files / "pairs.jsonl", files / "model"
-    own = ["--train", problems, "--test", problems, "--out", out]
+    own = ["--train", problems, "--test", files / "test.jsonl", "--out", out]
     return {"evaluate": (evaluate.main, ["--model", dir, "--data", problems]),
             "sft": (sft.main, ["--model", dir, "--data", pairs, "--out", out]),
             "grpo": (grpo.main, ["--model", dir, "--data", problems, "--out", out]),
@@ -215,6 +216,16 @@ def test_each_command_names_a_broken_adapter_in_one_line_and_leaves_no_model(nam
         shutil.rmtree(adapter)
         shutil.copytree(files / "adapter", adapter)
     assert not [*tmp_path.glob("out/**/*.safetensors")]
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "student", "base"])
+def test_an_adapter_is_not_written_over(name, adapter, files, tmp_path):
+    shutil.copytree(adapter, tmp_path / "other" / "adapter")
+    for out in (adapter, tmp_path / "other") if name != "base" else [adapter]:
+        before = {path: path.read_bytes() for path in out.rglob("adapter_*")}
+        main, args = commands(adapter, files, out)[name]
+        assert f"{out} already holds an adapter" in refused(main, *args)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "LOCK"} == before
 
 
 def test_a_chat_with_an_adapter_says_what_to_do(files):
@@ -272,10 +283,9 @@ def test_a_critic_and_a_reward_model_step_on_the_gpu(main, files, tmp_path):
     ("--lora 2 --offload-reference", "offload_reference beside lora"), ("--lora 33", "lora 33 is above"),
     ("--offload-optimizer --compare", "--offload-optimizer does not go with --compare")])
 def test_the_recipe_refuses_them_too(options, culprit, files, tmp_path):
-    problems = files / "problems.jsonl"
-    said = refused(pipeline.main, "--base", files / "model", "--train", problems, "--test", problems, "--out",
-                   tmp_path / "out", "--template", "none", "--samples", "1", "--max-new-tokens", "4", "--test-problems",
-                   "2", *options.split())
+    said = refused(pipeline.main, "--base", files / "model", "--train", files / "problems.jsonl", "--test",
+                   files / "test.jsonl", "--out", tmp_path / "out", "--template", "none", "--samples", "1",
+                   "--max-new-tokens", "4", *options.split())
     assert culprit in said, said
 
 

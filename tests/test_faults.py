@@ -660,13 +660,17 @@ def pairs(tmp_path):
 
 
 RL = ("--rollouts 5 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --resample 0 "
-      "--rewards accuracy language_consistency --dtype").split()
+      "--reference-every 2 --rewards accuracy language_consistency --dtype").split()
 SFT = ["--batch-tokens", "128", "--row-length", "64", "--dtype"]
 RUNS = {"grpo": (grpo.main, RL), "ppo": (ppo.main, RL), "prime": (prime.main, RL), "sft": (sft.main, SFT)}
 HOW = {"plain": "float32", "lora": "bfloat16 --lora 4", "offload": "bfloat16 --offload-optimizer", "float16": "float16",
        "lora in float16": "float16 --lora 4", "offload in float16": "float16 --offload-optimizer"}
-SCRIPTS = [*((name, how) for how in ("plain", "lora", "float16") for name in RUNS), ("grpo", "offload"),
-           ("sft", "offload"), ("prime", "lora in float16"), ("grpo", "offload in float16")]
+SCRIPTS = [("grpo", "plain"), ("ppo", "plain"), ("prime", "plain"), ("sft", "plain"), ("grpo", "lora"),
+           ("prime", "lora"), ("sft", "lora"), ("grpo", "offload"), ("sft", "offload"), ("ppo", "float16"),
+           ("sft", "float16")]
+SCRIPTS += [pytest.param(name, how, marks=pytest.mark.full) for name, how in (
+    ("ppo", "lora"), ("grpo", "float16"), ("prime", "float16"), ("prime", "lora in float16"),
+    ("grpo", "offload in float16"))]
 
 OTHER_SETTINGS = {  # option: what the line says that refuses it where the run is killed
     "plain": [("--lr 0.5", "lr was"), ("--lora 4", "lora was 0, is 4"),
@@ -715,7 +719,8 @@ def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, h
     assert not (tmp_path / "out" / checkpoint.STATE).exists()
 
 
-@pytest.mark.parametrize("how", ["plain", "lora", "offload", "float16"])
+@pytest.mark.parametrize("how", ["plain", "lora", *(pytest.param(how, marks=pytest.mark.full)
+                                                   for how in ("offload", "float16"))])
 def test_a_distillation_killed_while_it_samples_and_while_it_trains_resumes_to_the_same_student(how, tmp_path):
     make(tmp_path / "model", "llama", "qwen")
     data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(300)])

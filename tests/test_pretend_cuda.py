@@ -263,7 +263,10 @@ SCRIPTS |= {
     "distill, LoRA": (distill_all, "--teacher", "--samples 1 --max-new-tokens 4 --epochs 1 --save-every 0 --lora 2")}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+LONG = {"grpo, float16", "grpo, Adam on the CPU, float16", "sft, LoRA", "sft, Adam on the CPU", "distill, LoRA"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name in LONG)) for name in SCRIPTS])
 def test_a_script_runs_and_where_it_is_killed_resumes(name, tmp_path):
     main, model, more = SCRIPTS[name]
     make(tmp_path / "model", "qwen3", "qwen")
