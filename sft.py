@@ -176,7 +176,7 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, log=None, sa
             scaler.scale(loss).backward()
             total += loss.item()
         scaler.unscale_(optimizer)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = [getattr(p, "master", p) for p in model.parameters()]  # variants/offload.py has gradients elsewhere
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
         lr = learning_rate(step, steps, c)
         for group in optimizer.param_groups:

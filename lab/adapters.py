@@ -1,82 +1,43 @@
 """Directories with LoRA's adapters in PEFT's format: written beside a merged model, and merged where one is read.
 
     load_model(dir, device, dtype)     # as model.load; `dir` may hold an adapter of PEFT's, whose base is at hand
-    base_directory(dir)                # the directory with the tokenizer and the weights: `dir`, or an adapter's base
     save_adapters(model, base, dir)    # adapter_config.json and adapter_model.safetensors, which `peft` opens
 
 Our fused matrices (qkv_proj, gate_up_proj) are several in these files: one A serves all parts, and B has their rows.
 """
 
 import json
-import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from lab.checkpoint import read_json
+from lab.check_adapter import CONFIG, PREFIX, WEIGHTS, directories, scale_of
+from lab.check_model import read_json
 from model import hf_tensors, load
 from variants.lora import adapters
 from variants.rope_scaling import scaled_frequencies
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# what else PEFT can do to a model, and would be left out in silence here
-UNKNOWN = ("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern",
-           "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
-           "alora_invocation_tokens")
-
-
-def is_adapter(dir):
-    return (Path(dir) / CONFIG).exists() and not (Path(dir) / "config.json").exists()
-
-
-def base_directory(dir):
-    """Where the tokenizer, config.json and the base's weights are. Raises ValueError where an adapter's base is not."""
-    if not is_adapter(dir):
-        return dir
-    path = Path(dir) / CONFIG
-    base = read_json(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not Path(base).is_dir():
-        raise ValueError(f"{path}: its base_model_name_or_path {base!r} is no directory here: write the path of the "
-                         "base's directory there")
-    if Path(base).resolve() == Path(dir).resolve():
-        raise ValueError(f"{path} names its own directory as its base")
-    return base_directory(base)
-
 
 def load_model(dir, device=None, dtype=None):
     """model.load's model, with an adapter of PEFT's merged: added in float32, then in the model's precision."""
-    if not is_adapter(dir):
-        return load(dir, device, dtype, rope=scaled_frequencies)
-    base_directory(dir)
-    model = load_model(read_json(Path(dir) / CONFIG)["base_model_name_or_path"], device, dtype)
-    add_peft(model, dir)
+    *chain, base = directories(dir)
+    model = load(base, device, dtype, rope=scaled_frequencies)
+    for adapter in reversed(chain):
+        add_peft(model, adapter)
     return model
 
 
 @torch.no_grad()
 def add_peft(model, dir):
-    """Adds the adapter in `dir` to the model's matrices. Raises ValueError for what it holds beside LoRA's A and B."""
-    path = Path(dir) / WEIGHTS
-    config, rows = read_json(Path(dir) / CONFIG), hf_tensors(model)
-    unknown = [name for name in UNKNOWN if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
-        raise ValueError(f"{Path(dir) / CONFIG} is not plain LoRA: {', '.join(unknown) or 'peft_type or bias'}")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        rank, alpha = config["r"], config["lora_alpha"]
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        for name in [name for name in tensors if name.endswith("lora_A.weight")]:
-            matrix = name.removesuffix("lora_A.weight")
-            A, B = tensors.pop(name).float(), tensors.pop(f"{matrix}lora_B.weight").float()
-            target = rows[f"{matrix.removeprefix(PREFIX)}weight"]
-            target.copy_(target.float() + scale * (B @ A).to(target.device))
-    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its base or its {CONFIG} ({error})") from None
-    if tensors:
-        raise ValueError(f"{path} holds {next(iter(tensors))}, which is no LoRA of a matrix")
+    """Adds the adapter in `dir`, which check_adapter has passed, to the model's matrices."""
+    scale, rows = scale_of(read_json(Path(dir) / CONFIG)), hf_tensors(model)
+    tensors = load_file(Path(dir) / WEIGHTS)
+    for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+        matrix = name.removesuffix("lora_A.weight")
+        A, B = tensors[name].float(), tensors[f"{matrix}lora_B.weight"].float()
+        target = rows[f"{matrix.removeprefix(PREFIX)}weight"]
+        target.copy_(target.float() + scale * (B @ A).to(target.device))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from data.problems import NoAnswer
+from lab.check_adapter import is_adapter
 from lab.check_model import check_model
 from lab.check_tokenizer import check_tokenizer
 
@@ -21,6 +22,9 @@ def check_directory(dir, template=None):
 
     Raises ValueError with the file and the field.
     """
+    if is_adapter(dir):
+        raise ValueError(f"{dir} holds an adapter and no model: a training of ours leaves the merged one in the folder "
+                         "above; another's is merged by lab/adapters.py's load_model, for model.py's save to write")
     check_tokenizer(dir, template)
     check_model(dir)
     path = Path(dir) / "tokenizer.json"

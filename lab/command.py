@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from lab import report
+from lab.check_adapter import directories, is_adapter
 from lab.check_input import check_settings
 from lab.check_tokenizer import TEMPLATES
 from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
@@ -208,6 +209,8 @@ def new_directory(path, may_go_on=False):
         if (path / "settings.json").exists():
             drop(path)  # the state of a call that was killed after its model was complete
         raise ValueError(f"{path} already holds a model; choose another --out")
+    if is_adapter(path) or is_adapter(path / "adapter") and not (path / "settings.json").exists():
+        raise ValueError(f"{path} already holds an adapter; choose another --out")
     if (path / "metrics.jsonl").exists() and not (path / "settings.json").exists():
         raise ValueError(f"{path} already holds the metrics of another training; choose another --out")
     path.mkdir(parents=True, exist_ok=True)
@@ -226,7 +229,7 @@ def saving(out, args):
             settings[f"content of {rule}"] = content_hash(rule.rpartition(":")[0])
     for name in sorted(settings.keys() & set(INPUTS)):  # wherever they lie now, their content must be the same
         path = settings.pop(name)
-        settings[f"content of {name}"] = content_hash(path) if path else None
+        settings[f"content of {name}"] = "+".join(map(content_hash, directories(path))) if path else None
     goes_on = (out / "config.json").exists()  # with more rollouts than before
     with lock(out):
         check_same_settings(out / "settings.json", settings)

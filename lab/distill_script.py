@@ -6,7 +6,7 @@ import torch
 
 from data.problems import read_rows
 from evaluate import EvalConfig, complete
-from lab.adapters import base_directory
+from lab.check_adapter import base_directory
 from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
 from lab.command import Parser, add_memory, add_saving, add_template, fields_of, new_directory, saving

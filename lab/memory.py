@@ -31,9 +31,12 @@ class Memory:
     cache_tokens: int = 2 ** 18      # of a rollout that are sampled at once
 
     def __post_init__(self):
-        if self.lora < 0 or not self.lora_alpha > 0 or self.cache_tokens < 1:
-            raise ValueError(f"lora {self.lora} must not be negative, lora_alpha {self.lora_alpha} and cache_tokens "
-                             f"{self.cache_tokens} must be positive")
+        if self.lora < 0:
+            raise ValueError(f"lora {self.lora} must not be negative: it is the rank of adapters, 0 for none")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha {self.lora_alpha} must be positive and finite")
+        if self.cache_tokens < 1:
+            raise ValueError(f"cache_tokens {self.cache_tokens} must be positive")
         if self.lora and self.offload_optimizer:
             raise ValueError("offload_optimizer beside lora: adapters leave nothing to offload")
 

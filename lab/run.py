@@ -23,7 +23,8 @@ import grpo
 import model as transformer
 import sft
 from lab import checkpoint, claims, measure, report
-from lab.adapters import base_directory, load_model
+from lab.adapters import load_model
+from lab.check_adapter import base_directory, is_adapter
 from lab.check_input import check_directory
 from lab.graphs import generate
 from lab.layers import fast_layers
@@ -94,9 +95,12 @@ class Run:
         self.begin("")
         settings = {"preset": preset_name, "seed": seed, "settings": asdict(preset), "rewards": rewards}
         settings |= source.settings()
-        trained_by = {name: getattr(memory, name) for name in ("lora", "lora_alpha", "offload_optimizer")}
-        if memory.lora or memory.offload_optimizer:
-            settings["memory"] = trained_by
+        changed = {name: value for name, value in vars(memory).items()
+                   if name != "recompute" and value != getattr(Memory(), name)}
+        if changed:
+            settings["memory"] = changed
+        if is_adapter(self.out):
+            raise ValueError(f"{self.out} already holds an adapter; choose another --out")
         checkpoint.check_same_settings(self.out / "config.json", settings)
 
     # ---- what earlier calls left

@@ -11,8 +11,9 @@ import rewards
 from data.math_answers import READERS, read_both, read_end
 from data.problems import read_problems, read_rows
 from lab import records, watch
-from lab.adapters import base_directory, load_model, save_adapters
+from lab.adapters import load_model, save_adapters
 from lab.asking import decoder, to_learn, with_room
+from lab.check_adapter import base_directory
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
 from lab.command import (Parser, add_compile, add_foretelling, add_going_on, add_memory, add_saving, add_template,

@@ -20,6 +20,9 @@ class Trainee:
         self.model, self.memory, self.dir, self.masters = model, memory, dir, None
         if memory.recompute:
             recompute(model)
+        if memory.lora > model.config.hidden_size:
+            raise ValueError(f"lora {memory.lora} is above the model's hidden_size {model.config.hidden_size}: "
+                             "adapters would be larger than the matrices")
         if memory.lora:
             add_adapters(model, memory.lora, memory.lora_alpha, generator=torch.Generator().manual_seed(seed))
         if memory.offload_optimizer:

@@ -143,6 +143,8 @@ class Everywhere(TorchFunctionMode):
     IN_ONE = {torch._C._nn.pad_sequence}  # makes a tensor in C++, where our tensors are the CPU's
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.pin_memory:
+            return args[0].clone()
         if func in self.IN_ONE:
             return pretended(func(*mapped(held, args), **mapped(held, kwargs or {})))
         if not kwargs and func not in self.MOVES:

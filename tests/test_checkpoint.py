@@ -227,6 +227,31 @@ def test_a_state_of_a_gpu_passes_through_the_cpus_memory_tensor_by_tensor(tmp_pa
     assert ended.status == 0, ended.stderr
 
 
+def save_and_resume_on_a_cpu(folder):
+    def make():
+        layers = nn.ModuleList([nn.Linear(512, 512, bias=False) for _ in range(32)])
+        return layers, torch.optim.Adam(layers.parameters(), fused=True)
+
+    (layers, optimizer), (others, its_optimizer) = make(), make()
+    count, resumed = sum(p.numel() for p in layers.parameters()), []
+    for p in layers.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    save(folder, *state_of(model=layers, optimizer=optimizer, step=1))
+
+    def resume():
+        with Checkpointer(folder) as checkpointer:
+            resumed.append(checkpointer.resume(model=others, optimizer=its_optimizer))
+    assert 8 * count <= most_memory_of(resume) < 8.5 * count and resumed == [{"step": 1}]
+    assert torch.equal(its_optimizer.state[others[3].weight]["exp_avg"], optimizer.state[layers[3].weight]["exp_avg"])
+
+
+def test_a_resumption_on_a_cpu_takes_the_moments_once(tmp_path):
+    """8 bytes a parameter, which stay: the file is mapped, not read, and nothing is copied twice."""
+    ended = run_forked(save_and_resume_on_a_cpu, tmp_path)
+    assert ended.status == 0, ended.stderr
+
+
 def test_a_restored_moment_does_not_lie_in_the_file(tmp_path):
     """Adam writes to it, and the file is replaced."""
     made, optimizer, generator = start(1)

@@ -660,27 +660,51 @@ def pairs(tmp_path):
 
 
 RL = ("--rollouts 5 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --resample 0 "
-      "--rewards accuracy language_consistency").split()
-SFT = ["--batch-tokens", "128", "--row-length", "64"]
-SCRIPTS = {"grpo": (grpo.main, RL), "ppo": (ppo.main, RL), "prime": (prime.main, RL), "sft": (sft.main, SFT)}
+      "--reference-every 2 --rewards accuracy language_consistency --dtype").split()
+SFT = ["--batch-tokens", "128", "--row-length", "64", "--dtype"]
+RUNS = {"grpo": (grpo.main, RL), "ppo": (ppo.main, RL), "prime": (prime.main, RL), "sft": (sft.main, SFT)}
+HOW = {"plain": "float32", "lora": "bfloat16 --lora 4", "offload": "bfloat16 --offload-optimizer", "float16": "float16",
+       "lora in float16": "float16 --lora 4", "offload in float16": "float16 --offload-optimizer"}
+SCRIPTS = [("grpo", "plain"), ("ppo", "plain"), ("prime", "plain"), ("sft", "plain"), ("grpo", "lora"),
+           ("prime", "lora"), ("sft", "lora"), ("grpo", "offload"), ("sft", "offload"), ("ppo", "float16"),
+           ("sft", "float16")]
+SCRIPTS += [pytest.param(name, how, marks=pytest.mark.full) for name, how in (
+    ("ppo", "lora"), ("grpo", "float16"), ("prime", "float16"), ("prime", "lora in float16"),
+    ("grpo", "offload in float16"))]
+
+OTHER_SETTINGS = {  # option: what the line says that refuses it where the run is killed
+    "plain": [("--lr 0.5", "lr was"), ("--lora 4", "lora was 0, is 4"),
+              ("--dtype bfloat16", "dtype was float32, is bfloat16")],
+    "lora": [("--lora 8", "lora was 4, is 8"), ("--lora-alpha 16", "lora_alpha was 32.0, is 16.0"),
+             ("--lora 0", "lora was 4, is 0")],
+    "offload": [("--lora 4", "offload_optimizer beside lora")],
+    "float16": [("--dtype float32", "dtype was float16, is float32"), ("--lora 4", "lora was 0, is 4")]}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, tmp_path):
-    main, more = SCRIPTS[name]
+def trained_files(dir):
+    """{file: bytes} of the model, its adapter and what was logged, but for times and paths."""
+    apart = ("times.jsonl", "report.html", "LOCK", "settings.json")
+    return {str(path.relative_to(dir)): path.read_bytes() for path in sorted(dir.rglob("*"))
+            if path.is_file() and path.name not in apart}
+
+
+@pytest.mark.parametrize("name, how", SCRIPTS)
+def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, how, tmp_path):
+    main, more = RUNS[name]
     make(tmp_path / "model", "llama", "qwen")
     if name == "sft":
         data = pairs(tmp_path)
     else:
         data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
-    args = ["--model", tmp_path / "model", "--data", data, "--dtype", "float32", "--save-every", "0", *more]
+    args = ["--model", tmp_path / "model", "--data", data, "--save-every", "0", *more, *HOW[how].split()]
     whole = script(main, [*args, "--out", tmp_path / "whole"])
     assert whole.status == 0, whole.stderr
     out = ["--out", tmp_path / "out"]
     killed = script(main, [*args, *out], killed_at=2)
     assert killed.status == -signal.SIGKILL and checkpoint.load(tmp_path / "out")[1]["step"] == 2
-    other = script(main, [*args, *out, "--lr", "0.5"])
-    assert other.status == 2 and "lr was" in other.stderr
+    for option, culprit in OTHER_SETTINGS[how.split()[0]]:
+        other = script(main, [*args, *out, *option.split()])
+        assert other.status == 2 and culprit in other.stderr and other.stderr.count("\n") == 1, other.stderr
     rows = Path(data).read_text()
     Path(data).write_text(rows.replace("1", "2"))
     other = script(main, [*args, *out])
@@ -688,17 +712,21 @@ def test_a_script_killed_within_its_training_resumes_to_the_same_weights(name, t
     Path(data).write_text(rows)
     again = script(main, [*args, "--out", f"{tmp_path / 'out'}/"])
     assert again.status == 0, again.stderr
-    weights = {dir: (tmp_path / dir / "model.safetensors").read_bytes() for dir in ("out", "whole", "model")}
-    assert weights["out"] == weights["whole"] != weights["model"]
+    assert trained_files(tmp_path / "out") == trained_files(tmp_path / "whole")
+    weights = [(tmp_path / dir / "model.safetensors").read_bytes() for dir in ("out", "model")]
+    assert weights[0] != weights[1]
+    assert ("adapter/adapter_model.safetensors" in trained_files(tmp_path / "out")) == ("lora" in how)
     assert not (tmp_path / "out" / checkpoint.STATE).exists()
 
 
-def test_a_distillation_killed_while_it_samples_and_while_it_trains_resumes_to_the_same_student(tmp_path):
+@pytest.mark.parametrize("how", ["plain", "lora", *(pytest.param(how, marks=pytest.mark.full)
+                                                   for how in ("offload", "float16"))])
+def test_a_distillation_killed_while_it_samples_and_while_it_trains_resumes_to_the_same_student(how, tmp_path):
     make(tmp_path / "model", "llama", "qwen")
     data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(300)])
     args = ["--teacher", tmp_path / "model", "--student", tmp_path / "model", "--data", data, "--samples", "4",
             "--max-new-tokens", "4", "--epochs", "1", "--batch-tokens", "2048", "--row-length", "64",
-            "--dtype", "float32", "--save-every", "0"]
+            "--save-every", "0", "--dtype", *HOW[how].split()]
 
     def kind():  # to a teacher that knows nothing
         rewards.accuracy = rewards.accuracy_any = rewards.language_consistency = lambda *_, **__: 1.0
@@ -715,14 +743,14 @@ def test_a_distillation_killed_while_it_samples_and_while_it_trains_resumes_to_t
     again = call("out", 0)
     assert again.status == 0 and "sampled" not in again.stdout, again.stderr
     assert "step 3/" in again.stdout and "step 2/" not in again.stdout
-    for file in ("model.safetensors", "traces.jsonl", "sampling/completions.jsonl"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert trained_files(tmp_path / "out") == trained_files(tmp_path / "whole")
+    assert {"model.safetensors", "traces.jsonl", "sampling/completions.jsonl"} <= trained_files(tmp_path / "out").keys()
     assert not [*(tmp_path / "out").glob("**/state.safetensors")]
 
 
 def test_a_script_whose_rate_is_far_too_high_names_the_last_good_state_and_saves_the_batch(tmp_path):
     make(tmp_path / "model", "llama", "qwen")
-    args = ["--model", tmp_path / "model", "--data", pairs(tmp_path), *SFT, "--dtype", "float32"]
+    args = ["--model", tmp_path / "model", "--data", pairs(tmp_path), *SFT, "float32"]
     ended = script(sft.main, [*args, "--lr", "1e38", "--out", tmp_path / "out"])
     assert ended.status == 2 and ended.stderr.count("\n") == 1, ended.stderr
     assert "5 updates in a row" in ended.stderr and "no good state yet" in ended.stderr

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import grpo
 from lab import checkpoint
-from lab.adapters import base_directory, load_model, save_adapters
+from lab.adapters import load_model, save_adapters
+from lab.check_adapter import base_directory
 from lab.graphs import Decoder
 from lab.layers import fast_layers, recompute
 from lab.memory import Memory

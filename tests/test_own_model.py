@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 import grpo
 import model as model_module
@@ -17,7 +18,7 @@ from data.math_answers import read_both
 from forked import run_forked
 from lab.check_input import check_example
 from lab.scripts import read_problem_set
-from runs import TOKENIZERS, call, differing, make, results_of, run_with_kills, write
+from runs import TOKENIZERS, call, content, differing, make, results_of, run_with_kills, write
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,33 @@ def test_an_own_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_
     assert run_with_kills(tmp_path, args, [2, 3, 4]) >= 1
     assert differing(tmp_path / "run", finished[0], ignore=["results.json"]) == []
     assert results_of(tmp_path / "run") == results_of(finished[0])
+
+
+HOW = {"lora": ["--lora", "4"], "offload": ["--offload-optimizer"], "float16": ["--dtype", "float16"]}
+
+
+@pytest.mark.parametrize("how", ["lora", *(pytest.param(how, marks=pytest.mark.full)
+                                           for how in ("offload", "float16"))])
+def test_with_what_small_cards_need_the_recipe_is_killed_and_resumed_byte_for_byte_too(how, own, tmp_path):
+    args = [*arguments(own, "run"), "--student", own / "small_llama", "--trace-samples", "2", *HOW[how]]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    ended = call(tmp_path / "whole", args)
+    assert ended.status == 0, ended.stderr
+    assert run_with_kills(tmp_path / "killed", args, [2, 3, 4]) >= 1
+    runs = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
+    of_paths = [name for name in content(runs[1]) if name.endswith("adapter_config.json")]  # of the stage before
+    assert differing(*runs, ignore=["results.json", *of_paths]) == []
+    assert results_of(runs[0]) == results_of(runs[1])
+    trained = ("zero", "dev1", "dev2", "dev3", "r1", "student_llama")
+    adapted = [name for name in trained if (runs[0] / name / "adapter" / "adapter_model.safetensors").exists()]
+    assert adapted == ([*trained] if how == "lora" else []) and len(of_paths) == len(adapted)
+    for name in trained:
+        assert model_module.load(runs[0] / name, "cpu").embed_tokens.weight.dtype == torch.float32
+    if how != "float16":
+        for other in (["--lora", "8"], [], ["--lora", "4", "--lora-alpha", "8"], [*HOW[how], "--cache-tokens", "200"]):
+            ended = call(tmp_path / "killed", [*args[:-len(HOW[how])], *other])
+            assert ended.status == 2 and "(memory" in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
 
 def test_a_kill_after_the_cold_starts_sampling_loses_none_of_its_cost(own, finished, tmp_path):

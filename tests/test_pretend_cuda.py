@@ -1,5 +1,6 @@
 """The paths of a GPU, on a pretended one: no mix-up of devices, no hidden wait, nothing that cannot be recorded."""
 
+import copy
 import importlib
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +23,9 @@ from lab import checkpoint, command, distill_script, graphs, measure
 from lab.layers import fast_layers
 from pretend_cuda import copies, waits
 from runs import STAGES, killed_at_first_save, make, write
+from test_offload import train_grpo, train_sft
 from variants import ppo, prime
+from variants.offload import step_on_cpu
 
 PROMPTS = [[3, 5, 7, 9, 11], [2], [4, 4, 4], [8, 1, 8]]
 
@@ -245,28 +248,88 @@ SCRIPTS = {
     "sft": (sft.main, "--model", "--batch-tokens 64 --row-length 32 --recompute --save-every 0"),
     "distill": (distill_all, "--teacher", "--samples 1 --max-new-tokens 4 --epochs 1 --save-every 0"),
     "evaluate": (evaluate.main, "--model", "--samples 2 --max-new-tokens 4")}
+FEW = f"{RL} --save-every 0"
+FEW_SFT = "--batch-tokens 64 --row-length 32 --save-every 0"
+SCRIPTS |= {
+    "grpo, LoRA": (grpo.main, "--model", f"{FEW} --lora 2"),
+    "grpo, Adam on the CPU": (grpo.main, "--model", f"{FEW} --offload-optimizer --offload-reference --recompute"),
+    "grpo, float16": (grpo.main, "--model", f"{FEW} --dtype float16"),
+    "grpo, Adam on the CPU, float16": (grpo.main, "--model", f"{FEW} --offload-optimizer --dtype float16"),
+    "ppo, LoRA, float16": (ppo.main, "--model", f"{FEW} --lora 2 --dtype float16"),
+    "prime, LoRA, float16": (prime.main, "--model", f"{FEW} --lora 2 --dtype float16"),
+    "sft, LoRA": (sft.main, "--model", f"{FEW_SFT} --lora 2 --recompute"),
+    "sft, Adam on the CPU": (sft.main, "--model", f"{FEW_SFT} --offload-optimizer --recompute"),
+    "sft, Adam on the CPU, float16": (sft.main, "--model", f"{FEW_SFT} --offload-optimizer --dtype float16"),
+    "distill, LoRA": (distill_all, "--teacher", "--samples 1 --max-new-tokens 4 --epochs 1 --save-every 0 --lora 2")}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+LONG = {"grpo, float16", "grpo, Adam on the CPU, float16", "sft, LoRA", "sft, Adam on the CPU", "distill, LoRA"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name in LONG)) for name in SCRIPTS])
 def test_a_script_runs_and_where_it_is_killed_resumes(name, tmp_path):
     main, model, more = SCRIPTS[name]
     make(tmp_path / "model", "qwen3", "qwen")
-    row = "completion" if name == "sft" else "answer"
+    script, *how = name.split(", ")
+    row = "completion" if script == "sft" else "answer"
     data = write(tmp_path / "data.jsonl", [{"prompt": f"What is {i} + 1?", row: str(i + 1)} for i in range(4)])
     argv = ["script.py", model, "model", "--data", data, *more.split()]
-    if name == "distill":
+    if script == "distill":
         argv += ["--student", "model"]
-    if name != "evaluate":
+    if script != "evaluate":
         argv += ["--out", "out"]
         with pytest.raises(AssertionError) as ended:
             on_the_gpu(killed_at_first_save, main, argv=argv, cwd=tmp_path)
         assert [*(tmp_path / "out").glob(f"**/{checkpoint.STATE}")], str(ended.value)
     on_the_gpu(main, argv=argv, cwd=tmp_path)
-    if name != "evaluate":
+    if script != "evaluate":
         assert (tmp_path / "out" / "model.safetensors").exists()
+        assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists() == ("LoRA" in how)
+    if how:
+        on_the_gpu(main, argv=[*argv[:-1], "whole"], cwd=tmp_path)
+        whole = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+        assert len(whole) == 1 + ("LoRA" in how)
+        assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in whole)
         settings = checkpoint.read_json(tmp_path / "out" / "settings.json")
         rows = {"sft": 512, "distill": 64}  # of 32 and of 256 tokens
-        assert settings.get("micro_batch_tokens", 16384) == 16384 and settings.get("micro_batch_rows") == rows.get(name)
+        assert settings.get("micro_batch_tokens", 16384) == 16384
+        assert settings.get("micro_batch_rows") == rows.get(script)
+
+
+def check_placement(name, tiny):
+    """A training with its step on the CPU: where its weights, gradients and moments lie after each update."""
+    masters = tiny(seed=1)
+    model = fast_layers(copy.deepcopy(masters).to("cuda", torch.bfloat16))
+    with_gradient = []
+
+    def make(parameters, **settings):
+        make_optimizer = sft.adamw if name == "sft" else grpo.adam
+        optimizer = step_on_cpu(make_optimizer(masters.parameters(), **settings), model, masters)
+
+        def look(optimizer, *_):  # at the end of an update's backward passes
+            assert all(p.grad is None for p in model.parameters())
+            held_gradients = [p.grad for p in masters.parameters() if p.grad is not None]
+            assert held_gradients and not any(grad.is_cuda for grad in held_gradients)
+            assert all(grad.dtype == torch.float32 for grad in held_gradients)
+            with_gradient.append(len(held_gradients))
+        optimizer.register_step_pre_hook(look)
+        made.append(optimizer)
+        return optimizer
+
+    made, training = [], {"sft": train_sft, "grpo": train_grpo}[name]
+    training(model, "bfloat16", make_optimizer=make)
+    assert with_gradient == [len([*masters.parameters()])] * 20
+    assert all(p.is_cuda and p.dtype == torch.bfloat16 for p in model.parameters())
+    assert not any(p.is_cuda for p in masters.parameters())
+    moments = [moment for state in made[0].state.values() for moment in state.values()]
+    assert len(moments) == 3 * with_gradient[0] and not any(moment.is_cuda for moment in moments)
+    for p, master in zip(model.parameters(), masters.parameters(), strict=True):
+        assert torch.equal(p.detach().cpu(), master.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_with_its_step_on_the_cpu_the_gpu_holds_half_precision_weights_alone(name, tiny):
+    on_the_gpu(check_placement, name, tiny)
 
 
 def test_the_checks_of_gpu_py_pass():

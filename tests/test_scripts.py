@@ -12,7 +12,7 @@ import grpo
 import sft
 from forked import run_forked
 from lab import checkpoint
-from lab.own_rules import chosen_rules, chosen_weights
+from lab.own_rules import METRICS, chosen_rules, chosen_weights
 from lab.scripts import rules
 from runs import killed_at_first_save, make, write
 from variants import ppo, prime
@@ -170,6 +170,8 @@ def test_metrics_samples_and_a_page_lie_beside_the_model(name, files, tmp_path):
     assert [row["step"] for row in metrics] == [1, 2] and not any("seconds" in key for row in metrics for key in row)
     assert {"reward", "kl", "entropy", "grad_norm", "unfinished", "no_signal", "accuracy"} <= metrics[0].keys()
     assert [row["step"] for row in rows_of(out / "times.jsonl")] == [1, 2]
+    named = {key for file in ("metrics", "times") for row in rows_of(out / f"{file}.jsonl") for key in row}
+    assert named <= {*METRICS, *rules()}  # names that no reward of a user's may take
     assert samples[0]["prompt"].startswith("What is") and {"completion", "rewards", "answer"} <= samples[0].keys()
     printed = [float(value) for value in re.findall(r"reward (-?[0-9.]+)  length", ended.stdout)]
     assert printed == pytest.approx([row["reward"] for row in metrics], abs=5e-4)
@@ -212,9 +214,12 @@ def differing(left, right):
     return [name for name in names if (left / name).read_bytes() != (right / name).read_bytes()]
 
 
-@pytest.mark.parametrize("name", ["grpo", "prime"])
-def test_with_its_state_kept_a_training_goes_on_as_if_more_rollouts_had_been_asked_for_at_first(name, files, tmp_path):
-    few, more, learns = tmp_path / "few", tmp_path / "more", ["--rewards", "accuracy", "language_consistency"]
+@pytest.mark.parametrize("name, how", [("grpo", ""), ("prime", ""), ("grpo", "--lora 2 --dtype bfloat16"),
+                                       ("grpo", "--offload-optimizer --dtype bfloat16"), ("grpo", "--dtype float16")])
+def test_with_its_state_kept_a_training_goes_on_as_if_more_rollouts_had_been_asked_for_at_first(name, how, files,
+                                                                                                tmp_path):
+    few, more = tmp_path / "few", tmp_path / "more"
+    learns = ["--rewards", "accuracy", "language_consistency", *how.split()]
 
     def train(out, *options):
         return call(MAINS[name], files, out, *learns, *options)

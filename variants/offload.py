@@ -12,28 +12,26 @@ Then as with any optimizer: backward, clip (the masters' gradients), step, zero_
 same training to the last bit.
 """
 
-from functools import partial
-
 import torch
 
 
 def step_on_cpu(optimizer, model, masters):
     """The optimizer of the masters' parameters, tied to a model of the same architecture on any device."""
     for p, master in zip(model.parameters(), masters.parameters(), strict=True):
-        p.half = torch.empty_like(p, device="cpu", requires_grad=False)
+        p.master, p.half = master, torch.empty_like(p, device="cpu", requires_grad=False)
         if p.is_cuda:
             p.half = p.half.pin_memory()  # memory that the card reads and writes by itself
         p.wide = torch.empty_like(master, requires_grad=False)  # kept: fresh memory costs as much as a transfer
-        p.register_post_accumulate_grad_hook(partial(take_gradient, master=master))
+        p.register_post_accumulate_grad_hook(take_gradient)
     optimizer.register_step_post_hook(lambda *_: send_weights(model, masters))
     return optimizer
 
 
 @torch.no_grad()
-def take_gradient(p, master):
+def take_gradient(p):
     """After each backward pass: from the card to the master's gradient, in float32."""
     p.half.copy_(p.grad)  # waits until the gradient is there
-    p.grad = None
+    p.grad, master = None, p.master
     if master.grad is None:
         master.grad = p.wide.copy_(p.half)
     else:
