@@ -411,11 +411,10 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         # 1, 2: sample groups of completions from the current policy; judge them by the rules
-        is_cast = next(model.parameters()).dtype == getattr(torch, c.dtype)
-        r, discarded = select(partial(draw, model if is_cast else cast_copy(model, c.dtype)), prompts,
-                              c.prompts_per_rollout)  # in one call, so that the copy is gone before the updates
-        counters["prompts"] += len(r.examples) + discarded
-        counters["samples"] += (len(r.examples) + discarded) * c.group_size
+        as_is = next(model.parameters()).dtype == getattr(torch, c.dtype)  # else a copy, which ends with the next line
+        r, unused = select(partial(draw, model if as_is else cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
+        counters["prompts"] += len(r.examples) + unused
+        counters["samples"] += (len(r.examples) + unused) * c.group_size
         sampling_seconds = time.time() - started
         state.score(r)
         # 3: advantages
@@ -431,7 +430,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
             state.reference.load_state_dict(model.state_dict())
 
         metrics = rollout_metrics(r, history, c) | {
-            "step": counters["step"], "samples": counters["samples"], "discarded": discarded,
+            "step": counters["step"], "samples": counters["samples"], "discarded": unused,
             "seconds": time.time() - started, "sampling_seconds": sampling_seconds}
         if validate is not None and (counters["step"] % c.validate_every == 0 or counters["step"] == c.rollouts):
             metrics |= {f"validation_{name}": value for name, value in validate(model).items()}
