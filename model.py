@@ -334,7 +334,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 # ------------------------------------------------------------------------------------------- weights in and out
 
 def hf_tensors(model, named=None):
-    """{Hugging Face's name: our rows of it}, of the parameters or `named` tensors like them; there qkv_proj is three."""
+    """{Hugging Face's name: our rows}, of the parameters or of `named` tensors like them; there qkv_proj is three."""
     c = model.config
     q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {"qkv_proj": {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},

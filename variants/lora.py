@@ -105,4 +105,3 @@ def unmerge(model):
     for part in adapters(model).values():
         part.weight.copy_(part.weight.float() - part.delta())
     return model
-
