@@ -172,7 +172,7 @@ class Run:
             (self.out / name / "values.npz").unlink(missing_ok=True)
             (self.out / name / "cold_start.json").unlink(missing_ok=True)
         self.results.pop("compare", None)  # it comes back unless the base is gone
-        self.results |= self.earlier_results()
+        self.results |= self.earlier_results(self.results["meta"])
 
     # ---- a stage
 
