@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the samples that it starts from.
 PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
 CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
-        "distill.py", "lab/graphs.py", "lab/asking.py")
+        "distill.py", "lab/graphs.py", "lab/asking.py", "lab/lots.py")
 
 LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "lengths.jsonl",
         "completions.jsonl")
@@ -99,6 +99,8 @@ class Run:
                    if name != "recompute" and value != getattr(Memory(), name)}
         if changed:
             settings["memory"] = changed
+        if memory.lora:  # a stage's state does not hold its base
+            settings["bases"] = source.contents()
         if is_adapter(self.out):
             raise ValueError(f"{self.out} already holds an adapter; choose another --out")
         checkpoint.check_same_settings(self.out / "config.json", settings)
@@ -196,7 +198,7 @@ class Run:
             if not self.source.is_given(name):  # else it is only measured
                 self.save()
             self.end()
-            parameters = sum(p.numel() for p in model.parameters())
+            parameters = sum(p.numel() for p_name, p in model.named_parameters() if "lora_" not in p_name)  # when merged
             done = stage.about() | {"parameters": parameters, **self.cost, "code": self.code}
             done |= self.best_validation(name)
             checkpoint.write_arrays(dir / "values.npz", measure.measure_stage(self, model))
@@ -211,7 +213,8 @@ class Run:
             return ("model.py",)
         if self.stages[name].by.startswith("pretraining"):
             return PRETRAINING_CODE
-        return CODE
+        small_cards = {"variants/lora.py": self.memory.lora, "variants/offload.py": self.memory.offload_optimizer}
+        return (*CODE, *(file for file, is_used in small_cards.items() if is_used))
 
     def make_data(self, name):
         """As make_stage, for a stage without a model: its function writes files and returns what to record of them."""
@@ -417,10 +420,12 @@ class Run:
         return sample
 
     def spend(self, model, trained=0, scored=0, sampled=0):
-        """Counts tokens and estimates FLOPs: 2 per parameter and token forward, 4 backward (attention left out)."""
+        """Counts tokens and estimates FLOPs (attention left out): 2 per parameter and token forward, 4 backward, or 2
+        where LoRA's base needs no gradients."""
         parameters = sum(p.numel() for p in model.parameters())
         self.cost["tokens"] += trained + sampled
-        self.cost["flops"] += parameters * (6.0 * trained + 2.0 * (scored + sampled))
+        per_token = 4.0 if self.memory.lora else 6.0
+        self.cost["flops"] += parameters * (per_token * trained + 2.0 * (scored + sampled))
 
 
 def with_earlier_commands(meta, command):

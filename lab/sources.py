@@ -184,6 +184,10 @@ class OwnModel:
                 files[name] = getattr(args, name)
         return {"own": {"base": str(Path(args.base).resolve()), "template": args.template, **files}}
 
+    def contents(self):
+        """{model: a hash of its directory's content}"""
+        return {name: checkpoint.content_hash(base_directory(dir)) for name, dir in self.directories.items()}
+
     def identity(self):
         return "own model"
 
