@@ -198,7 +198,7 @@ class Run:
             if not self.source.is_given(name):  # else it is only measured
                 self.save()
             self.end()
-            parameters = sum(p.numel() for p_name, p in model.named_parameters() if "lora_" not in p_name)  # when merged
+            parameters = sum(p.numel() for part, p in model.named_parameters() if "lora_" not in part)  # when merged
             done = stage.about() | {"parameters": parameters, **self.cost, "code": self.code}
             done |= self.best_validation(name)
             checkpoint.write_arrays(dir / "values.npz", measure.measure_stage(self, model))
