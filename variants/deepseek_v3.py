@@ -5,8 +5,7 @@ After the first layers each token goes through a few of many experts, which a bi
 pretraining a further block predicts the token after the next. A directory opens in `transformers` too, which knows no
 weights of that block: they are not written.
 
-    model = load(dir)                                      # then as model.py's Transformer
-    sft.train(model, examples, config, objective=Objective())    # V3's pretraining
+    model = load(dir)    # then as model.py's Transformer; variants/v3_pretraining.py trains it as V3 was
 
 Shapes: B rows, T positions, S cached columns, D hidden size, H heads, V vocabulary; of a head's query and key dn, and
 dr that rotate, of its value dv; dc latent; N tokens, E experts, K of them for a token, I width of an expert.
@@ -356,8 +355,8 @@ class Transformer(nn.Module):
         return x.to(torch.get_autocast_dtype(ids.device.type)) if is_cast else x
 
     def place(self, ids, positions=None, segments=None, cache=None):
-        """What each token is turned by (cos and sin), which columns it sees (mask), and whether it is real: of forward's
-        arguments. mask None: all that came before; real None: all are."""
+        """Of forward's arguments: what each token is turned by (cos and sin), which columns it sees (mask; None: all that
+        came before), and whether it is real (None: all are)."""
         T = ids.shape[1]
         past = 0 if cache is None else cache.length - cache.padding  # of the shortest row
         if past + T > self.config.max_position_embeddings:
@@ -484,7 +483,8 @@ def load(dir, device=None, dtype=None, rope=rope_frequencies) -> Transformer:
     files = {name: path for path in shards for name in safe_open(path, "pt").keys()}
     with torch.device("meta"):  # no memory and no random numbers for what is replaced
         model = Transformer(read_config(dir), rope)
-    model.to(dtype or safe_open(files["model.embed_tokens.weight"], "pt").get_slice("model.embed_tokens.weight")[:0].dtype)
+    first = "model.embed_tokens.weight"
+    model.to(dtype or safe_open(files[first], "pt").get_slice(first)[:0].dtype)
     for router in model.routers():
         router.float()
     model.to_empty(device=device)
