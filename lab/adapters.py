@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lab.architectures import is_deepseek, load
 from lab.checkpoint import read_json
-from model import hf_tensors, load
+from model import hf_tensors
 from variants.lora import adapters
-from variants.rope_scaling import scaled_frequencies
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # what else PEFT can do to a model, and would be left out in silence here
@@ -48,9 +48,11 @@ def base_directory(dir):
 def load_model(dir, device=None, dtype=None):
     """model.load's model, with an adapter of PEFT's merged: added in float32, then in the model's precision."""
     if not is_adapter(dir):
-        return load(dir, device, dtype, rope=scaled_frequencies)
+        return load(dir, device, dtype)
     base_directory(dir)
     model = load_model(read_json(Path(dir) / CONFIG)["base_model_name_or_path"], device, dtype)
+    if is_deepseek(model):
+        raise ValueError(f"{Path(dir) / CONFIG}: an adapter of a deepseek_v3 is not supported")
     add_peft(model, dir)
     return model
 

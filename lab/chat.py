@@ -11,10 +11,12 @@ from functools import partial
 
 import torch
 
+from lab.architectures import file_of
 from lab.check_input import check_directory
 from lab.command import Parser, add_template, device_of
 from lab.asking import opened_by
 from tokenizer import Tokenizer
+from variants import deepseek_v3
 from variants.rope_scaling import scaled_frequencies
 
 TAG = "</?(?:think|answer)>"
@@ -54,6 +56,7 @@ def main(load, prefill, sample):
     parser, args = parse_args()
     try:
         check_directory(args.dir, args.template)
+        load = deepseek_v3.load if file_of(args.dir) is deepseek_v3 else load
         model = load(args.dir, args.device, rope=scaled_frequencies)
         chat(model, Tokenizer(args.dir, args.template), partial(stream, prefill, sample, model), args)
     except (ValueError, OSError) as error:

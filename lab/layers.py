@@ -19,22 +19,24 @@ from torch.utils.checkpoint import checkpoint
 
 from lab.prompts import SharingTransformer
 from model import Attention, Block, RMSNorm, Transformer, rotate
+from variants import deepseek_v3
 
 
 def fast_layers(model):
     """The model, with the attention and norms of its device."""
     if next(model.parameters()).device.type == "cpu":
-        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer})
+        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, deepseek_v3.RMSNorm: CPURMSNorm,
+                        Transformer: SharingTransformer})
     else:
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)
-        replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm})
+        replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm, deepseek_v3.RMSNorm: CUDARMSNorm})
     return model
 
 
 def recompute(model):
     """The model, whose layers keep their input only and run again in the backward pass: less memory, a third slower."""
-    replace(model, {Block: RecomputedBlock})
+    replace(model, {Block: RecomputedBlock, deepseek_v3.Block: RecomputedV3Block})
     return model
 
 
@@ -49,6 +51,15 @@ class RecomputedBlock(Block):
         if not torch.is_grad_enabled():
             return super().forward(x, cos, sin, mask, cache, layer)
         return checkpoint(super().forward, x, cos, sin, mask, cache, layer, use_reentrant=False)
+
+
+class RecomputedV3Block(deepseek_v3.Block):
+    """A router counts each token twice then, of every expert alike."""
+
+    def forward(self, *inputs):
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs)
+        return checkpoint(super().forward, *inputs, use_reentrant=False)
 
 
 # ------------------------------------------------------------------------------------------- attention

@@ -12,6 +12,7 @@ from data.math_answers import READERS, read_both, read_end
 from data.problems import read_problems, read_rows
 from lab import records, watch
 from lab.adapters import base_directory, load_model, save_adapters
+from lab.architectures import save
 from lab.asking import decoder, to_learn, with_room
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, print_flush, save_directory
@@ -24,7 +25,7 @@ from lab.memory import Memory
 from lab.own_rules import chosen_rules, chosen_weights
 from lab.prompts import SharingTransformer
 from lab.trainee import Trainee
-from model import Transformer, save
+from model import Transformer
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig

@@ -24,10 +24,10 @@ from data import world
 from data.problems import read_rows
 from lab import checkpoint
 from lab.adapters import base_directory
+from lab.architectures import read_config
 from lab.asking import with_room
 from lab.check_input import check_directory
 from lab.scripts import encoder, in_its_language, read_problem_set
-from model import read_config
 from sft import SFTConfig
 from tokenizer import Tokenizer
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import grpo
 import sft
 from lab import checkpoint, graphs
+from lab.check_model import check_model, read_fields, tensor_shapes
 from model import generate, load as load_dense
 from sevens import train_on_sevens
 from test_sft import copies
@@ -103,6 +104,75 @@ def test_random_configurations_compute_what_transformers_computes(seed, tmp_path
         torch.testing.assert_close(cached[real.bool()], padded[real.bool()], atol=1e-4, rtol=0)
         greedy = theirs.generate(ids, attention_mask=real, max_new_tokens=64, do_sample=False, pad_token_id=0)
     assert torch.equal(generate(ours, prompts, max_new_tokens=64, temperature=0)[0], greedy[:, 12:])
+
+
+# ------------------------------------------------------------------------------------------- strangers' files
+
+@pytest.mark.parametrize("dir", FIXTURES, ids=lambda dir: dir.name)
+def test_the_check_expects_the_names_and_shapes_of_the_model(dir, tmp_path):
+    check_model(dir)
+    v3.save(v3.load(dir, "cpu", rope=scaled_frequencies), tmp_path)
+    check_model(tmp_path)
+    shapes = {name: list(rows.shape) for name, rows in load_file(tmp_path / "model.safetensors").items()}
+    assert tensor_shapes(read_fields(dir / "config.json")) == shapes
+
+
+def changed(dir, change, weights=None):
+    """A copy of the recorded V3 with other fields of its config.json, and tensors in addition (None: taken away)."""
+    shutil.copytree(Path(__file__).parent / "fixtures" / "deepseek_v3", dir)
+    config = json.loads((dir / "config.json").read_text())
+    (dir / "config.json").write_text(json.dumps(config | change))
+    if weights:
+        tensors = load_file(dir / "model.safetensors") | weights
+        save_file({name: rows for name, rows in tensors.items() if rows is not None}, dir / "model.safetensors")
+    return dir
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"scoring_func": "softmax"}, "scoring_func 'softmax'"), ({"topk_method": "greedy"}, "topk_method 'greedy'"),
+    ({"n_group": 3}, "n_group 3"), ({"n_group": 8, "topk_group": 4}, "n_group 8"), ({"topk_group": 5}, "topk_group 5"),
+    ({"num_experts_per_tok": 5}, "num_experts_per_tok 5"), ({"attention_bias": True}, "attention_bias of a deepseek_v3"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"), ({"hidden_act": "gelu"}, "gelu"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq 2"), ({"qk_rope_head_dim": 3}, "qk_rope_head_dim 3 is odd"),
+    ({"n_routed_experts": 10 ** 7}, "n_routed_experts"), ({"kv_lora_rank": "8"}, "kv_lora_rank is '8'"),
+    ({"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'"), ({"rope_interleave": 1}, "rope_interleave is 1"),
+    ({"first_k_dense_replace": -1}, "first_k_dense_replace is -1"), ({"n_shared_experts": 0.5}, "n_shared_experts"),
+    ({"v_head_dim": None}, "v_head_dim is None"), ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0"),
+    ({"architectures": ["DeepseekV3ForTokenClassification"]}, "DeepseekV3ForTokenClassification"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic")])
+def test_a_config_that_would_compute_something_else_is_refused_by_name(change, named, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: .*{named}") as error:
+        check_model(changed(tmp_path / "dir", change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"scoring_func": "softmax"}, {"topk_method": "greedy"}, {"n_group": 3},
+                                    {"attention_bias": True}, {"quantization_config": {"quant_method": "fp8"}},
+                                    {"hidden_act": "gelu"}, {"model_type": "deepseek_v2"}], ids=str)
+def test_without_the_check_it_is_refused_too(change, tmp_path):
+    with pytest.raises(ValueError, match="DeepSeek-V3"):
+        v3.load(changed(tmp_path / "dir", change), "cpu")
+
+
+def test_what_predicts_a_second_token_is_accepted_and_left_out(tmp_path):
+    dir = changed(tmp_path / "dir", {"num_nextn_predict_layers": 1, "attention_dropout": 0.1},
+                  {"model.layers.3.eh_proj.weight": torch.zeros(16, 32)})
+    check_model(dir)
+    assert not hasattr(v3.load(dir, "cpu"), "mtp")
+
+
+def test_a_missing_and_a_misshapen_expert_are_named(tmp_path):
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    for number, rows in enumerate((None, torch.zeros(8, 15))):
+        with pytest.raises(ValueError, match=f"model.safetensors: tensor {re.escape(name)} "):
+            check_model(changed(tmp_path / str(number), {}, {name: rows}))
+
+
+def test_the_dense_file_refuses_it_in_one_line():
+    with pytest.raises(ValueError, match="model_type 'deepseek_v3' is not supported") as error:
+        load_dense(FIXTURES[0], "cpu")
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- attention and its cache

@@ -469,6 +469,8 @@ def read_config(dir) -> Config:
                 "n_shared_experts": 0, "rope_interleave": True}
     values = defaults | raw | rope | {"num_nextn_predict_layers": 0}  # rope: transformers 5 keeps rope_theta there
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
+    if "original_max_position_embeddings" in raw:
+        scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     scaling["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     return Config(**{field.name: values[field.name] for field in fields(Config)})
