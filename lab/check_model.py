@@ -1,8 +1,9 @@
 """Diagnoses an untrusted model directory before anything of it is loaded.
 
 `check_model(dir)` passes over what model.py can load, a dense Llama, Qwen2 or Qwen3, and what variants/deepseek_v3.py
-can, a DeepSeek-V3 that is not quantised, whose tensors are those that its config.json describes. Else it raises a ValueError of one line, which names the file and the field or tensor. It reads
-config.json, the index and the headers of the weights, and takes no memory for what they claim to be.
+can, a DeepSeek-V3 that is not quantised, whose tensors are those that its config.json describes. Else it raises a
+ValueError of one line, which names the file and the field or tensor. It reads config.json, the index and the headers of
+the weights, and takes no memory for what they claim to be.
 """
 
 import json

@@ -81,8 +81,7 @@ def base_of(model):
 class Decoder:
     """model.py's Transformer, with its steps of one token per row recorded by record(run) -> (output, replay).
 
-    k, v (layers, rows, K, columns, d), as the model's new_cache has them, and ids (rows, 1): a batch uses the first rows
-    and columns of them.
+    k, v (layers, rows, K, columns, d; as of new_cache) and ids (rows, 1): a batch uses the first rows and columns.
     """
 
     def __init__(self, model, rows, columns, record):

@@ -13,13 +13,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import grpo
+import model as dense
 import sft
+from forked import run_forked
 from lab import checkpoint, graphs
 from lab.check_model import check_model, read_fields, tensor_shapes
-from model import generate, load as load_dense
+from model import generate
+from runs import TOKENIZERS, write
 from sevens import train_on_sevens
 from test_sft import copies
+from tokenizer import Tokenizer
 from variants import deepseek_v3 as v3
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
@@ -131,7 +136,7 @@ def changed(dir, change, weights=None):
 @pytest.mark.parametrize("change, named", [
     ({"scoring_func": "softmax"}, "scoring_func 'softmax'"), ({"topk_method": "greedy"}, "topk_method 'greedy'"),
     ({"n_group": 3}, "n_group 3"), ({"n_group": 8, "topk_group": 4}, "n_group 8"), ({"topk_group": 5}, "topk_group 5"),
-    ({"num_experts_per_tok": 5}, "num_experts_per_tok 5"), ({"attention_bias": True}, "attention_bias of a deepseek_v3"),
+    ({"num_experts_per_tok": 5}, "num_experts_per_tok 5"), ({"attention_bias": True}, "attention_bias"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"), ({"hidden_act": "gelu"}, "gelu"),
     ({"moe_layer_freq": 2}, "moe_layer_freq 2"), ({"qk_rope_head_dim": 3}, "qk_rope_head_dim 3 is odd"),
     ({"n_routed_experts": 10 ** 7}, "n_routed_experts"), ({"kv_lora_rank": "8"}, "kv_lora_rank is '8'"),
@@ -171,7 +176,7 @@ def test_a_missing_and_a_misshapen_expert_are_named(tmp_path):
 
 def test_the_dense_file_refuses_it_in_one_line():
     with pytest.raises(ValueError, match="model_type 'deepseek_v3' is not supported") as error:
-        load_dense(FIXTURES[0], "cpu")
+        dense.load(FIXTURES[0], "cpu")
     assert "\n" not in str(error.value)
 
 
@@ -397,7 +402,8 @@ def test_the_bias_evens_the_load():
         model = tiny(n_group=1, first_k_dense_replace=1)
         with torch.no_grad():
             model.layers[1].mlp.gate.e_score_correction_bias[:2] = 0.5
-        return sum(m["busiest_expert"] for m in pretrain(model, copies(300), objective=Objective(gamma=gamma))[-10:]) / 10
+        history = pretrain(model, copies(300), objective=Objective(gamma=gamma))
+        return sum(metrics["busiest_expert"] for metrics in history[-10:]) / 10
     assert last_load(0.02) < 2 < 3 < last_load(0.0)
 
 
@@ -440,3 +446,53 @@ def test_the_reward_rises_within_a_few_rollouts(method):
     assert sum(rewards[-3:]) / 3 > max(0.5, rewards[0] + 0.3), rewards
     for router, before in zip(model.routers(), biases):  # they stand still: sampler and trainer choose by the same ones
         assert torch.equal(router.e_score_correction_bias, before)
+
+
+# ------------------------------------------------------------------------------------------- every command
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    dir = tmp_path_factory.mktemp("files")
+    tokenizer = Tokenizer(TOKENIZERS / "qwen")
+    v3.save(tiny(vocab_size=tokenizer.vocab_size), dir / "model", tokenizer)
+    write(dir / "problems.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
+    write(dir / "pairs.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
+    (dir / "own.py").write_text("def length(completion, example):\n    return len(completion) / 9\n")
+    return dir
+
+
+RL = ("--rollouts 2 --prompts-per-rollout 2 --group-size 4 --minibatches 2 --max-new-tokens 8 --dtype float32 "
+      "--save-every 0").split()
+TUNE = "--epochs 1 --row-length 64 --batch-tokens 128 --dtype float32".split()
+
+
+@pytest.mark.parametrize("main, data, options", [
+    (grpo.main, "problems.jsonl", RL), (grpo.main, "problems.jsonl", [*RL, "--recompute"]),
+    (sft.main, "pairs.jsonl", TUNE), (sft.main, "pairs.jsonl", [*TUNE, "--recompute"])],
+    ids=["grpo", "grpo recomputing", "sft", "sft recomputing"])
+def test_a_script_trains_a_directory_and_writes_one_of_the_same_kind(main, data, options, files, tmp_path):
+    args = ["--model", files / "model", "--data", files / data, "--out", tmp_path / "out", *options]
+    if main is grpo.main:  # the problems are too hard for it
+        args += ["--rewards", f"{files / 'own.py'}:length", "--lr", "1e-3"]
+    ended = run_forked(main, argv=["script.py", *map(str, args)])
+    assert ended.status == 0, ended.stderr
+    check_model(tmp_path / "out")
+    before, after = (v3.load(dir, "cpu") for dir in (files / "model", tmp_path / "out"))
+    assert after.config == before.config
+    assert not torch.equal(after.layers[1].mlp.experts.down_proj, before.layers[1].mlp.experts.down_proj)
+
+
+def test_it_is_measured_and_asked_as_a_dense_one_is(files):
+    measured = run_forked(evaluate.main, argv=["evaluate.py", "--model", str(files / "model"), "--data", str(
+        files / "problems.jsonl"), "--max-new-tokens", "4", "--samples", "2", "--dtype", "float32"])
+    assert measured.status == 0 and "reasoning: 9 rows" in measured.stdout, measured.stderr
+    asked = run_forked(dense.main, argv=["model.py", str(files / "model"), "--prompt", "2+3?", "--max-new-tokens", "4"])
+    assert asked.status == 0, asked.stderr
+
+
+@pytest.mark.parametrize("main, data, options", [(grpo.main, "problems.jsonl", RL), (sft.main, "pairs.jsonl", TUNE)],
+                         ids=["grpo", "sft"])
+def test_adapters_are_refused_in_one_line(main, data, options, files, tmp_path):
+    args = ["--model", files / "model", "--data", files / data, "--out", tmp_path / "out", "--lora", 2, *options]
+    ended = run_forked(main, argv=["script.py", *map(str, args)])
+    assert ended.status == 2 and "adapters of a deepseek_v3" in ended.stderr and ended.stderr.count("\n") == 1

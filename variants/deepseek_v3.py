@@ -355,7 +355,7 @@ class Transformer(nn.Module):
         return x.to(torch.get_autocast_dtype(ids.device.type)) if is_cast else x
 
     def place(self, ids, positions=None, segments=None, cache=None):
-        """Of forward's arguments: what each token is turned by (cos and sin), which columns it sees (mask; None: all that
+        """Of forward's arguments: what each token is turned by (cos, sin), which columns it sees (mask; None: all that
         came before), and whether it is real (None: all are)."""
         T = ids.shape[1]
         past = 0 if cache is None else cache.length - cache.padding  # of the shortest row
