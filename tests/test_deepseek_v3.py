@@ -29,7 +29,7 @@ from variants import deepseek_v3 as v3
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
 from variants.rope_scaling import scaled_frequencies
-from variants.v3_pretraining import Objective, balance, sequence_balance
+from variants.v3_pretraining import Objective, add_next_token, balance, sequence_balance
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("deepseek_*"))
 SIZES = dict(vocab_size=16, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
@@ -38,8 +38,10 @@ SIZES = dict(vocab_size=16, hidden_size=32, intermediate_size=64, moe_intermedia
 PROMPTS = [[3, 5, 7, 9, 11], [2], [4, 4, 4], [8, 1, 8]]
 
 
-def tiny(seed=0, **fields):
-    return v3.Transformer(v3.Config(**SIZES | fields)).init_weights(torch.Generator().manual_seed(seed))
+def tiny(seed=0, mtp=False, **fields):
+    generator = torch.Generator().manual_seed(seed)
+    model = v3.Transformer(v3.Config(**SIZES | fields)).init_weights(generator)
+    return add_next_token(model, generator) if mtp else model
 
 
 def wide(seed=0, **fields):
@@ -339,7 +341,7 @@ def test_the_sequence_wise_loss_is_a_plain_loop_over_rows_experts_and_tokens():
 
 
 def test_the_objective_is_a_loop_over_tokens_their_successors_and_rows():
-    model = wide(num_nextn_predict_layers=1).double()
+    model = wide(mtp=True).double()
     model.cos, model.sin = model.cos.double(), model.sin.double()
     examples = [([3, 4, 5, 6], 0), ([8, 9, 1], 2), ([2, 7, 7, 7, 1, 5], 0), ([6], 0)]
     ids, segments, positions, targets = sft.pack(examples, 12)
@@ -385,7 +387,7 @@ def pretrain(model, examples, **arguments):
 
 
 def test_pretraining_learns_both_tokens_and_the_block_is_left_out_of_the_files(tmp_path):
-    model = tiny(num_nextn_predict_layers=1)
+    model = tiny(mtp=True)
     history = pretrain(model, copies(300))
     first, last = history[0], history[-1]
     assert last["next_token_loss"] < 0.6 * first["next_token_loss"] and last["mtp_loss"] < 0.8 * first["mtp_loss"]
@@ -409,7 +411,7 @@ def test_the_bias_evens_the_load():
 
 @pytest.mark.parametrize("stop", [1, 12, 20])  # the last one after the weight has changed
 def test_a_pretraining_that_stopped_resumes_identically_its_biases_too(tmp_path, stop):
-    examples, through = copies(100), tiny(num_nextn_predict_layers=1)
+    examples, through = copies(100), tiny(mtp=True)
     history = pretrain(through, examples)
     assert 20 < len(history) < 30
 
@@ -418,8 +420,8 @@ def test_a_pretraining_that_stopped_resumes_identically_its_biases_too(tmp_path,
             checkpoint.save(tmp_path, *checkpoint.state_of(**state))
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        pretrain(tiny(num_nextn_predict_layers=1), examples, save=save)
-    resumed = tiny(seed=5, num_nextn_predict_layers=1)
+        pretrain(tiny(mtp=True), examples, save=save)
+    resumed = tiny(seed=5, mtp=True)
     again = pretrain(resumed, examples, resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
     assert again == history[stop:]
     states = [model.state_dict() for model in (through, resumed)]
@@ -457,7 +459,7 @@ def files(tmp_path_factory):
     v3.save(tiny(vocab_size=tokenizer.vocab_size), dir / "model", tokenizer)
     write(dir / "problems.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
     write(dir / "pairs.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
-    (dir / "own.py").write_text("def length(completion, example):\n    return len(completion) / 9\n")
+    (dir / "own.py").write_text("def characters(completion, example):\n    return len(completion) / 9\n")
     return dir
 
 
@@ -473,7 +475,7 @@ TUNE = "--epochs 1 --row-length 64 --batch-tokens 128 --dtype float32".split()
 def test_a_script_trains_a_directory_and_writes_one_of_the_same_kind(main, data, options, files, tmp_path):
     args = ["--model", files / "model", "--data", files / data, "--out", tmp_path / "out", *options]
     if main is grpo.main:  # the problems are too hard for it
-        args += ["--rewards", f"{files / 'own.py'}:length", "--lr", "1e-3"]
+        args += ["--rewards", f"{files / 'own.py'}:characters", "--lr", "1e-3"]
     ended = run_forked(main, argv=["script.py", *map(str, args)])
     assert ended.status == 0, ended.stderr
     check_model(tmp_path / "out")

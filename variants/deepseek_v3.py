@@ -1,11 +1,10 @@
-"""DeepSeek-V3's architecture in place of model.py's: latent attention, a mixture of experts, multi-token prediction.
+"""DeepSeek-V3's architecture in place of model.py's: multi-head latent attention, and a mixture of experts.
 
 R1 was trained from such a base [V3: arXiv 2412.19437]. Attention keeps one small latent and one rotary key per token.
-After the first layers each token goes through a few of many experts, which a bias spreads evenly, without a loss. In
-pretraining a further block predicts the token after the next. A directory opens in `transformers` too, which knows no
-weights of that block: they are not written.
+After the first layers each token goes through a few of many experts. A directory written here opens in `transformers`,
+and its models of this kind open here.
 
-    model = load(dir)    # then as model.py's Transformer; variants/v3_pretraining.py trains it as V3 was
+    model = load(dir)    # then as model.py's Transformer; variants/v3_pretraining.py trains a new one as V3 was
 
 Shapes: B rows, T positions, S cached columns, D hidden size, H heads, V vocabulary; of a head's query and key dn, and
 dr that rotate, of its value dv; dc latent; N tokens, E experts, K of them for a token, I width of an expert.
@@ -52,7 +51,6 @@ class Config:
     rope_interleave: bool = True          # pairs (x_2i, x_2i+1), else (x_i, x_i+dr/2)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    num_nextn_predict_layers: int = 0     # 1: with multi-token prediction
     model_type: str = "deepseek_v3"
 
     @property
@@ -295,22 +293,6 @@ class Block(nn.Module):
         return x + y, routing
 
 
-class NextToken(nn.Module):
-    """Multi-token prediction of depth 1: the token after the next, by one more block [V3 2.2]. For training only."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.hnorm, self.enorm, self.norm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(3))
-        self.eh_proj = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
-        self.block = Block(c, layer=c.num_hidden_layers)
-
-    def forward(self, x, embedded, cos, sin, mask, real):
-        """x (B, T, D): the last layer's states, not normed; embedded (B, T, D): of the next tokens."""
-        x = self.eh_proj(torch.cat((self.hnorm(x), self.enorm(embedded)), dim=-1))  # V3 eq. 21
-        x, routing = self.block(x, cos, sin, mask, real)
-        return self.norm(x), routing
-
-
 class Transformer(nn.Module):
     def __init__(self, config: Config, rope=rope_frequencies):
         super().__init__()
@@ -321,8 +303,6 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        if config.num_nextn_predict_layers:
-            self.mtp = NextToken(config)
         self.make_angles(self.lm_head.weight.device)
 
     def make_angles(self, device):
@@ -333,10 +313,10 @@ class Transformer(nn.Module):
         self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, generator=None):
+    def init_weights(self, generator=None, of=None):
         """As model.py's: normal, std 0.02 at width 768, scaled as 1/sqrt(width); less in what adds to the stream."""
         std = 0.02 * math.sqrt(768 / self.config.hidden_size)
-        for name, p in self.named_parameters():
+        for name, p in (of or self).named_parameters():
             if "o_proj" in name or "down_proj" in name:
                 p.normal_(0, std / math.sqrt(2 * len(self.layers)), generator=generator)
             elif p.dim() >= 2:
@@ -410,7 +390,8 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------------------- weights in and out
 
 def hf_tensors(model):
-    """{Hugging Face's name: our rows of it}: gate_up_proj is two tensors there, and each expert stands alone."""
+    """{Hugging Face's name: our rows of it}: gate_up_proj is two tensors there, and each expert stands alone. Without
+    mtp, which only pretraining needs."""
     tensors = {}
     for name, rows in model.state_dict().items():
         full_name = name if name == "lm_head.weight" else f"model.{name}"
@@ -432,7 +413,7 @@ def hf_tensors(model):
 
 
 def save(model, dir, tokenizer=None):
-    """Writes a model directory that `transformers` opens too, without the block of multi-token prediction."""
+    """Writes a model directory that `transformers` opens too."""
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
     if tokenizer:
@@ -467,7 +448,7 @@ def read_config(dir) -> Config:
         raise ValueError(f"{dir}: not a DeepSeek-V3 as variants/deepseek_v3.py computes it")
     defaults = {"q_lora_rank": None, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "n_shared_experts": 0, "rope_interleave": True}
-    values = defaults | raw | rope | {"num_nextn_predict_layers": 0}  # rope: transformers 5 keeps rope_theta there
+    values = defaults | raw | rope  # rope last: transformers 5 keeps rope_theta there
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
     if "original_max_position_embeddings" in raw:
         scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]

@@ -2,9 +2,10 @@
 
 After each step the bias of an overloaded expert falls and that of an underloaded one rises; it only chooses, so that no
 gradient works against the data. A loss of tiny weight keeps single sequences from extremes. A further block predicts
-the token after the next (num_nextn_predict_layers=1); it is left out once training is over.
+the token after the next; only pretraining needs it, and a directory does not hold it.
 
-    model = Transformer(Config(num_nextn_predict_layers=1)).init_weights(generator)    # variants/deepseek_v3.py
+    model = Transformer(Config()).init_weights(generator)    # of variants/deepseek_v3.py
+    add_next_token(model, generator)
     sft.train(model, examples, config, objective=Objective())
 
 In reinforcement learning the biases stay as they are: the sampler and the trainer choose by the same ones.
@@ -13,6 +14,7 @@ Shapes: B rows, T positions, D hidden size, V vocabulary, E experts, K of them f
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 
@@ -57,6 +59,34 @@ def shifted(x, fill):
     """Each position's successor; the last has none."""
     return F.pad(x[:, 1:], (0, 1), value=fill)
 
+
+# ------------------------------------------------------------------------------------------- multi-token prediction
+
+class NextToken(nn.Module):
+    """Multi-token prediction of depth 1: the token after the next, by one more block [V3 2.2]."""
+
+    def __init__(self, model):
+        super().__init__()
+        c, norm, block = model.config, type(model.norm), type(model.layers[-1])
+        self.hnorm, self.enorm, self.norm = (norm(c.hidden_size, c.rms_norm_eps) for _ in range(3))
+        self.eh_proj = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
+        self.block = block(c, layer=c.num_hidden_layers)
+
+    def forward(self, x, embedded, cos, sin, mask, real):
+        """x (B, T, D): the last layer's states, not normed; embedded (B, T, D): of the next tokens."""
+        x = self.eh_proj(torch.cat((self.hnorm(x), self.enorm(embedded)), dim=-1))  # V3 eq. 21
+        x, routing = self.block(x, cos, sin, mask, real)
+        return self.norm(x), routing
+
+
+def add_next_token(model, generator=None):
+    """Gives the model a NextToken as `mtp`, with weights as the model's own are at first. Returns the model."""
+    model.mtp = NextToken(model)
+    model.init_weights(generator, of=model.mtp)
+    return model.to(model.embed_tokens.weight.device)
+
+
+# ------------------------------------------------------------------------------------------- the losses
 
 class Objective:
     """What sft.train takes as its objective. It sets `progress`, the part of the steps that is done."""
