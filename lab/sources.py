@@ -235,7 +235,7 @@ def student_names(directories):
     """{"qwen": its directory, "llama": ..., "qwen_3": ...}: by family, numbered where a family comes twice."""
     names = {}
     for number, dir in enumerate(directories, 1):
-        family = "llama" if config_of(dir).model_type == "llama" else "qwen"
+        family = {"llama": "llama", "deepseek_v3": "deepseek"}.get(config_of(dir).model_type, "qwen")
         name = f"{family}_{number}" if family in names else family
         names[name] = dir
     return names

@@ -20,8 +20,9 @@ import sft
 from forked import run_forked
 from lab import checkpoint, graphs
 from lab.check_model import check_model, read_fields, tensor_shapes
+from lab.layers import fast_layers
 from model import generate
-from runs import TOKENIZERS, write
+from runs import TOKENIZERS, begin, run_with_kills, write
 from sevens import train_on_sevens
 from test_sft import copies
 from tokenizer import Tokenizer
@@ -312,6 +313,18 @@ def test_a_load_is_counted_only_where_gradients_are_enabled():
     assert all(router.load.sum() == 0 for router in model.routers())
 
 
+@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 12}], ids=str)
+def test_the_layers_that_a_cpu_computes_faster_compute_the_same(fields):
+    results = []
+    for model in (wide(**fields), fast_layers(wide(**fields))):
+        ids, segments, positions, targets = sft.pack([([3, 4, 5, 6] * 9, 0), ([8, 9, 1], 0), ([2] * 30, 0)], 80)
+        loss = sft.loss_sum(model, ids, segments, positions, targets, "float32")
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        results[-1].append(generate(model, PROMPTS, n=3, max_new_tokens=30, temperature=0)[0])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- pretraining
 
 def test_a_bias_falls_for_an_overloaded_expert_and_rises_for_an_underloaded_one():
@@ -498,3 +511,23 @@ def test_adapters_are_refused_in_one_line(main, data, options, files, tmp_path):
     args = ["--model", files / "model", "--data", files / data, "--out", tmp_path / "out", "--lora", 2, *options]
     ended = run_forked(main, argv=["script.py", *map(str, args)])
     assert ended.status == 2 and "adapters of a deepseek_v3" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- the recipe
+
+@pytest.mark.full
+def test_the_recipe_on_such_a_base_resumes_after_kills_as_if_it_had_run_through(tmp_path):
+    args = "--preset smoke --architecture deepseek-v3 --out run --device cpu --dtype float32".split()
+    for folder in ("through", "killed"):
+        (tmp_path / folder).mkdir()
+    with begin(tmp_path / "through", args) as child:
+        ended = child.wait(280)
+    assert ended.status == 0, ended.stderr
+    assert run_with_kills(tmp_path / "killed", args, [5, 9, 12, 20]) > 0
+    page = (tmp_path / "through" / "run" / "report.html").read_text()
+    assert "busiest expert" in page
+    for stage in ("base", "zero", "r1"):
+        through, killed = (tmp_path / folder / "run" / stage / "model.safetensors" for folder in ("through", "killed"))
+        assert through.read_bytes() == killed.read_bytes()
+        check_model(through.parent)
+    assert v3.load(through.parent, "cpu").layers[1].mlp.gate.e_score_correction_bias.any()

@@ -122,8 +122,8 @@ class Attention(nn.Module):
         k_rope = rotate(k_rope, cos, sin, self.interleaved)                       # (B, 1, T, dr): one for all heads
         if cache is not None:
             latent, k_rope = cache.update(layer, latent, k_rope)                  # (B, 1, S, dc), (B, 1, S, dr)
-        attend = self.absorbed if cache is not None and T == 1 else self.plain
-        y = attend(q_nope, q_rope, latent[:, 0], k_rope, mask)                    # (B, H, T, dv)
+        form = self.absorbed if cache is not None and T == 1 else self.plain
+        y = form(q_nope, q_rope, latent[:, 0], k_rope, mask)                      # (B, H, T, dv)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def plain(self, q_nope, q_rope, latent, k_rope, mask):
@@ -131,6 +131,9 @@ class Attention(nn.Module):
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split((self.nope, self.value), dim=-1)
         q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)
+        return self.attend(q, k, v, mask)
+
+    def attend(self, q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
 
     def absorbed(self, q_nope, q_rope, latent, k_rope, mask):
@@ -232,13 +235,14 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # the N*K pairs of token and expert, by expert
         counts = chosen.flatten().bincount(minlength=len(self.down_proj)).tolist()
         parts = x.repeat_interleave(K, dim=0).index_select(0, order).split(counts)
-        done = []
-        for part, gate_up, down in zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind()):
-            if len(part):
-                gate, up = F.linear(part, gate_up).chunk(2, dim=-1)
-                done.append(F.linear(F.silu(gate) * up, down))
+        matrices = zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind())
+        done = [self.expert(part, gate_up, down) for part, gate_up, down in matrices if len(part)]
         y = torch.cat(done or [x]).index_select(0, order.argsort()).view(N, K, -1)
         return (y * weights[:, :, None]).sum(1).to(y.dtype)  # in the order of K, whatever the batch
+
+    def expert(self, x, gate_up, down):
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)
 
     def dense(self, x, chosen, weights):
         """The same by way of all experts, in shapes that do not depend on the choice: for a recording."""
