@@ -115,7 +115,8 @@ class CPULatentAttention(deepseek_v3.Attention):
 def attend(q, k, v, mask, scale=None):
     """softmax(q k' / sqrt(d)) v on a CPU: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
 
-    scale: in place of 1 / sqrt(d); v may have another d. mask (B, 1, T, S): 0 where a query may look, -inf elsewhere; None: plain causal attention.
+    scale: in place of 1 / sqrt(d), and v may have another d. mask (B, 1, T, S): 0 where a query may look, -inf
+    elsewhere; None: plain causal attention.
     """
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
