@@ -124,7 +124,8 @@ def attend(q, k, v, mask, scale=None):
         return attend_long(q, k, v, mask, scale)
     if mask is None:
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    q = (q * (scale or d ** -0.5)).reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
+    q = q * (scale or d ** -0.5)
+    q = q.reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
     weights = scores.add_(mask).softmax(-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
