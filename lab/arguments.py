@@ -57,7 +57,7 @@ def make_parser(presets):
 
 def add_own_model(parser):
     own = parser.add_argument_group("a model and problems of your own")
-    own.add_argument("--base", metavar="DIR", help="Hugging Face directory: a dense Llama, Qwen2, Qwen3, or a DeepSeek-V3")
+    own.add_argument("--base", metavar="DIR", help="Hugging Face directory: dense Llama, Qwen2, Qwen3; DeepSeek-V3")
     own.add_argument("--train", metavar="FILE", help=PROBLEMS)
     own.add_argument("--test", dest="test_file", metavar="FILE", help="the same; never trained on")
     add_fields_of_rows(own)

@@ -24,6 +24,7 @@ from lab.layers import fast_layers
 from model import generate
 from runs import TOKENIZERS, begin, run_with_kills, write
 from sevens import train_on_sevens
+from test_pretend_cuda import on_the_gpu
 from test_sft import copies
 from tokenizer import Tokenizer
 from variants import deepseek_v3 as v3
@@ -233,6 +234,18 @@ def test_recorded_steps_sample_what_plain_ones_do_also_after_a_bias_has_moved(te
         plain = generate(model, PROMPTS, generator=torch.Generator().manual_seed(0), **settings)
         recorded = graphs.generate_recorded(model, PROMPTS, generator=torch.Generator().manual_seed(0), **settings)
         assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(recorded, plain))
+
+
+def test_on_a_pretended_gpu_steps_are_recorded_without_a_wait_and_find_the_tokens_of_a_cpu():
+    plain = generate(wide(), PROMPTS, n=3, max_new_tokens=50, end_ids=(6,), temperature=0)[0].tolist()
+
+    def program():
+        model = fast_layers(wide().to("cuda"))
+        recorded = graphs.generate(model, PROMPTS, n=3, max_new_tokens=50, end_ids=(6,), temperature=0)[0]
+        assert graphs.decoders and recorded.tolist() == plain
+        every = dict(n_group=1, n_routed_experts=4, num_experts_per_tok=4)  # the zeros of an idle one would be the CPU's
+        pretrain(fast_layers(tiny(mtp=True, **every).to("cuda")), copies(40))
+    on_the_gpu(program)
 
 
 # ------------------------------------------------------------------------------------------- experts
