@@ -132,8 +132,7 @@ class KVCache:
 
     def __init__(self, config: Config, start, dtype, padding=0):
         shape = (config.num_hidden_layers, len(start), config.num_key_value_heads, 0, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=start.device)
-        self.v = torch.zeros(shape, dtype=dtype, device=start.device)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=start.device) for _ in range(2))
         self.start, self.length, self.padding = start, 0, padding
 
     def reserve(self, columns):
@@ -150,8 +149,7 @@ class KVCache:
 
     def update(self, layer, k, v):
         new = slice(self.length, self.length + k.shape[2])
-        self.k[layer, :, :, new] = k
-        self.v[layer, :, :, new] = v
+        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
         return self.k[layer], self.v[layer]
 
     def select(self, rows):
@@ -193,13 +191,15 @@ class Transformer(nn.Module):
                 p.zero_()
         return self
 
+    def new_cache(self, start, padding=0):
+        return KVCache(self.config, start, self.embed_tokens.weight.dtype, padding)
+
     def hidden(self, ids, positions=None, segments=None, cache=None):
         """The last layer's normed states (B, T, D), for callers that cannot afford (B, T, V); see forward."""
         T = ids.shape[1]
         past = 0 if cache is None else cache.length - cache.padding  # of the shortest row
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
-
         # which columns each token sees (B, T, S), and its position (B, T)
         query = torch.arange(T, device=ids.device)  # the column of each token
         seen = None  # plain causal attention
@@ -216,8 +216,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)  # (B, T, D)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        cos = self.cos[positions][:, :, None].to(x.dtype)  # (B, T, 1, d)
-        sin = self.sin[positions][:, :, None].to(x.dtype)
+        cos, sin = (angles[positions][:, :, None].to(x.dtype) for angles in (self.cos, self.sin))  # (B, T, 1, d)
         mask = None if seen is None else torch.where(seen, 0.0, -math.inf).to(x.dtype)[:, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, cache, i)
@@ -285,7 +284,7 @@ def prefill(model, prompts):
         raise ValueError(f"prompts of {min(lengths)} to {longest} tokens do not fit the context of {context}")
     start = torch.tensor([longest - length for length in lengths], device=device)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    cache = KVCache(model.config, start, model.embed_tokens.weight.dtype, padding=longest - min(lengths))
+    cache = model.new_cache(start, padding=longest - min(lengths))
     return model.head(model.hidden(ids, cache=cache)[:, -1]), cache
 
 

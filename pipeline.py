@@ -6,6 +6,7 @@
     python pipeline.py --ablations            # also what some of the claims need in addition
     python pipeline.py --from dev2            # re-runs this stage and the later ones
     python pipeline.py --compare              # GRPO, its relatives, PPO and PRIME side by side
+    python pipeline.py --architecture deepseek-v3    # from a base of the kind that R1 was trained from
     python pipeline.py --base DIR --train FILE --test FILE    # on a checkpoint and a problem set of your own
 
 Called again, it resumes where it stopped. A run directory (--out, default runs/PRESET-SEED) holds a model directory per
@@ -14,7 +15,7 @@ stage, results.json and report.html, which can be watched while it grows. Read `
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,15 @@ from sft import SFTConfig
 def sizes(width, layers, heads, kv_heads, **more):
     return dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=heads,
                 num_key_value_heads=kv_heads, **more)
+
+
+def deepseek_sizes(hidden_size, num_hidden_layers, num_attention_heads, **dense):
+    """Of a DeepSeek-V3 as wide and as deep as a dense model; two of its experts and the shared one are as wide."""
+    head = hidden_size // num_attention_heads
+    return dict(model_type="deepseek_v3", hidden_size=hidden_size, num_hidden_layers=num_hidden_layers,
+                num_attention_heads=num_attention_heads, kv_lora_rank=hidden_size // 4, qk_nope_head_dim=head,
+                qk_rope_head_dim=head // 2, v_head_dim=head, intermediate_size=3 * hidden_size,
+                moe_intermediate_size=hidden_size, n_routed_experts=8, num_experts_per_tok=2, tie_word_embeddings=True)
 
 
 # Advantages are not divided by the group's std: in groups that are all correct, that would magnify small differences of
@@ -245,7 +255,10 @@ def rejection_sampling(run):
 
 def open_run(args, device):
     """The run that the command line describes. All that is wrong with a user's files shows here."""
-    source, preset = open_source(args, preset_of(args, PRESETS))
+    preset = preset_of(args, PRESETS)
+    if args.architecture == "deepseek-v3":
+        preset = replace(preset, model=deepseek_sizes(**preset.model))
+    source, preset = open_source(args, preset)
     table = stage_table(source)
     chosen = chosen_stages(args, table, source)
     rewards = {"zero": ACCURACY_AND_FORMAT, "dev2": WITH_LANGUAGE, "r1": ALL_RULES}

@@ -144,9 +144,10 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
         return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)  # computed again in backward
 
 
-def train(model, examples, config: SFTConfig, make_optimizer=adamw, log=None, save=None, resume=None):
+def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=None, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics. make_optimizer: as adamw.
 
+    objective: in place of loss_sum, and what follows a step (variants/deepseek_v3.py: Objective).
     log(metrics, batch) is called each step, batch: its rows as `pack` gives them. save(model=..., optimizer=...,
     scaler=..., step=...) is offered the state after each step; resume(model=..., optimizer=..., scaler=...) puts such
     a state back and returns {"step": ...}. A step whose loss or gradient is not finite is skipped. Where a scaled
@@ -162,7 +163,7 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, log=None, sa
     data = pack_epochs(examples, c)
     rows_a_step = max(1, c.batch_tokens // c.row_length)
     steps = math.ceil(len(data[0]) / rows_a_step)
-    step, metrics = 0, {}
+    step, metrics, sum_of = 0, {}, loss_sum if objective is None else objective.loss_sum
     if resume is not None:
         step = resume(**objects)["step"]
     model.train()
@@ -171,8 +172,10 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, log=None, sa
         batch = [x[step * rows_a_step:(step + 1) * rows_a_step] for x in data]
         tokens = (batch[3] != -100).sum().item()  # the whole step's count: micro-batches change nothing
         total = 0.0
+        if objective is not None:
+            objective.progress = step / steps
         for rows in zip(*(x.split(c.micro_batch_rows) for x in batch)):
-            loss = loss_sum(model, *(x.to(device) for x in rows), c.dtype) / max(tokens, 1)
+            loss = sum_of(model, *(x.to(device) for x in rows), c.dtype) / max(tokens, 1)
             scaler.scale(loss).backward()
             total += loss.item()
         scaler.unscale_(optimizer)
@@ -191,6 +194,8 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, log=None, sa
         metrics = {"step": step, "steps": steps, "loss": total, "lr": lr, "grad_norm": grad_norm,
                    "tokens": int((batch[1] > 0).sum()), "skipped": float(not is_finite and not overflow),
                    "overflow": float(overflow), "seconds": time.time() - started}
+        if objective is not None:
+            metrics |= objective.after_step(model)
         if log is not None:
             log(metrics, batch)
         if save is not None:

@@ -12,18 +12,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lab.architectures import is_deepseek, load
 from lab.check_adapter import CONFIG, PREFIX, WEIGHTS, directories, scale_of
 from lab.check_model import read_json
-from model import hf_tensors, load
+from model import hf_tensors
 from variants.lora import adapters
-from variants.rope_scaling import scaled_frequencies
 
 
 def load_model(dir, device=None, dtype=None):
     """model.load's model, with an adapter of PEFT's merged: added in float32, then in the model's precision."""
     *chain, base = directories(dir)
-    model = load(base, device, dtype, rope=scaled_frequencies)
+    model = load(base, device, dtype)
     for adapter in reversed(chain):
+        if is_deepseek(model):
+            raise ValueError(f"{Path(adapter) / CONFIG}: an adapter of a deepseek_v3 is not supported")
         add_peft(model, adapter)
     return model
 

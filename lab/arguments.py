@@ -35,6 +35,8 @@ def make_parser(presets):
                     allow_abbrev=False)
     parser.add_argument("--preset", choices=[name for name in presets if name != "own"],
                         help="the mini-world's sizes; default: gpu where there is CUDA, else cpu")
+    parser.add_argument("--architecture", choices=("dense", "deepseek-v3"), default="dense",
+                        help="of the mini-world's base, and of all that is trained from it; the students are dense")
     parser.add_argument("--out", help="run directory; default runs/PRESET-SEED, or runs/NAME-SEED with --base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", metavar="NAME,NAME",
@@ -55,7 +57,7 @@ def make_parser(presets):
 
 def add_own_model(parser):
     own = parser.add_argument_group("a model and problems of your own")
-    own.add_argument("--base", metavar="DIR", help="Hugging Face directory of a dense Llama, Qwen2 or Qwen3")
+    own.add_argument("--base", metavar="DIR", help="Hugging Face directory: dense Llama, Qwen2, Qwen3; DeepSeek-V3")
     own.add_argument("--train", metavar="FILE", help=PROBLEMS)
     own.add_argument("--test", dest="test_file", metavar="FILE", help="the same; never trained on")
     add_fields_of_rows(own)
@@ -95,13 +97,16 @@ def parse_arguments(presets):
             parser.error(f"--{WRITTEN.get(name, name).replace('_', '-')} goes with --base, a model of your own")
     if args.preset is None:
         args.preset = "gpu" if args.device.startswith("cuda") else "cpu"
-    args.out = args.out or f"runs/{args.preset}-{args.seed}"
+    kind = "" if args.architecture == "dense" else f"-{args.architecture}"
+    args.out = args.out or f"runs/{args.preset}{kind}-{args.seed}"
     return parser, args
 
 
 def check_own(parser, args):
     if args.preset is not None:
         parser.error(f"--preset {args.preset} is of the mini-world: it does not go with --base")
+    if args.architecture != "dense":
+        parser.error("--architecture is of the mini-world: with --base the directory says what it is")
     if not args.train or not args.test_file:
         parser.error("--base needs --train FILE and --test FILE")
 

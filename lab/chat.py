@@ -8,13 +8,16 @@ import re
 import sys
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from lab.check_input import check_directory
+from lab.check_model import is_deepseek, read_json
 from lab.command import Parser, add_template, device_of
 from lab.asking import opened_by
 from tokenizer import Tokenizer
+from variants import deepseek_v3
 from variants.rope_scaling import scaled_frequencies
 
 TAG = "</?(?:think|answer)>"
@@ -54,6 +57,8 @@ def main(load, prefill, sample):
     parser, args = parse_args()
     try:
         check_directory(args.dir, args.template)
+        if is_deepseek(read_json(Path(args.dir) / "config.json")):
+            load = deepseek_v3.load
         model = load(args.dir, args.device, rope=scaled_frequencies)
         chat(model, Tokenizer(args.dir, args.template), partial(stream, prefill, sample, model), args)
     except (ValueError, OSError) as error:

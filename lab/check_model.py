@@ -1,8 +1,9 @@
 """Diagnoses an untrusted model directory before anything of it is loaded.
 
-`check_model(dir)` passes over what model.py can load: a dense Llama, Qwen2 or Qwen3 whose tensors are those that its
-config.json describes. Else it raises a ValueError of one line, which names the file and the field or tensor. It reads
-config.json, the index and the headers of the weights, and takes no memory for what they claim to be.
+`check_model(dir)` passes over what model.py can load, a dense Llama, Qwen2 or Qwen3, and what variants/deepseek_v3.py
+can, a DeepSeek-V3 that is not quantised, whose tensors are those that its config.json describes. Else it raises a
+ValueError of one line, which names the file and the field or tensor. It reads config.json, the index and the headers of
+the weights, and takes no memory for what they claim to be.
 """
 
 import json
@@ -11,28 +12,30 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+                 "deepseek_v3": "DeepseekV3ForCausalLM"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 MOST_BYTES = 2 ** 25  # of a JSON file
 LARGEST = 2 ** 20  # of a size
 LARGEST_FLOAT = 1e12
 MOST_LAYERS = 1000
+MOST_EXPERTS = 2 ** 16  # of all layers
 LONGEST_MESSAGE = 500
 
 
 def check_model(dir):
-    """Raises ValueError for what is not a whole dense Llama, Qwen2 or Qwen3."""
+    """Raises ValueError for what is not a whole model of one of ARCHITECTURES."""
     dir = Path(dir)
     with naming_file(dir / "config.json") as path:
         config = read_fields(path)
         check_fields(config)
-        expected = tensor_shapes(config)
+        expected, past = tensor_shapes(config), f"model.layers.{config['num_hidden_layers']}."
     source, paths = weight_files(dir)
     found = set()
     for path in paths:
         with naming_file(path):
-            found |= check_header(path, expected, config["tie_word_embeddings"])
+            found |= check_header(path, expected, config["tie_word_embeddings"], past if is_deepseek(config) else None)
     for name in expected:
         if name not in found:
             raise ValueError(f"{source}: tensor {name} is missing")
@@ -83,9 +86,15 @@ def read_fields(path):
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
     }
+    if is_deepseek(raw):
+        fields |= {"n_shared_experts": 0, "rope_interleave": True, "num_nextn_predict_layers": 0}
     if raw.get("model_type") == "qwen3":
         fields["head_dim"] = 128
     return fields | raw | rope | {"rope": rope}
+
+
+def is_deepseek(config):
+    return config.get("model_type") == "deepseek_v3"
 
 
 def present(fields):
@@ -98,6 +107,9 @@ def check_fields(config):
                  "max_position_embeddings"):
         check_number(config, name, int, LARGEST)
     check_number(config, "num_hidden_layers", int, MOST_LAYERS)
+    if is_deepseek(config):
+        check_experts(config)
+        config["head_dim"] = config["qk_rope_head_dim"]  # the part that rotates
     for name in ("rope_theta", "rms_norm_eps"):
         check_number(config, name, (int, float), LARGEST_FLOAT)
     if type(config["tie_word_embeddings"]) is not bool:
@@ -113,10 +125,37 @@ def check_fields(config):
     check_rope(config["rope"], config["rope_theta"])
 
 
-def check_number(fields, name, types, largest, prefix=""):
+def check_experts(c):
+    """The fields that only a DeepSeek-V3 has."""
+    for name in ("moe_intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                 "num_experts_per_tok", "n_routed_experts", "n_group", "topk_group"):
+        check_number(c, name, int, LARGEST)
+    for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+        check_number(c, name, int, MOST_LAYERS, least=0)
+    if "q_lora_rank" in c:
+        check_number(c, "q_lora_rank", int, LARGEST)
+    check_number(c, "routed_scaling_factor", (int, float), LARGEST_FLOAT)
+    for name in ("norm_topk_prob", "rope_interleave"):
+        if type(c.get(name)) is not bool:
+            raise ValueError(f"{name} is {c.get(name)!r}")
+    experts, groups = c["n_routed_experts"], c["n_group"]
+    if experts % groups or not c["topk_group"] <= groups or (groups > 1 and experts // groups < 2):
+        raise ValueError(f"n_routed_experts {experts} are not in n_group {groups} groups of two or more, of which "
+                         f"topk_group {c['topk_group']} are chosen")
+    if c["num_experts_per_tok"] > experts // groups * c["topk_group"]:
+        raise ValueError(f"num_experts_per_tok {c['num_experts_per_tok']} is more than topk_group {c['topk_group']} "
+                         f"groups of {experts // groups} have")
+    if c["qk_rope_head_dim"] % 2:
+        raise ValueError(f"qk_rope_head_dim {c['qk_rope_head_dim']} is odd; rotary positions turn pairs")
+    if experts * c["num_hidden_layers"] > MOST_EXPERTS:
+        raise ValueError(f"n_routed_experts {experts} in {c['num_hidden_layers']} layers")
+
+
+def check_number(fields, name, types, largest, prefix="", least=None):
+    """Above 0, or at least `least`."""
     value = fields.get(name)
     is_number = isinstance(value, types) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= largest:
+    if not is_number or not (0 < value if least is None else least <= value) or value > largest:
         raise ValueError(f"{prefix}{name} is {value!r}")
 
 
@@ -136,6 +175,10 @@ def check_features(config):
         raise unsupported("quantization_config")
     if config.get("mlp_bias"):
         raise unsupported(f"mlp_bias of a {kind}")
+    if is_deepseek(config):
+        for name, ours in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
+            if config.get(name, ours) != ours:
+                raise unsupported(f"{name} {config[name]!r} of a {kind}")
     if config.get("attention_bias") and kind != "qwen2":
         raise unsupported(f"attention_bias of a {kind}")
     if activation not in ("silu", "swish"):
@@ -143,7 +186,8 @@ def check_features(config):
 
 
 def unsupported(what):
-    return ValueError(f"{what} is not supported, only dense {', '.join(ARCHITECTURES.values())}")
+    *dense, deepseek = ARCHITECTURES.values()
+    return ValueError(f"{what} is not supported, only dense {', '.join(dense)}, and {deepseek}")
 
 
 def check_rope(rope, theta):
@@ -180,6 +224,17 @@ def check_rope(rope, theta):
 
 def tensor_shapes(c):
     """{name: shape} of the tensors that the files must hold."""
+    shapes = {"model.embed_tokens.weight": [c["vocab_size"], c["hidden_size"]],
+              "model.norm.weight": [c["hidden_size"]]}
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = [c["vocab_size"], c["hidden_size"]]
+    for i in range(c["num_hidden_layers"]):
+        layer = deepseek_layer(c, i) if is_deepseek(c) else dense_layer(c)
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def dense_layer(c):
     hidden, mlp, head = c["hidden_size"], c["intermediate_size"], c["head_dim"]
     q_rows, kv_rows = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     layer = {
@@ -198,12 +253,40 @@ def tensor_shapes(c):
                   "self_attn.v_proj.bias": [kv_rows]}
     if c["model_type"] == "qwen3":
         layer |= {"self_attn.q_norm.weight": [head], "self_attn.k_norm.weight": [head]}
-    shapes = {"model.embed_tokens.weight": [c["vocab_size"], hidden], "model.norm.weight": [hidden]}
-    if not c["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = [c["vocab_size"], hidden]
-    for i in range(c["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    return layer
+
+
+def deepseek_layer(c, i):
+    hidden, heads, latent = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
+    nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    layer = {
+        "input_layernorm.weight": [hidden],
+        "self_attn.kv_a_proj_with_mqa.weight": [latent + rope, hidden],
+        "self_attn.kv_a_layernorm.weight": [latent],
+        "self_attn.kv_b_proj.weight": [heads * (nope + value), latent],
+        "self_attn.o_proj.weight": [hidden, heads * value],
+        "post_attention_layernorm.weight": [hidden],
+    }
+    rank = c.get("q_lora_rank")
+    if rank is None:
+        layer["self_attn.q_proj.weight"] = [heads * (nope + rope), hidden]
+    else:
+        layer |= {"self_attn.q_a_proj.weight": [rank, hidden], "self_attn.q_a_layernorm.weight": [rank],
+                  "self_attn.q_b_proj.weight": [heads * (nope + rope), rank]}
+    if i < c["first_k_dense_replace"]:
+        return layer | gated("mlp", hidden, c["intermediate_size"])
+    layer |= {"mlp.gate.weight": [c["n_routed_experts"], hidden],
+              "mlp.gate.e_score_correction_bias": [c["n_routed_experts"]]}
+    for e in range(c["n_routed_experts"]):
+        layer |= gated(f"mlp.experts.{e}", hidden, c["moe_intermediate_size"])
+    if c["n_shared_experts"]:
+        layer |= gated("mlp.shared_experts", hidden, c["n_shared_experts"] * c["moe_intermediate_size"])
+    return layer
+
+
+def gated(name, hidden, width):
+    return {f"{name}.gate_proj.weight": [width, hidden], f"{name}.up_proj.weight": [width, hidden],
+            f"{name}.down_proj.weight": [hidden, width]}
 
 
 def weight_files(dir):
@@ -219,8 +302,9 @@ def weight_files(dir):
     return index, sorted(paths)
 
 
-def check_header(path, expected, tied):
-    """The names of a file's tensors, each a float of the expected shape."""
+def check_header(path, expected, tied, left_out=None):
+    """The names of a file's tensors, each a float of the expected shape. left_out: how the names begin of those that
+    only pretraining needs."""
     check_regular(path)
     names = set()
     with safe_open(path, "pt") as file:
@@ -229,6 +313,8 @@ def check_header(path, expected, tied):
                 continue  # old files hold what is computed, and a tied head twice
             tensor = file.get_slice(name)
             shape, dtype = tensor.get_shape(), tensor.get_dtype()
+            if left_out and (name.startswith(left_out) or 0 in shape):
+                continue  # what predicts a second token; a shared expert of width 0, as transformers writes
             if shape != expected.get(name) or dtype not in FLOATS:
                 raise ValueError(f"tensor {name} is {dtype} {shape}, config.json describes "
                                  f"{expected.get(name, 'no such tensor')}")

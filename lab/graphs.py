@@ -63,10 +63,14 @@ def decoder_for(model, rows, columns):
             rows, columns = max(rows, decoder.rows), max(columns, decoder.columns)
             del decoder
         decoder = decoders[key] = Decoder(model, rows, columns, cuda_graph)
-    pairs = [(mine, theirs.detach()) for mine, theirs in zip(decoder.model.parameters(), model.parameters())
+    pairs = [(mine, theirs.detach()) for mine, theirs in zip(tensors_of(decoder.model), tensors_of(model))
              if mine is not theirs]
     torch._foreach_copy_(*map(list, zip(*pairs)))
     return decoder
+
+
+def tensors_of(model):
+    return [*model.parameters(), *model.buffers()]  # a router's bias is a buffer
 
 
 def base_of(model):
@@ -77,23 +81,23 @@ def base_of(model):
 class Decoder:
     """model.py's Transformer, with its steps of one token per row recorded by record(run) -> (output, replay).
 
-    k, v (layers, rows, K, columns, d) and ids (rows, 1): a batch uses the first rows and columns of them.
+    k, v (layers, rows, K, columns, d; as of new_cache) and ids (rows, 1): a batch uses the first rows and columns.
     """
 
     def __init__(self, model, rows, columns, record):
-        c = model.config
         self.record, self.recordings = record, {}
         self.base, dtype = base_of(model), next(model.parameters()).dtype
         own = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters()
                if id(p) not in self.base}
         self.model = copy.deepcopy(model, own | self.base).requires_grad_(False)
         self.rows, self.columns = rows, blocks(columns)
-        like = next(self.model.parameters())
-        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, self.columns, c.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.start = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=like.device)
-        self.column = torch.zeros(1, dtype=torch.long, device=like.device)  # where the new token goes
+        device = next(self.model.parameters()).device
+        self.start = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # where the new token goes
+        memory = self.model.new_cache(self.start)
+        memory.reserve(self.columns)
+        self.k, self.v = memory.k, memory.v
         self.cache = None  # the KVCache whose keys and values lie in k and v
 
     def __getattr__(self, name):

@@ -19,22 +19,25 @@ from torch.utils.checkpoint import checkpoint
 
 from lab.prompts import SharingTransformer
 from model import Attention, Block, RMSNorm, Transformer, rotate
+from variants import deepseek_v3
 
 
 def fast_layers(model):
     """The model, with the attention and norms of its device."""
     if next(model.parameters()).device.type == "cpu":
-        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer})
+        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer,
+                        deepseek_v3.Attention: CPULatentAttention, deepseek_v3.RMSNorm: CPURMSNorm,
+                        deepseek_v3.Experts: CPUExperts})
     else:
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)
-        replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm})
+        replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm, deepseek_v3.RMSNorm: CUDARMSNorm})
     return model
 
 
 def recompute(model):
     """The model, whose layers keep their input only and run again in the backward pass: less memory, a third slower."""
-    replace(model, {Block: RecomputedBlock})
+    replace(model, {Block: RecomputedBlock, deepseek_v3.Block: RecomputedV3Block})
     return model
 
 
@@ -49,6 +52,15 @@ class RecomputedBlock(Block):
         if not torch.is_grad_enabled():
             return super().forward(x, cos, sin, mask, cache, layer)
         return checkpoint(super().forward, x, cos, sin, mask, cache, layer, use_reentrant=False)
+
+
+class RecomputedV3Block(deepseek_v3.Block):
+    """A router counts each token twice then, of every expert alike."""
+
+    def forward(self, *inputs):
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs)
+        return checkpoint(super().forward, *inputs, use_reentrant=False)
 
 
 # ------------------------------------------------------------------------------------------- attention
@@ -95,31 +107,49 @@ class CPUAttention(SideBySide):
         return attend(q, k, v, mask)
 
 
-def attend(q, k, v, mask):
+class CPULatentAttention(deepseek_v3.Attention):
+    def attend(self, q, k, v, mask):
+        return attend(q, k, v, mask, self.scale)
+
+
+def attend(q, k, v, mask, scale=None):
     """softmax(q k' / sqrt(d)) v on a CPU: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
 
-    mask (B, 1, T, S): 0 where a query may look, -inf elsewhere; None: plain causal attention.
+    scale: in place of 1 / sqrt(d), and v may have another d. mask (B, 1, T, S): 0 where a query may look, -inf
+    elsewhere; None: plain causal attention.
     """
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
     if T * S > 2 ** 18:
-        return attend_long(q, k, v, mask)
+        return attend_long(q, k, v, mask, scale)
     if mask is None:
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    q = (q * d ** -0.5).reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
+    q = q * (scale or d ** -0.5)
+    q = q.reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
     weights = scores.add_(mask).softmax(-1)
-    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
 
 
-def attend_long(q, k, v, mask):
+def attend_long(q, k, v, mask, scale):
     """The same by torch's fused attention, in float32."""
     group = q.shape[1] // k.shape[1]
     with torch.autocast("cpu", enabled=False):
         k = k.repeat_interleave(group, dim=1).float()  # (B, H, S, d)
         v = v.repeat_interleave(group, dim=1).float()
         mask = None if mask is None else mask.float()
-        return F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, is_causal=mask is None).to(q.dtype)
+        y = F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return y.to(q.dtype)
+
+
+class CPUExperts(deepseek_v3.Experts):
+    """Each number of tokens that an expert gets is a shape of its own, and in half precision a CPU makes a new kernel
+    for each new shape, which takes longer than the product: with rows of zeros there are few."""
+
+    def expert(self, x, gate_up, down):
+        rows = len(x)
+        x = F.pad(x, (0, 0, 0, -rows % (8 if rows <= 64 else 64)))
+        return super().expert(x, gate_up, down)[:rows]
 
 
 # ------------------------------------------------------------------------------------------- norm

@@ -159,6 +159,10 @@ def curves(stages):
         parts.insert(0, el("p", note, cls="none"))
     supervised = [stage for stage in stages.values() if not stage["rl"]]
     losses = [chart(stage["title"], ["loss"], [], stage["rows"], 240, 140) for stage in supervised]
+    for stage in supervised:  # of a mixture of experts: 1 is an even load
+        two = ["next_token_loss", "mtp_loss"]
+        losses.append(chart(f"{stage['title']}: two tokens", two, [], stage["rows"], 240, 140))
+        losses.append(chart(f"{stage['title']}: busiest expert", ["busiest_expert"], [1], stage["rows"], 240, 140))
     if any(losses):
         warnings = [line for stage in supervised for line in warning_lines(stage, f"{stage['title']}, ")]
         content = [*warnings, el("div", losses, cls="charts middle")]

@@ -20,10 +20,10 @@ import torch
 
 import evaluate
 import grpo
-import model as transformer
 import sft
 from lab import checkpoint, claims, measure, report
 from lab.adapters import load_model
+from lab.architectures import active_parameters, is_deepseek, new_model
 from lab.check_adapter import base_directory, is_adapter
 from lab.check_input import check_directory
 from lab.graphs import generate
@@ -35,12 +35,14 @@ from lab.scripts import cut_warning, rules, save_trained
 from lab.memory import Memory
 from lab.terminal import line_of
 from lab.trainee import Trainee
+from variants.v3_pretraining import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
 # the samples that it starts from.
 PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
+DEEPSEEK_CODE = ("variants/deepseek_v3.py", "variants/v3_pretraining.py")  # of a run on such a base
 CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
         "distill.py", "lab/graphs.py", "lab/asking.py", "lab/lots.py")
 
@@ -181,6 +183,8 @@ class Run:
     def begin(self, name, code=CODE):
         """The stage `name` begins: its cost and time are counted from here."""
         self.name, self.tokenizer, self.trained = name, self.source.tokenizer_of(name), None
+        if self.preset.model.get("model_type") == "deepseek_v3":
+            code = (*code, *DEEPSEEK_CODE)
         self.cost, self.started, self.code = {"tokens": 0, "flops": 0.0}, time.time(), code_of(code)
 
     def end(self):
@@ -273,10 +277,8 @@ class Run:
     def new_model(self, sizes):
         """A Transformer with random weights."""
         torch.manual_seed(self.seed)
-        vocab_size, context = self.tokenizer.vocab_size, self.preset.context
-        config = transformer.Config(vocab_size=vocab_size, max_position_embeddings=context, **sizes)
-        generator = torch.Generator().manual_seed(self.seed)
-        return fast_layers(transformer.Transformer(config).init_weights(generator).to(self.device))
+        sizes = sizes | {"vocab_size": self.tokenizer.vocab_size, "max_position_embeddings": self.preset.context}
+        return fast_layers(new_model(sizes, torch.Generator().manual_seed(self.seed)).to(self.device))
 
     def say_what_changed(self):
         """One line if the code of finished stages has changed: the first such stage, and how to re-run from there."""
@@ -356,9 +358,12 @@ class Run:
         template = self.tokenizer.template
         examples = [sft.tokenize(to_learn(row, template), self.tokenizer, pretraining) for row in rows]
         print(cut_warning(examples, config.row_length), end="", flush=True)
+        objective = Objective() if pretraining and is_deepseek(model) else None
         with checkpointer:
-            sft.train(model, examples, replace(config, seed=self.seed), log=log, save=trainee.save(save),
-                      resume=trainee.resume(resume), **trainee.optimizer(sft.adamw))
+            sft.train(model, examples, replace(config, seed=self.seed), objective=objective, log=log,
+                      save=trainee.save(save), resume=trainee.resume(resume), **trainee.optimizer(sft.adamw))
+        if objective is not None:
+            del model.mtp  # what predicts the second token has done its work
         log.close()
         return model
 
@@ -422,7 +427,7 @@ class Run:
     def spend(self, model, trained=0, scored=0, sampled=0):
         """Counts tokens and estimates FLOPs (attention left out): 2 per parameter and token forward, 4 backward, or 2
         where LoRA's base needs no gradients."""
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = active_parameters(model)
         self.cost["tokens"] += trained + sampled
         per_token = 4.0 if self.memory.lora else 6.0
         self.cost["flops"] += parameters * (per_token * trained + 2.0 * (scored + sampled))

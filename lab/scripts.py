@@ -12,6 +12,7 @@ from data.math_answers import READERS, read_both, read_end
 from data.problems import read_problems, read_rows
 from lab import records, watch
 from lab.adapters import load_model, save_adapters
+from lab.architectures import read_config, save
 from lab.asking import decoder, to_learn, with_room
 from lab.check_adapter import base_directory
 from lab.check_input import check_directory, check_example, check_length_buffer
@@ -25,7 +26,7 @@ from lab.memory import Memory, report
 from lab.own_rules import chosen_rules, chosen_weights
 from lab.prompts import SharingTransformer
 from lab.trainee import Trainee
-from model import Transformer, read_config, save
+from model import Transformer
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
@@ -124,6 +125,8 @@ def foretell(args, config, examples=()):
     base = base_directory(args.model)
     check_directory(base, args.template)
     sizes, encode = read_config(base), encoder(Tokenizer(base, args.template))
+    if sizes.model_type == "deepseek_v3":
+        raise ValueError(f"memory: the formula is of dense models, {base} is a deepseek_v3")
     longest = max((len(encode(example)) for example in examples), default=0)
     room = max(1, sizes.max_position_embeddings - getattr(config, "max_new_tokens", 0))
     print(report(sizes, fields_of(args, Memory), config, min(longest, room)), flush=True)

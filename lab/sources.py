@@ -23,11 +23,11 @@ import rewards
 from data import world
 from data.problems import read_rows
 from lab import checkpoint
+from lab.architectures import read_config
 from lab.asking import with_room
 from lab.check_adapter import base_directory
 from lab.check_input import check_directory
 from lab.scripts import encoder, in_its_language, read_problem_set
-from model import read_config
 from sft import SFTConfig
 from tokenizer import Tokenizer
 
@@ -239,7 +239,7 @@ def student_names(directories):
     """{"qwen": its directory, "llama": ..., "qwen_3": ...}: by family, numbered where a family comes twice."""
     names = {}
     for number, dir in enumerate(directories, 1):
-        family = "llama" if config_of(dir).model_type == "llama" else "qwen"
+        family = {"llama": "llama", "deepseek_v3": "deepseek"}.get(config_of(dir).model_type, "qwen")
         name = f"{family}_{number}" if family in names else family
         names[name] = dir
     return names

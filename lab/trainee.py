@@ -9,6 +9,7 @@
 import torch
 
 from lab.adapters import add_adapters_of, load_model
+from lab.architectures import is_deepseek
 from lab.layers import recompute
 from variants.lora import add_adapters
 from variants.offload import send_weights, step_on_cpu
@@ -18,6 +19,8 @@ class Trainee:
     def __init__(self, model, memory, dir=None, seed=0):
         """model, on its device, is what is trained; dir: where it was loaded from; seed: of the adapters."""
         self.model, self.memory, self.dir, self.masters = model, memory, dir, None
+        if memory.lora and is_deepseek(model):  # the experts are stacked, and decoding folds kv_b_proj into others
+            raise ValueError(f"lora {memory.lora}: adapters of a deepseek_v3 are not supported")
         if memory.recompute:
             recompute(model)
         if memory.lora > model.config.hidden_size:

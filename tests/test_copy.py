@@ -19,7 +19,8 @@ ALLOWED = {  # beside the standard library
     "sft": {"torch", "tqdm"}, "grpo": {"torch", "tqdm"}, "distill": set(), "evaluate": {"numpy", "tqdm"},
     "variants/ppo": {"torch", "tqdm"}, "variants/prime": {"torch", "tqdm"}, "variants/process": {"torch"},
     "variants/dapo": {"torch"}, "variants/rope_scaling": {"torch"}, "variants/configs": set(),
-    "variants/lora": {"torch"}, "variants/offload": {"torch"},
+    "variants/lora": {"torch"}, "variants/offload": {"torch"}, "variants/deepseek_v3": {"torch", "safetensors"},
+    "variants/v3_pretraining": {"torch"},
     "lab/checkpoint": {"torch", "safetensors", "numpy"}}
 CONCEPTS = [*ALLOWED]
 FOLDERS = ("variants", "lab", "data")
@@ -107,6 +108,28 @@ EXAMPLES = {
             assert torch.equal(net(x), before)
         assert torch.allclose(lora.merge(net)(x), after, atol=1e-5)
         assert torch.allclose(lora.unmerge(net)[0].weight, weight, atol=1e-6)
+    """,
+    "variants/deepseek_v3": """
+        import deepseek_v3
+        config = deepseek_v3.Config(vocab_size=16, hidden_size=16, num_hidden_layers=2, moe_intermediate_size=8)
+        net = deepseek_v3.Transformer(config).init_weights(torch.Generator().manual_seed(0))
+        deepseek_v3.save(net, "weights")
+        again, tokens = deepseek_v3.load("weights", "cpu"), torch.tensor([[1, 2, 3]])
+        assert torch.equal(net(tokens), again(tokens))
+        cache = net.new_cache(torch.zeros(1, dtype=torch.long))
+        steps = [net(tokens[:, t:t + 1], cache=cache) for t in range(3)]
+        assert torch.allclose(torch.cat(steps, dim=1), net(tokens), atol=1e-5)
+    """,
+    "variants/v3_pretraining": """
+        import torch
+        from types import SimpleNamespace
+        import v3_pretraining
+        router = SimpleNamespace(load=torch.tensor([3, 0, 3]), e_score_correction_bias=torch.zeros(3))
+        assert v3_pretraining.balance(SimpleNamespace(routers=lambda: [router]), gamma=0.5) == 1.5
+        assert router.e_score_correction_bias.tolist() == [-0.5, 0.5, -0.5] and router.load.sum() == 0
+        even = torch.eye(4).roll(1, 0) + 1e-6
+        loss = v3_pretraining.sequence_balance(even, torch.ones(1, 4).bool(), 1)
+        assert abs(loss.item() - 1) < 1e-4
     """,
     "variants/offload": """
         import copy

@@ -1,0 +1,54 @@
+"""Which file computes a model: model.py a dense one, variants/deepseek_v3.py one of DeepSeek-V3's kind.
+
+    load(dir, device, dtype)      # as model.load, from there; also with a longer context (variants/rope_scaling.py)
+    save(model, dir, tokenizer)   # as model.save, from there
+    new_model(sizes, generator)   # with random weights, ready to be pretrained
+"""
+
+import json
+from pathlib import Path
+
+import model as dense
+from variants import deepseek_v3
+from variants.rope_scaling import scaled_frequencies
+from variants.v3_pretraining import add_next_token
+
+
+def file_of(dir):
+    """The module whose Transformer a checked directory holds."""
+    config = json.loads(Path(dir, "config.json").read_text(encoding="utf-8"))
+    return deepseek_v3 if config.get("model_type") == "deepseek_v3" else dense
+
+
+def is_deepseek(model):
+    return isinstance(model, deepseek_v3.Transformer)
+
+
+def active_parameters(model):
+    """How many a token goes through: K of E experts, and all else."""
+    count = sum(p.numel() for p in model.parameters())
+    for part in model.modules():
+        if isinstance(part, deepseek_v3.Experts):
+            idle = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts
+            count -= round(idle * sum(p.numel() for p in part.parameters()))
+    return count
+
+
+def load(dir, device=None, dtype=None):
+    return file_of(dir).load(dir, device, dtype, rope=scaled_frequencies)
+
+
+def new_model(sizes, generator):
+    """Of Config's fields. A DeepSeek-V3 predicts a second token, as long as it is pretrained."""
+    if sizes.get("model_type") != "deepseek_v3":
+        return dense.Transformer(dense.Config(**sizes)).init_weights(generator)
+    model = deepseek_v3.Transformer(deepseek_v3.Config(**sizes)).init_weights(generator)
+    return add_next_token(model, generator)
+
+
+def save(model, dir, tokenizer=None):
+    (deepseek_v3 if is_deepseek(model) else dense).save(model, dir, tokenizer)
+
+
+def read_config(dir):
+    return file_of(dir).read_config(dir)
