@@ -242,7 +242,7 @@ def save_and_resume_on_a_cpu(folder):
     def resume():
         with Checkpointer(folder) as checkpointer:
             resumed.append(checkpointer.resume(model=others, optimizer=its_optimizer))
-    assert 8 * count <= most_memory_of(resume) < 8.5 * count and resumed == [{"step": 1}]
+    assert 7.5 * count < most_memory_of(resume) < 8.5 * count and resumed == [{"step": 1}]
     assert torch.equal(its_optimizer.state[others[3].weight]["exp_avg"], optimizer.state[layers[3].weight]["exp_avg"])
 
 
