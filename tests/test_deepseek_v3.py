@@ -243,7 +243,8 @@ def test_on_a_pretended_gpu_steps_are_recorded_without_a_wait_and_find_the_token
         model = fast_layers(wide().to("cuda"))
         recorded = graphs.generate(model, PROMPTS, n=3, max_new_tokens=50, end_ids=(6,), temperature=0)[0]
         assert graphs.decoders and recorded.tolist() == plain
-        every = dict(n_group=1, n_routed_experts=4, num_experts_per_tok=4)  # the zeros of an idle one would be the CPU's
+        # each has tokens: the zeros of an idle expert's gradient would be the CPU's
+        every = dict(n_group=1, n_routed_experts=4, num_experts_per_tok=4)
         pretrain(fast_layers(tiny(mtp=True, **every).to("cuda")), copies(40))
     on_the_gpu(program)
 
