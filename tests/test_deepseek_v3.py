@@ -243,7 +243,8 @@ def test_on_a_pretended_gpu_steps_are_recorded_without_a_wait_and_find_the_token
         model = fast_layers(wide().to("cuda"))
         recorded = graphs.generate(model, PROMPTS, n=3, max_new_tokens=50, end_ids=(6,), temperature=0)[0]
         assert graphs.decoders and recorded.tolist() == plain
-        every = dict(n_group=1, n_routed_experts=4, num_experts_per_tok=4)  # an idle one's zeros would be the CPU's
+        # each has tokens: the zeros of an idle expert's gradient would be the CPU's
+        every = dict(n_group=1, n_routed_experts=4, num_experts_per_tok=4)
         pretrain(fast_layers(tiny(mtp=True, **every).to("cuda")), copies(40))
     on_the_gpu(program)
 
@@ -369,7 +370,7 @@ def test_the_sequence_wise_loss_is_a_plain_loop_over_rows_experts_and_tokens():
 def test_the_objective_is_a_loop_over_tokens_their_successors_and_rows():
     model = wide(mtp=True).double()
     model.cos, model.sin = model.cos.double(), model.sin.double()
-    examples = [([3, 4, 5, 6], 0), ([8, 9, 1], 2), ([2, 7, 7, 7, 1, 5], 0), ([6], 0)]
+    examples = [([3, 4, 5, 6], 0), ([8, 9, 1], 0), ([2, 7, 7, 7, 1, 5], 0), ([6], 0), ([4, 4, 4, 9], 3)]
     ids, segments, positions, targets = sft.pack(examples, 12)
     alone, after = 0.0, 0.0
     for tokens, prompt in examples:
@@ -422,6 +423,13 @@ def test_pretraining_learns_both_tokens_and_the_block_is_left_out_of_the_files(t
     loaded, ids = v3.load(tmp_path, "cpu"), torch.arange(10)[None]
     assert not hasattr(loaded, "mtp") and torch.equal(loaded(ids), model(ids))
     assert "mtp" not in " ".join(load_file(tmp_path / "model.safetensors"))
+
+
+def test_the_second_tokens_weight_changes_after_its_part_of_the_steps():
+    history = pretrain(tiny(mtp=True), copies(60), objective=Objective((1.0, 0.0), switch=0.5, alpha=0))
+    for metrics in history:
+        is_alone = metrics["loss"] == pytest.approx(metrics["next_token_loss"], rel=1e-5)
+        assert is_alone == ((metrics["step"] - 1) / metrics["steps"] >= 0.5)
 
 
 def test_the_bias_evens_the_load():
@@ -496,8 +504,9 @@ TUNE = "--epochs 1 --row-length 64 --batch-tokens 128 --dtype float32".split()
 
 @pytest.mark.parametrize("main, data, options", [
     (grpo.main, "problems.jsonl", RL), (grpo.main, "problems.jsonl", [*RL, "--recompute"]),
-    (sft.main, "pairs.jsonl", TUNE), (sft.main, "pairs.jsonl", [*TUNE, "--recompute"])],
-    ids=["grpo", "grpo recomputing", "sft", "sft recomputing"])
+    (sft.main, "pairs.jsonl", TUNE), (sft.main, "pairs.jsonl", [*TUNE, "--recompute"]),
+    (sft.main, "pairs.jsonl", [*TUNE[:-1], "bfloat16", "--offload-optimizer"])],
+    ids=["grpo", "grpo recomputing", "sft", "sft recomputing", "sft offloading"])
 def test_a_script_trains_a_directory_and_writes_one_of_the_same_kind(main, data, options, files, tmp_path):
     args = ["--model", files / "model", "--data", files / data, "--out", tmp_path / "out", *options]
     if main is grpo.main:  # the problems are too hard for it

@@ -97,8 +97,7 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.interleaved, self.scale = c.num_attention_heads, c.rope_interleave, softmax_scale(c)
-        self.nope, self.rope, self.latent, self.value = (
-            c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim)
+        self.nope, self.rope, self.value = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim  # dn, dr, dv
         q_rows = self.heads * (self.nope + self.rope)
         if c.q_lora_rank is None:
             self.q_proj = nn.Linear(c.hidden_size, q_rows, bias=False)
@@ -106,16 +105,16 @@ class Attention(nn.Module):
             self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, 1e-6)  # not rms_norm_eps: as `transformers`
             self.q_b_proj = nn.Linear(c.q_lora_rank, q_rows, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.latent, 1e-6)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.kv_lora_rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, 1e-6)
+        self.kv_b_proj = nn.Linear(c.kv_lora_rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, c.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.view(B, T, self.heads, -1).transpose(1, 2)                          # (B, H, T, dn + dr)
-        latent, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((self.latent, self.rope), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x)[:, None].tensor_split([-self.rope], dim=-1)
         latent = self.kv_a_layernorm(latent)                                      # (B, 1, T, dc)
         q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
         q_rope = rotate(q_rope, cos, sin, self.interleaved)                       # (B, H, T, dr)
@@ -289,11 +288,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask, real=None, cache=None, layer=0):
         """The new stream (B, T, D), and the routing of its tokens, None where the layer is dense."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
-        y, routing = self.post_attention_layernorm(x), None
-        if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(y, real)
-        else:
-            y = self.mlp(y)
+        y = self.post_attention_layernorm(x)
+        y, routing = self.mlp(y, real) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         return x + y, routing
 
 
@@ -401,18 +397,15 @@ def hf_tensors(model):
         full_name = name if name == "lm_head.weight" else f"model.{name}"
         if name.startswith("mtp.") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
-        if name.endswith("experts.gate_up_proj"):  # (E, 2I, D)
-            for e, expert in enumerate(rows):
-                for part, half in zip(("gate_proj", "up_proj"), expert.chunk(2)):
-                    tensors[full_name.replace("gate_up_proj", f"{e}.{part}.weight")] = half
-        elif name.endswith("experts.down_proj"):   # (E, D, I)
-            for e, expert in enumerate(rows):
-                tensors[full_name.replace("down_proj", f"{e}.down_proj.weight")] = expert
-        elif "gate_up_proj" in name:
-            for part, half in zip(("gate_proj", "up_proj"), rows.chunk(2)):
-                tensors[full_name.replace("gate_up_proj", part)] = half
-        else:
-            tensors[full_name] = rows
+        matrices = {full_name: rows}
+        if ".experts." in name:  # (E, ...): experts.down_proj -> experts.0.down_proj.weight
+            matrices = {full_name.replace("experts.", f"experts.{e}.") + ".weight": rows[e] for e in range(len(rows))}
+        for matrix_name, matrix in matrices.items():
+            if "gate_up_proj" in matrix_name:
+                for part, half in zip(("gate_proj", "up_proj"), matrix.chunk(2)):
+                    tensors[matrix_name.replace("gate_up_proj", part)] = half
+            else:
+                tensors[matrix_name] = matrix
     return tensors
 
 
