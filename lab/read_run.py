@@ -74,7 +74,7 @@ def read_run(run_dir):
         default = {"name": name, "title": PLACES.get(name, [name])[0], "seconds": seconds.get(name)}
         finished = name in done or (name in places and (run_dir / "config.json").is_file())
         entry = default | measured(done.get(name, {})) | {"name": name, "finished": finished}
-        stages[name] = entry | read_stage(places.get(name, run_dir / name))
+        stages[name] = entry | read_stage(places.get(name, run_dir / name)) | {"alone": name in places}
         has_reward = any("reward" in row for row in stages[name]["rows"])
         stages[name]["rl"] = has_reward or "GRPO" in str(entry.get("by"))
     meta = scalars(results.get("meta"))

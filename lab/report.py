@@ -175,7 +175,7 @@ def rl_charts(stage):
     large = el("div", [chart(*each, rows) for each in CURVES], cls="charts")
     small = el("div", [chart(*each, rows, width=196, height=112) for each in HEALTH], cls="charts small")
     note = progress(stage) or stage.get("by")
-    return fold(stage["title"], note, [*warning_lines(stage), large, small], unfolded=stage["name"] in PLACES)
+    return fold(stage["title"], note, [*warning_lines(stage), large, small], unfolded=stage["alone"] or stage["name"] in PLACES)
 
 
 def warning_lines(stage, before=""):
@@ -295,7 +295,7 @@ def stage_samples(stage):
     control = el("p", "Show ", el("select", options), " ", el("output"), cls="controls", hidden="")
     content = el("div", control, el("div", columns, cls="samples"), cls="filtered")
     note = f"{len(first) + len(last)} of {len(samples)} samples"
-    return fold(stage["title"], note, content, unfolded=stage["name"] in ("zero", "r1"))
+    return fold(stage["title"], note, content, unfolded=stage["alone"] or stage["name"] in ("zero", "r1"))
 
 
 def watched_section(stages):
@@ -327,13 +327,19 @@ STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 SCRIPT = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
 
 
+def of_a_script(stages):
+    """Whether the page is of one training, without a recipe, test problems and claims."""
+    return any(stage["alone"] for stage in stages.values())
+
+
 def header(meta, stages, claims):
     verdicts = [claim.get("verdict") for claim in claims]
     tally = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in SIGNS)
     finished = sum(stage["finished"] for stage in stages.values())
     facts = {name: meta.get(name) for name in ("preset", "seed", "machine", "world", "date")}
-    facts |= {"time": duration(meta.get("seconds")), "claims": tally if claims else "not yet measured",
-              "stages": f"{finished} of {len(stages)} finished"}
+    if not of_a_script(stages):
+        facts |= {"time": duration(meta.get("seconds")), "claims": tally if claims else "not yet measured",
+                  "stages": f"{finished} of {len(stages)} finished"}
     spans = [el("span", f"{name} ", el("b", value)) for name, value in facts.items() if value is not None]
     command = el("p", el("code", meta.get("command")), cls="meta")
     return [el("h1", "DeepSeek-R1 from scratch"), command, el("p", spans, cls="meta")]
@@ -358,11 +364,14 @@ def sections_of(stages, claims, compare, budgets):
         note = ("From one base with one budget of samples, each at its better learning rate. Curves: accuracy of the "
                 "sampled completions, against completions.")
         sections.append(("Methods", note, comparison(compare)))
-    return sections + [
+    sections += [
         ("Training", "The same validation problem, answered again from step to step: move the slider.",
          watched_section(stages)),
         ("Samples", "As the models wrote them, with their tags. Marked: words of another language.",
          samples_section(stages))]
+    if of_a_script(stages):
+        sections = [section for section in sections if section[0] in ("Curves", "Samples")]
+    return sections
 
 
 def page(meta, stages, claims, compare, budgets):

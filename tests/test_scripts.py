@@ -176,7 +176,7 @@ def test_metrics_samples_and_a_page_lie_beside_the_model(name, files, tmp_path):
     printed = [float(value) for value in re.findall(r"reward (-?[0-9.]+)  length", ended.stdout)]
     assert printed == pytest.approx([row["reward"] for row in metrics], abs=5e-4)
     page = (out / "report.html").read_text()
-    assert "What is" in page and "Reward and its parts" in page and ">out<" in page and "R1-Zero" not in page
+    assert "What is" in page and "Reward and its parts" in page and "<summary>out " in page and "R1-Zero" not in page
     warned = [row["warning"] for row in rows_of(out / "warnings.jsonl")]
     assert warned and all(f"  {line}\n" in ended.stdout for line in warned)  # a model that knows nothing has no signal
 
@@ -194,6 +194,8 @@ def test_the_page_of_a_script_can_be_written_again(files, tmp_path):
     from lab import report
     assert call(grpo.main, files, tmp_path / "out").status == 0
     before = (tmp_path / "out" / "report.html").read_text()
+    sections = re.findall("<h2[^>]*>([^<]*)", before)
+    assert sections == ["Curves", "Samples"] and before.count("<details open") == 2  # there is no recipe to draw
     (tmp_path / "out" / "report.html").unlink()
     ended = run_forked(report.main, argv=["report", str(tmp_path / "out")])
     assert ended.status == 0 and (tmp_path / "out" / "report.html").read_text() == before
