@@ -97,6 +97,7 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
         return None
     if any(c.isnumeric() and not re.match(f"[0-9{HAN}]", c) for c in text):  # 一 is numeric too, and a word
         return None
+    text = squeeze(re.sub(r"(?<!\\)\$ ?\$|\\[()[\]]", " ", text))  # $$5$$ and \(5\) hide no "not" before them
     text = re.sub(r"\\([%$])", r"\1", text).replace("!=", "≠")
     text = re.sub(r"\\(?:times|cdot|div|pm|sqrt|neq?|leq?|geq?|approx)(?![a-z])", "×", text)
     text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)

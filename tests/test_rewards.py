@@ -698,3 +698,11 @@ def test_a_prompt_and_its_answer_are_enough_to_score():
 def test_nothing_is_evaluated(module):
     source = Path(module.__file__).read_text(encoding="utf-8").replace("re.compile(", "")
     assert not re.search(r"\b(?:eval|exec|compile|__import__)\(", source)
+
+
+@pytest.mark.parametrize("opening, closing", [("$", "$"), ("$$", "$$"), ("$ $", "$ $"), (r"\(", r"\)"), (r"\[", r"\]"),
+                                              (r"\$", "")])
+@pytest.mark.parametrize("before", ["less than ", "not ", "minus ", "twice ", "-", "- ", "12 + "])
+def test_delimiters_of_a_formula_hide_nothing_that_stands_before_the_number(before, opening, closing):
+    assert extract_answer(f"{before}{opening}5{closing}") != 5
+    assert extract_answer(f"She has {opening}5{closing}.") == 5
