@@ -175,7 +175,8 @@ def rl_charts(stage):
     large = el("div", [chart(*each, rows) for each in CURVES], cls="charts")
     small = el("div", [chart(*each, rows, width=196, height=112) for each in HEALTH], cls="charts small")
     note = progress(stage) or stage.get("by")
-    return fold(stage["title"], note, [*warning_lines(stage), large, small], unfolded=stage["alone"] or stage["name"] in PLACES)
+    is_open = stage["alone"] or stage["name"] in PLACES
+    return fold(stage["title"], note, [*warning_lines(stage), large, small], unfolded=is_open)
 
 
 def warning_lines(stage, before=""):
