@@ -147,7 +147,7 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
 def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=None, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics. make_optimizer: as adamw.
 
-    objective: in place of loss_sum, and what follows a step (variants/deepseek_v3.py: Objective).
+    objective: in place of loss_sum, and what follows a step (variants/v3_pretraining.py: Objective).
     log(metrics, batch) is called each step, batch: its rows as `pack` gives them. save(model=..., optimizer=...,
     scaler=..., step=...) is offered the state after each step; resume(model=..., optimizer=..., scaler=...) puts such
     a state back and returns {"step": ...}. A step whose loss or gradient is not finite is skipped. Where a scaled

@@ -628,7 +628,9 @@ def read_end(completion: str) -> Reading | None:
         text = marked_answer(tail) or last_line(tail)
         value = read_line(text)
     both = read_both(text) if len(text) <= LONGEST else None  # an essay is no text to compare
-    return both if value is None else Reading(value, both.text if both else "")
+    if value is None:
+        return both
+    return Reading(value, both.text if both else "")
 
 
 def read_expression(text: str) -> str:

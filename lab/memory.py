@@ -243,9 +243,13 @@ def report(sizes, memory, config, prompt=256):
     def line(what, cells):
         return f"  {what:36}" + "".join(f"{cells[i]:>10}" for i in shown)
 
+    def in_units(count):
+        return f"{count / size:.2f}" if count else ""
+
     lines = [line(f"memory in {unit}, computed", heads)]
-    lines += [line(what, [f"{n / size:.2f}" if n else "" for n in count]) for what, count in terms.items()]
-    lines.append(line("together", [f"{sum(count) / size:.2f}" for count in zip(*terms.values())]))
+    for what, count in terms.items():
+        lines.append(line(what, [in_units(n) for n in count]))
+    lines.append(line("together", [in_units(sum(count)) for count in zip(*terms.values())]))
     places = [("GPU", device, free), ("CPU", host, free_of_cpu())] if card else [("CPU", device + host, free_of_cpu())]
     for i, (place, count, there) in enumerate(places):
         if there is None or count == 0:
