@@ -8,6 +8,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 import model as dense
 from variants import deepseek_v3
 from variants.rope_scaling import scaled_frequencies
@@ -32,6 +34,13 @@ def active_parameters(model):
             idle = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts
             count -= round(idle * sum(p.numel() for p in part.parameters()))
     return count
+
+
+def cache_bytes(model):
+    """Of one token."""
+    cache = model.new_cache(torch.zeros(1, dtype=torch.long))
+    columns = cache.reserve(1)
+    return (cache.k.nbytes + cache.v.nbytes) / columns
 
 
 def load(dir, device=None, dtype=None):

@@ -32,20 +32,23 @@ import torch  # noqa: E402
 import grpo  # noqa: E402
 import model as transformer  # noqa: E402
 import sft  # noqa: E402
-from lab import checkpoint, graphs  # noqa: E402
+from lab import architectures, checkpoint, graphs  # noqa: E402
 from lab.layers import fast_layers, recompute  # noqa: E402
 from lab.memory import Memory  # noqa: E402
 from lab.trainee import Trainee  # noqa: E402
-from pipeline import PRESETS  # noqa: E402
+from pipeline import PRESETS, deepseek_sizes  # noqa: E402
 from variants.ppo import PPO  # noqa: E402
 from variants.prime import PRIME  # noqa: E402
+from variants.v3_pretraining import Objective  # noqa: E402
 
 ON_CARD = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CARD else "cpu"
 
 WORLD = dict(vocab_size=1024, max_position_embeddings=512, **PRESETS["gpu"].model)
+WORLD_OF_V3 = dict(vocab_size=1024, max_position_embeddings=512, **deepseek_sizes(**PRESETS["gpu"].model))
 SHAPES = {
     "gpu preset": WORLD,
+    "gpu preset, V3": WORLD_OF_V3,
     "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048),
     "Qwen2.5-0.5B": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
@@ -62,8 +65,12 @@ SHAPES = {
                        model_type="qwen2", tie_word_embeddings=False)}
 TINY = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=256)
+TINY_V3 = dict(model_type="deepseek_v3", vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+               moe_intermediate_size=64, n_group=4, topk_group=2, kv_lora_rank=16, qk_nope_head_dim=16,
+               qk_rope_head_dim=8, v_head_dim=16, max_position_embeddings=256)
+KINDS = {kind: TINY | {"model_type": kind} for kind in ("llama", "qwen2", "qwen3")} | {"deepseek_v3": TINY_V3}
 if not ON_CARD:
-    SHAPES = {name: TINY | {"model_type": shape.get("model_type", "llama")} for name, shape in SHAPES.items()}
+    SHAPES = {name: KINDS[shape.get("model_type", "llama")] for name, shape in SHAPES.items()}
 
 rows_of_part = []
 
@@ -80,6 +87,11 @@ def show(value):
 
 def new_model(shape, device=DEVICE, dtype=torch.float32):
     torch.manual_seed(0)
+    if shape.get("model_type") == "deepseek_v3":
+        made = architectures.new_model(shape, torch.Generator().manual_seed(0))
+        for router in made.routers():  # a bias that decides some choices
+            router.e_score_correction_bias.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        return made.to(dtype).to(device).eval()
     with torch.device(device):
         made = transformer.Transformer(transformer.Config(**shape))
     return made.init_weights().to(dtype).eval()
@@ -141,26 +153,32 @@ def catching(name):
 
 def correct():
     """The card beside the CPU in float32; recorded beside plain decoding; a resumed training; the line on memory."""
-    for kind in ("llama", "qwen2", "qwen3"):
+    for kind in KINDS:
         with catching(f"{kind}: model"):
             compare_model(kind)
+    for name in ("GRPO, V3", "SFT, V3"):
+        with catching(name):
+            compare_update(name, Memory(), TINY_V3)
     for name in ("GRPO", "PPO", "PRIME", "SFT"):
         for memory in MEMORIES:
             if memory.offload_optimizer and name in ("PPO", "PRIME"):
                 continue
             with catching(f"{name}, {how(memory)}"):
-                a, b = (updated(name, device, memory) for device in ("cpu", DEVICE))
-                start = flat(new_model(TINY, "cpu"))
-                check(f"{name}, {how(memory)}: update beside the CPU's", relative(b - start, a - start), 0.02)
-    for name, compare in (("resume", compare_resumed), ("half precision", compare_half), ("memory", out_of_memory),
-                          ("smoke recipe", smoke)):
+                compare_update(name, memory, TINY)
+    for name, compare in (("resume", compare_resumed), ("resume, V3", partial(compare_resumed, TINY_V3)),
+                          ("half precision", compare_half), ("memory", out_of_memory), ("smoke recipe", smoke)):
         with catching(name):
             compare()
 
 
+def compare_update(name, memory, shape):
+    a, b = (updated(name, device, memory, shape) for device in ("cpu", DEVICE))
+    start = flat(new_model(shape, "cpu"))
+    check(f"{name}, {how(memory)}: update beside the CPU's", relative(b - start, a - start), 0.02)
+
+
 def compare_model(kind):
-    shape = TINY | {"model_type": kind}
-    plain = new_model(shape, "cpu")
+    plain = new_model(KINDS[kind], "cpu")
     fast = fast_layers(copy.deepcopy(plain).to(DEVICE))
     ids = random_ids(96, 4, 60)
     with torch.no_grad():
@@ -216,13 +234,15 @@ class RandomTrainee(Trainee):
         return plain.float()
 
 
-def updated(name, device, memory=Memory()):
+def updated(name, device, memory=Memory(), shape=TINY):
     """The weights after one step of a method from the same weights and samples on this device."""
-    trainee = RandomTrainee(fast_layers(new_model(TINY, "cpu").to(device)), memory)
+    trainee = RandomTrainee(fast_layers(new_model(shape, "cpu").to(device)), memory)
     model, ids = trainee.model, random_ids(96, 16, 24)
-    if name == "SFT":
+    if name.startswith("SFT"):
+        objective = Objective() if architectures.is_deepseek(model) else None
         config = sft.SFTConfig(lr=1e-3, epochs=1, row_length=64, batch_tokens=4096, dtype="float32")
-        sft.train(model, [(row.tolist(), 4) for row in ids], config, **trainee.optimizer(sft.adamw))
+        sft.train(model, [(row.tolist(), 4) for row in ids], config, objective=objective,
+                  **trainee.optimizer(sft.adamw))
         return flat(trainee.whole())
     config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=4, group_size=4, minibatches=1, warmup=1,
                              max_new_tokens=24, dtype="float32", beta=0.0 if name == "PRIME" else 0.01)
@@ -237,10 +257,10 @@ def is_even(text, _=None):
     return float(sum(map(ord, text)) % 2)
 
 
-def compare_resumed():
+def compare_resumed(shape=TINY):
     """Four rollouts beside two and, after a resume, two more: the same weights, bit by bit."""
     def rollouts(count, dir=None):
-        model = fast_layers(new_model(TINY))
+        model = fast_layers(new_model(shape))
         config = grpo.GRPOConfig(rollouts=count, prompts_per_rollout=4, group_size=4, max_new_tokens=24, lr=1e-3)
         keep = checkpoint.Checkpointer(dir, every=0.0) if dir else None
         if keep:
@@ -253,7 +273,8 @@ def compare_resumed():
     with tempfile.TemporaryDirectory() as dir:
         rollouts(2, dir)
         resumed = rollouts(4, dir)
-    check("a resumed training's weights", (resumed != rollouts(4)).float().mean(), 0.0)
+    kind = shape.get("model_type", "llama")
+    check(f"{kind}: a resumed training's weights", (resumed != rollouts(4)).float().mean(), 0.0)
 
 
 def compare_half():
@@ -318,7 +339,8 @@ def decode():
     bandwidth, rate = limits()
     note("the card", card=torch.cuda.get_device_name() if ON_CARD else "CPU", torch=torch.__version__,
          copy_TB_s=bandwidth / 1e12, bf16_TFLOP_s=rate / 1e12)
-    plan = [("gpu preset", 64), ("gpu preset", 256), ("gpu preset", 1024), ("SmolLM2-135M", 64), ("SmolLM2-135M", 256),
+    plan = [("gpu preset", 64), ("gpu preset", 256), ("gpu preset", 1024), ("gpu preset, V3", 64),
+            ("gpu preset, V3", 256), ("gpu preset, V3", 1024), ("SmolLM2-135M", 64), ("SmolLM2-135M", 256),
             ("SmolLM2-135M", 1024), ("Qwen2.5-0.5B", 64), ("Qwen2.5-0.5B", 256), ("Qwen2.5-0.5B", 1024),
             ("Qwen2.5-1.5B", 256)]
     for name, rows in plan:
@@ -329,7 +351,7 @@ def decode_shape(name, rows, bandwidth):
     shape = SHAPES[name]
     model = fast_layers(new_model(shape, dtype=torch.bfloat16))
     prompt, new, n = (155, 200, 16) if ON_CARD else (8, 8, 2)
-    if name == "gpu preset" and ON_CARD:
+    if name.startswith("gpu preset") and ON_CARD:
         prompt, new = 60, 130
     prompts = random_ids(shape["vocab_size"], rows // n, prompt).tolist()
     generator = torch.Generator(device=DEVICE).manual_seed(0)
@@ -342,9 +364,8 @@ def decode_shape(name, rows, bandwidth):
     synchronize()
     first = time.perf_counter() - started
     taken = seconds_of(run, 2)
-    c = model.config
-    weights = 2 * sum(p.numel() for p in model.parameters())
-    cache = 4 * rows * (prompt + new / 2) * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    weights = 2 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
+    cache = rows * (prompt + new / 2) * architectures.cache_bytes(model)
     note(f"decode {name}, {rows} rows", tokens_s=rows * new / taken, ms_a_step=1e3 * taken / new, first_s=first,
          of_bandwidth=new * (weights + cache) / bandwidth / taken, peak_GB=peak_gigabytes())
 
@@ -352,7 +373,7 @@ def decode_shape(name, rows, bandwidth):
 def train():
     """Tokens a second of next-token training, and 6 FLOPs a weight and token as a share of the measured bf16 rate."""
     _, rate = limits()
-    for name, length, micro in (("gpu preset", 256, 32768), ("SmolLM2-135M", 1024, 16384),
+    for name, length, micro in (("gpu preset", 256, 32768), ("gpu preset, V3", 256, 32768), ("SmolLM2-135M", 1024, 16384),
                                 ("Qwen2.5-0.5B", 1024, 16384), ("Qwen2.5-1.5B", 1024, 8192)):
         for packed in (False, True):
             train_shape(name, length if ON_CARD else 32, micro if ON_CARD else 128, packed, rate)
@@ -363,15 +384,16 @@ def train_shape(name, length, tokens, packed, rate):
     model = fast_layers(new_model(shape))
     if name == "Qwen2.5-1.5B":
         recompute(model)
-    optimizer = sft.adamw(model.parameters(), 1e-3, 0.1)
+    optimizer, loss_sum = sft.adamw(model.parameters(), 1e-3, 0.1), sft.loss_sum
+    if architectures.is_deepseek(model):
+        del model.mtp
     ids = random_ids(shape["vocab_size"], tokens // length, length + 1).to(DEVICE)
     segments = None
     if packed:
         segments = (torch.arange(length, device=DEVICE) // (length // 4)).expand(len(ids), length) + 1
 
     def step():
-        sft.loss_sum(model, ids[:, :-1], segments=segments, positions=None, targets=ids[:, 1:], dtype="bfloat16"
-                     ).div(tokens).backward()
+        loss_sum(model, ids[:, :-1], segments, None, ids[:, 1:], "bfloat16").div(tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -379,7 +401,7 @@ def train_shape(name, length, tokens, packed, rate):
     if ON_CARD:
         torch.cuda.reset_peak_memory_stats()
     taken = seconds_of(step)
-    weights = sum(p.numel() for p in model.parameters())
+    weights = architectures.active_parameters(model)
     note(f"train {name}{', packed' if packed else ''}", tokens_s=tokens / taken,
          of_rate=6 * weights * tokens / taken / rate, peak_GB=peak_gigabytes())
 

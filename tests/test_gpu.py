@@ -19,7 +19,7 @@ def test_its_speeds_run_on_a_cpu_and_go_where_they_are_sent(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "cpu.json").read_text())
-    assert [len(found[part]) for part in ("decode", "train", "step")] == [11, 8, 1]
+    assert [len(found[part]) for part in ("decode", "train", "step")] == [14, 10, 1]
     assert all(row["tokens_s"] > 0 for row in found["decode"][1:] + found["train"])
     assert before == {path: path.stat().st_mtime for path in ROOT.glob("results/gpu/*")}
 
@@ -34,7 +34,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, 
     assert exit.value.code == 1 and "failed: broken" in said and found["broken"] == [] and len(found["step"]) == 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "deepseek_v3"])
 def test_its_comparison_of_models_finds_none_that_differ(kind, monkeypatch):
     monkeypatch.setattr(gpu, "failed", [])
     gpu.compare_model(kind)
