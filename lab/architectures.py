@@ -6,20 +6,20 @@
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import model as dense
-from variants import deepseek_v3
+from variants import deepseek_v3, v3_weights
 from variants.rope_scaling import scaled_frequencies
-from variants.v3_pretraining import add_next_token
+from variants.v3_pretraining import add_next_token, init_weights
 
 
-def file_of(dir):
-    """The module whose Transformer a checked directory holds."""
+def holds_deepseek(dir):
     config = json.loads(Path(dir, "config.json").read_text(encoding="utf-8"))
-    return deepseek_v3 if config.get("model_type") == "deepseek_v3" else dense
+    return config.get("model_type") == "deepseek_v3"
 
 
 def is_deepseek(model):
@@ -40,24 +40,31 @@ def cache_bytes(model):
     """Of one token."""
     cache = model.new_cache(torch.zeros(1, dtype=torch.long))
     columns = cache.reserve(1)
-    return (cache.k.nbytes + cache.v.nbytes) / columns
+    return sum(kept.nbytes for kept in vars(cache).values() if torch.is_tensor(kept) and kept.dim() > 1) / columns
+
+
+def loader_of(dir):
+    """model.load, or what loads a DeepSeek-V3 with the same arguments."""
+    if holds_deepseek(dir):
+        return partial(v3_weights.load, Config=deepseek_v3.Config, Transformer=deepseek_v3.Transformer)
+    return dense.load
 
 
 def load(dir, device=None, dtype=None):
-    return file_of(dir).load(dir, device, dtype, rope=scaled_frequencies)
+    return loader_of(dir)(dir, device=device, dtype=dtype, rope=scaled_frequencies)
 
 
 def new_model(sizes, generator):
     """Of Config's fields. A DeepSeek-V3 predicts a second token, as long as it is pretrained."""
     if sizes.get("model_type") != "deepseek_v3":
         return dense.Transformer(dense.Config(**sizes)).init_weights(generator)
-    model = deepseek_v3.Transformer(deepseek_v3.Config(**sizes)).init_weights(generator)
+    model = init_weights(deepseek_v3.Transformer(deepseek_v3.Config(**sizes)), generator)
     return add_next_token(model, generator)
 
 
 def save(model, dir, tokenizer=None):
-    (deepseek_v3 if is_deepseek(model) else dense).save(model, dir, tokenizer)
+    (v3_weights if is_deepseek(model) else dense).save(model, dir, tokenizer)
 
 
 def read_config(dir):
-    return file_of(dir).read_config(dir)
+    return v3_weights.read_config(dir, deepseek_v3.Config) if holds_deepseek(dir) else dense.read_config(dir)

@@ -17,7 +17,7 @@ from lab.check_model import is_deepseek, read_json
 from lab.command import Parser, add_template, device_of
 from lab.asking import opened_by
 from tokenizer import Tokenizer
-from variants import deepseek_v3
+from variants import deepseek_v3, v3_weights
 from variants.rope_scaling import scaled_frequencies
 
 TAG = "</?(?:think|answer)>"
@@ -58,8 +58,8 @@ def main(load, prefill, sample):
     try:
         check_directory(args.dir, args.template)
         if is_deepseek(read_json(Path(args.dir) / "config.json")):
-            load = deepseek_v3.load
-        model = load(args.dir, args.device, rope=scaled_frequencies)
+            load = partial(v3_weights.load, Config=deepseek_v3.Config, Transformer=deepseek_v3.Transformer)
+        model = load(args.dir, device=args.device, rope=scaled_frequencies)
         chat(model, Tokenizer(args.dir, args.template), partial(stream, prefill, sample, model), args)
     except (ValueError, OSError) as error:
         parser.error(str(error))

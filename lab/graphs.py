@@ -13,6 +13,7 @@ import copy
 import torch
 
 import model as transformer
+from lab.layers import fixed_shapes
 
 BLOCK = 64      # columns
 SHARE = 1 / 20  # of the GPU's memory: a Decoder that takes more is not kept
@@ -81,7 +82,8 @@ def base_of(model):
 class Decoder:
     """model.py's Transformer, with its steps of one token per row recorded by record(run) -> (output, replay).
 
-    k, v (layers, rows, K, columns, d; as of new_cache) and ids (rows, 1): a batch uses the first rows and columns.
+    kept {"k" and "v" of a KVCache, or "k" of a LatentCache: (layers, rows, K, columns, d)} and ids (rows, 1): a batch
+    uses the first rows and columns.
     """
 
     def __init__(self, model, rows, columns, record):
@@ -89,7 +91,7 @@ class Decoder:
         self.base, dtype = base_of(model), next(model.parameters()).dtype
         own = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters()
                if id(p) not in self.base}
-        self.model = copy.deepcopy(model, own | self.base).requires_grad_(False)
+        self.model = fixed_shapes(copy.deepcopy(model, own | self.base)).requires_grad_(False)
         self.rows, self.columns = rows, blocks(columns)
         device = next(self.model.parameters()).device
         self.start = torch.zeros(rows, dtype=torch.long, device=device)
@@ -97,15 +99,15 @@ class Decoder:
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # where the new token goes
         memory = self.model.new_cache(self.start)
         memory.reserve(self.columns)
-        self.k, self.v = memory.k, memory.v
-        self.cache = None  # the KVCache whose keys and values lie in k and v
+        self.kept = {name: getattr(memory, name) for name in ("k", "v") if hasattr(memory, name)}
+        self.cache = None  # whose keys and values lie in `kept`
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
     def bytes(self):
         own = [p for p in self.model.parameters() if id(p) not in self.base]
-        return self.k.nbytes + self.v.nbytes + sum(p.nbytes for p in own)
+        return sum(tensor.nbytes for tensor in [*self.kept.values(), *own])
 
     def __call__(self, ids, cache):
         """Logits (B, 1, V) of ids (B, 1); the next call overwrites them."""
@@ -125,9 +127,9 @@ class Decoder:
         """Moves a cache into the fixed memory, from where its `select` copies rows out again."""
         rows, live = len(cache.start), slice(cache.length)
         self.start[:rows] = cache.start
-        for mine, theirs in ((self.k, cache.k), (self.v, cache.v)):
-            mine[:, :rows, :, live] = theirs[:, :, :, live]
-        cache.k, cache.v = self.k[:, :rows], self.v[:, :rows]
+        for name, mine in self.kept.items():
+            mine[:, :rows, :, live] = getattr(cache, name)[:, :, :, live]
+            setattr(cache, name, mine[:, :rows])
         self.cache = cache
 
     def step(self, rows, columns):
@@ -138,24 +140,25 @@ class Decoder:
 
 
 class FixedCache:
-    """What the model takes as its KVCache: the new token's column is a number on the device, for a recording."""
+    """What the model takes as its cache: the new token's column is a number on the device, for a recording."""
 
     length = padding = 0  # the model adds to it, and compares with its context: the column is what counts
 
     def __init__(self, decoder, rows, columns):
-        self.k, self.v = decoder.k[:, :rows, :, :columns], decoder.v[:, :rows, :, :columns]
+        self.kept = [tensor[:, :rows, :, :columns] for tensor in decoder.kept.values()]
         self.start, self.column = decoder.start[:rows], decoder.column
 
     def reserve(self, columns):
-        return self.k.shape[3]
+        return self.kept[0].shape[3]
 
     def columns(self, count):
         return self.column
 
-    def update(self, layer, k, v):
-        self.k[layer].index_copy_(2, self.column, k)
-        self.v[layer].index_copy_(2, self.column, v)
-        return self.k[layer], self.v[layer]
+    def update(self, layer, *new):
+        for tensor, of_token in zip(self.kept, new):
+            tensor[layer].index_copy_(2, self.column, of_token)
+        of_layer = [tensor[layer] for tensor in self.kept]
+        return of_layer if len(of_layer) > 1 else of_layer[0]
 
 
 def cuda_graph(run):

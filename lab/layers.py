@@ -31,7 +31,14 @@ def fast_layers(model):
     else:
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)
-        replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm, deepseek_v3.RMSNorm: CUDARMSNorm})
+        replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm, deepseek_v3.RMSNorm: CUDARMSNorm,
+                        deepseek_v3.Attention: CUDALatentAttention, deepseek_v3.Experts: CUDAExperts})
+    return model
+
+
+def fixed_shapes(model):
+    """The model, whose shapes do not depend on what it computes, for a recording of its steps."""
+    replace(model, {deepseek_v3.Experts: FixedExperts, CUDAExperts: FixedExperts})
     return model
 
 
@@ -55,8 +62,6 @@ class RecomputedBlock(Block):
 
 
 class RecomputedV3Block(deepseek_v3.Block):
-    """A router counts each token twice then, of every expert alike."""
-
     def forward(self, *inputs):
         if not torch.is_grad_enabled():
             return super().forward(*inputs)
@@ -112,6 +117,13 @@ class CPULatentAttention(deepseek_v3.Attention):
         return attend(q, k, v, mask, self.scale)
 
 
+class CUDALatentAttention(deepseek_v3.Attention):
+    def attend(self, q, k, v, mask):
+        """Values as wide as keys: torch's kernels that do without (B, H, T, S) want it so."""
+        width = v.shape[-1]
+        return super().attend(q, k, F.pad(v, (0, k.shape[-1] - width)), mask)[..., :width]
+
+
 def attend(q, k, v, mask, scale=None):
     """softmax(q k' / sqrt(d)) v on a CPU: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
 
@@ -142,14 +154,60 @@ def attend_long(q, k, v, mask, scale):
     return y.to(q.dtype)
 
 
-class CPUExperts(deepseek_v3.Experts):
+# ------------------------------------------------------------------------------------------- experts
+
+class SortedExperts(deepseek_v3.Experts):
+    """Tokens are gathered once, sorted by expert: gradients are not summed over (N, D) for each expert."""
+
+    def forward(self, x, chosen, weights):
+        N, K = chosen.shape
+        order = chosen.flatten().argsort(stable=True)  # the N*K pairs of token and expert, by expert
+        y = self.of_sorted(x.repeat_interleave(K, dim=0).index_select(0, order), chosen.flatten())
+        y = y.index_select(0, order.argsort()).view(N, K, -1)
+        return (y * weights[:, :, None]).sum(1).to(y.dtype)
+
+    def of_sorted(self, x, expert):
+        counts = expert.bincount(minlength=len(self.down_proj)).tolist()
+        matrices = zip(x.split(counts), self.gate_up_proj, self.down_proj)
+        return torch.cat([self.of_one(part, gate_up, down) for part, gate_up, down in matrices])
+
+    def of_one(self, x, gate_up, down):
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)
+
+
+class CPUExperts(SortedExperts):
     """Each number of tokens that an expert gets is a shape of its own, and in half precision a CPU makes a new kernel
     for each new shape, which takes longer than the product: with rows of zeros there are few."""
 
-    def expert(self, x, gate_up, down):
+    def of_one(self, x, gate_up, down):
         rows = len(x)
         x = F.pad(x, (0, 0, 0, -rows % (8 if rows <= 64 else 64)))
-        return super().expert(x, gate_up, down)[:rows]
+        return super().of_one(x, gate_up, down)[:rows]
+
+
+class CUDAExperts(SortedExperts):
+    """All experts in one kernel, where the GPU and torch have it."""
+
+    def of_sorted(self, x, expert):
+        product = getattr(F, "grouped_mm", None)  # from torch 2.10 on
+        is_possible = x.dtype == torch.bfloat16 and x.shape[1] % 8 == self.down_proj.shape[2] % 8 == 0
+        if product is None or not is_possible or torch.cuda.get_device_capability(x.device) < (9, 0):
+            return super().of_sorted(x, expert)
+        numbers = torch.arange(len(self.down_proj), device=x.device)
+        ends = (expert <= numbers[:, None]).sum(1, dtype=torch.int32)  # (E,) where each expert's rows end
+        gate, up = product(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return product(F.silu(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
+
+
+class FixedExperts(deepseek_v3.Experts):
+    """By way of all experts, in shapes that do not depend on the choice."""
+
+    def forward(self, x, chosen, weights):
+        gate, up = torch.einsum("nd,eid->nei", x, self.gate_up_proj).chunk(2, dim=-1)
+        y = torch.einsum("nei,edi->ned", F.silu(gate) * up, self.down_proj)
+        of_chosen = y.gather(1, chosen[:, :, None].expand(-1, -1, y.shape[-1]))  # (N, K, D)
+        return (of_chosen * weights[:, :, None]).sum(1).to(y.dtype)
 
 
 # ------------------------------------------------------------------------------------------- norm

@@ -33,7 +33,7 @@ import grpo  # noqa: E402
 import model as transformer  # noqa: E402
 import sft  # noqa: E402
 from lab import architectures, checkpoint, graphs  # noqa: E402
-from lab.layers import fast_layers, recompute  # noqa: E402
+from lab.layers import CUDAExperts, SortedExperts, fast_layers, recompute  # noqa: E402
 from lab.memory import Memory  # noqa: E402
 from lab.trainee import Trainee  # noqa: E402
 from pipeline import PRESETS, deepseek_sizes  # noqa: E402
@@ -156,6 +156,8 @@ def correct():
     for kind in KINDS:
         with catching(f"{kind}: model"):
             compare_model(kind)
+    with catching("experts"):
+        compare_experts()
     for name in ("GRPO, V3", "SFT, V3"):
         with catching(name):
             compare_update(name, Memory(), TINY_V3)
@@ -199,6 +201,23 @@ def compare_model(kind):
             for generate in (transformer.generate, graphs.generate))
         different = (plain_ids != recorded_ids).any(1).float().mean()
         check(f"{kind}: recorded rows of other samples", different, 0.05)
+
+
+def compare_experts():
+    """All experts in one kernel beside one after the other, in bfloat16: value and gradients."""
+    experts = new_model(SHAPES["gpu preset, V3"]).layers[-1].mlp.experts
+    E, _, D = experts.gate_up_proj.shape
+    torch.manual_seed(0)
+    x = torch.randn(1000, D, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    chosen, weights = torch.rand(1000, E, device=DEVICE).topk(2).indices, torch.rand(1000, 2, device=DEVICE)
+    results = []
+    for kind in (SortedExperts, CUDAExperts if ON_CARD else SortedExperts):
+        experts.__class__ = kind
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = experts(x, chosen, weights)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *experts.parameters()])])
+    for name, one_by_one, together in zip(("value", "gradient", "of gate and up", "of down"), *results):
+        check(f"experts in one kernel: {name}", relative(together, one_by_one), 0.01)
 
 
 def flat(model):
@@ -373,8 +392,9 @@ def decode_shape(name, rows, bandwidth):
 def train():
     """Tokens a second of next-token training, and 6 FLOPs a weight and token as a share of the measured bf16 rate."""
     _, rate = limits()
-    for name, length, micro in (("gpu preset", 256, 32768), ("gpu preset, V3", 256, 32768), ("SmolLM2-135M", 1024, 16384),
-                                ("Qwen2.5-0.5B", 1024, 16384), ("Qwen2.5-1.5B", 1024, 8192)):
+    for name, length, micro in (("gpu preset", 256, 32768), ("gpu preset, V3", 256, 32768),
+                                ("SmolLM2-135M", 1024, 16384), ("Qwen2.5-0.5B", 1024, 16384),
+                                ("Qwen2.5-1.5B", 1024, 8192)):
         for packed in (False, True):
             train_shape(name, length if ON_CARD else 32, micro if ON_CARD else 128, packed, rate)
 

@@ -147,6 +147,8 @@ class Everywhere(TorchFunctionMode):
             return args[0].clone()
         if func in self.IN_ONE:
             return pretended(func(*mapped(held, args), **mapped(held, kwargs or {})))
+        if func is torch.Tensor.__deepcopy__:  # its memo may hold tensors of the device
+            return func(*args)
         if not kwargs and func not in self.MOVES:
             return self.checked(func, args, func(*args))
         kwargs = dict(kwargs or {})

@@ -18,7 +18,8 @@ import grpo
 import model as dense
 import sft
 from forked import run_forked
-from lab import checkpoint, graphs
+from lab import checkpoint, graphs, layers
+from lab.architectures import load
 from lab.check_model import check_model, read_fields, tensor_shapes
 from lab.layers import fast_layers
 from model import generate
@@ -28,10 +29,10 @@ from test_pretend_cuda import on_the_gpu
 from test_sft import copies
 from tokenizer import Tokenizer
 from variants import deepseek_v3 as v3
+from variants import v3_weights
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
-from variants.rope_scaling import scaled_frequencies
-from variants.v3_pretraining import Objective, add_next_token, balance, sequence_balance
+from variants.v3_pretraining import Objective, add_next_token, balance, init_weights, numbers, sequence_balance
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("deepseek_*"))
 SIZES = dict(vocab_size=16, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
@@ -42,7 +43,7 @@ PROMPTS = [[3, 5, 7, 9, 11], [2], [4, 4, 4], [8, 1, 8]]
 
 def tiny(seed=0, mtp=False, **fields):
     generator = torch.Generator().manual_seed(seed)
-    model = v3.Transformer(v3.Config(**SIZES | fields)).init_weights(generator)
+    model = init_weights(v3.Transformer(v3.Config(**SIZES | fields)), generator)
     return add_next_token(model, generator) if mtp else model
 
 
@@ -59,16 +60,16 @@ def wide(seed=0, **fields):
 
 @pytest.mark.parametrize("dir", FIXTURES, ids=lambda dir: dir.name)
 def test_recorded_logits_of_transformers_are_ours(dir):
-    recorded, model = load_file(dir / "logits.safetensors"), v3.load(dir, "cpu", rope=scaled_frequencies)
+    recorded, model = load_file(dir / "logits.safetensors"), load(dir, "cpu")
     torch.testing.assert_close(model(recorded["ids"]), recorded["logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dir", FIXTURES, ids=lambda dir: dir.name)
 def test_what_is_saved_loads_as_it_was_and_holds_the_tensors_of_transformers(dir, tmp_path):
-    model = v3.load(dir, "cpu", rope=scaled_frequencies)
-    v3.save(model, tmp_path)
+    model = load(dir, "cpu")
+    v3_weights.save(model, tmp_path)
     ids = torch.arange(24)[None]
-    assert torch.equal(v3.load(tmp_path, "cpu", rope=scaled_frequencies)(ids), model(ids))
+    assert torch.equal(load(tmp_path, "cpu")(ids), model(ids))
     ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(dir / "model.safetensors")
     theirs = {name: rows for name, rows in theirs.items() if rows.numel()}  # no shared expert: rows of none
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -98,8 +99,8 @@ def test_random_configurations_compute_what_transformers_computes(seed, tmp_path
     from make_deepseek_fixtures import build
     theirs = build(random_case(seed), seed)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = v3.load(tmp_path / "theirs", "cpu", rope=scaled_frequencies)
-    v3.save(ours, tmp_path / "ours")
+    ours = load(tmp_path / "theirs", "cpu")
+    v3_weights.save(ours, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     prompts = [torch.randint(64, (n,)).tolist() for n in (12, 5, 9)]
     ids = torch.tensor([[0] * (12 - len(p)) + p for p in prompts])
@@ -120,7 +121,7 @@ def test_random_configurations_compute_what_transformers_computes(seed, tmp_path
 @pytest.mark.parametrize("dir", FIXTURES, ids=lambda dir: dir.name)
 def test_the_check_expects_the_names_and_shapes_of_the_model(dir, tmp_path):
     check_model(dir)
-    v3.save(v3.load(dir, "cpu", rope=scaled_frequencies), tmp_path)
+    v3_weights.save(load(dir, "cpu"), tmp_path)
     check_model(tmp_path)
     shapes = {name: list(rows.shape) for name, rows in load_file(tmp_path / "model.safetensors").items()}
     assert tensor_shapes(read_fields(dir / "config.json")) == shapes
@@ -161,14 +162,14 @@ def test_a_config_that_would_compute_something_else_is_refused_by_name(change, n
                                     {"hidden_act": "gelu"}, {"model_type": "deepseek_v2"}], ids=str)
 def test_without_the_check_it_is_refused_too(change, tmp_path):
     with pytest.raises(ValueError, match="DeepSeek-V3"):
-        v3.load(changed(tmp_path / "dir", change), "cpu")
+        v3_weights.load(changed(tmp_path / "dir", change), v3.Config, v3.Transformer)
 
 
 def test_what_predicts_a_second_token_is_accepted_and_left_out(tmp_path):
     dir = changed(tmp_path / "dir", {"num_nextn_predict_layers": 1, "attention_dropout": 0.1},
                   {"model.layers.3.eh_proj.weight": torch.zeros(16, 32)})
     check_model(dir)
-    assert not hasattr(v3.load(dir, "cpu"), "mtp")
+    assert not hasattr(load(dir, "cpu"), "mtp")
 
 
 def test_a_missing_and_a_misshapen_expert_are_named(tmp_path):
@@ -210,7 +211,7 @@ def test_the_caches_bytes_a_token_are_those_of_latent_and_rotary_key(dtype):
     cache = model.new_cache(torch.zeros(3, dtype=torch.long))
     columns = cache.reserve(64)
     c = model.config
-    assert cache.k.nbytes + cache.v.nbytes == \
+    assert cache.k.nbytes == \
         3 * columns * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * dtype.itemsize
 
 
@@ -272,14 +273,16 @@ def loop_over_tokens(experts, x, chosen, weights):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("form", ["forward", "dense"])
+@pytest.mark.parametrize("form", [v3.Experts, layers.SortedExperts, layers.CPUExperts, layers.CUDAExperts,
+                                  layers.FixedExperts])
 @pytest.mark.parametrize("fields", [{}, {"num_experts_per_tok": 5}, {"num_experts_per_tok": 8}], ids=str)
-def test_the_experts_are_a_plain_loop_in_value_and_gradient(form, fields):
+def test_the_experts_are_a_plain_loop_over_tokens_in_value_and_gradient(form, fields):
     experts, x, chosen, weights = routed(**fields)
+    experts.__class__ = form
     wanted = [x, weights, *experts.parameters()]
     outside = torch.randn_like(x)
     results = []
-    for compute in (getattr(experts, form), partial(loop_over_tokens, experts)):
+    for compute in (experts, partial(loop_over_tokens, experts)):
         y = compute(x, chosen, weights)
         results.append([y, *torch.autograd.grad((y * outside).sum(), wanted)])
     for ours, theirs in zip(*results):
@@ -310,21 +313,15 @@ def test_a_tokens_result_does_not_depend_on_the_batch_it_is_in():
 
 
 def test_padding_routes_nowhere():
-    """Of packed rows and of left-padded prompts: the loads are those of the tokens that are real."""
+    """Of packed rows and of left-padded prompts."""
     model = wide()
     ids, segments, positions, _ = sft.pack([([3, 4, 5], 0), ([8, 9], 0)], 12)
-    model(ids, positions=positions, segments=segments)
-    model(torch.tensor([[0, 0, 0, 7], [1, 2, 3, 4]]), cache=model.new_cache(torch.tensor([3, 0]), padding=3))
-    for router in model.routers():
-        assert router.load.sum() == (5 + 5) * 2
-
-
-def test_a_load_is_counted_only_where_gradients_are_enabled():
-    model = wide()
-    generate(model, PROMPTS, max_new_tokens=4)
-    with torch.no_grad():
-        model(torch.tensor([[1, 2]]))
-    assert all(router.load.sum() == 0 for router in model.routers())
+    x = model.embed(ids)
+    (packed,) = model.states(x, model.place(x, positions, segments))[1]
+    x, cache = model.embed(torch.tensor([[0, 0, 0, 7], [1, 2, 3, 4]])), model.new_cache(torch.tensor([3, 0]), padding=3)
+    (padded,) = model.states(x, model.place(x, cache=cache), cache)[1]
+    for scores, chosen in (packed, padded):
+        assert scores.shape == (5, 8) and chosen.shape == (5, 2)
 
 
 @pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 12}], ids=str)
@@ -344,11 +341,10 @@ def test_the_layers_that_a_cpu_computes_faster_compute_the_same(fields):
 def test_a_bias_falls_for_an_overloaded_expert_and_rises_for_an_underloaded_one():
     model = tiny(num_hidden_layers=3, n_routed_experts=4)
     first, second = model.routers()
-    first.load.copy_(torch.tensor([4, 0, 2, 2])), second.load.copy_(torch.tensor([10, 1, 1, 0]))
-    assert balance(model, 0.25) == pytest.approx(10 / 3)  # the worse of the two
+    loads = torch.tensor([[4.0, 0, 2, 2], [10, 1, 1, 0]])
+    assert balance([first, second], loads, 0.25) == pytest.approx(10 / 3)  # the worse of the two
     assert first.e_score_correction_bias.tolist() == [-0.25, 0.25, 0, 0]
     assert second.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.25, 0.25]
-    assert first.load.sum() == second.load.sum() == 0
 
 
 def test_the_sequence_wise_loss_is_a_plain_loop_over_rows_experts_and_tokens():
@@ -369,18 +365,15 @@ def test_the_sequence_wise_loss_is_a_plain_loop_over_rows_experts_and_tokens():
 
 def test_the_objective_is_a_loop_over_tokens_their_successors_and_rows():
     model = wide(mtp=True).double()
-    model.cos, model.sin = model.cos.double(), model.sin.double()
     examples = [([3, 4, 5, 6], 0), ([8, 9, 1], 0), ([2, 7, 7, 7, 1, 5], 0), ([6], 0), ([4, 4, 4, 9], 3)]
     ids, segments, positions, targets = sft.pack(examples, 12)
     alone, after = 0.0, 0.0
     for tokens, prompt in examples:
         x = torch.tensor([tokens])
-        place = model.place(x)
-        states, _ = model.hidden_and_routing(x, place)
+        states, _ = model.states(model.embed(x), model.place(x))
         logprobs = model.head(model.norm(states)).log_softmax(-1)[0]
         if len(tokens) > 1:  # the block sees the states up to the last token but one, and each one's successor
-            *turned, _, _ = model.place(x[:, :-1])
-            block, _ = model.mtp(states[:, :-1], model.embed(x[:, 1:]), *turned, None, None)
+            block, _ = model.mtp(states[:, :-1], model.embed(x[:, 1:]), *model.place(x[:, :-1]))
             logprobs_after = model.head(block).log_softmax(-1)[0]
         for t in range(len(tokens)):
             if t >= max(prompt, 1):
@@ -395,10 +388,11 @@ def test_the_objective_is_a_loop_over_tokens_their_successors_and_rows():
     metrics = objective.after_step(model)
     assert metrics["next_token_loss"] == pytest.approx(alone / (targets >= 0).sum().item(), rel=1e-6)
     with_balance, rows = Objective(alpha=0.5), 0.0
-    _, (routing,) = model.hidden_and_routing(ids, model.place(ids, positions, segments))
-    x, _ = model.hidden_and_routing(ids, (place := model.place(ids, positions, segments)))
+    x = model.embed(ids)
+    turn, mask, real = model.place(x, positions, segments)
+    x, (routing,) = model.states(x, (turn, mask, real))
     follows = (segments > 0) & (segments == F.pad(segments[:, 1:], (0, 1)))
-    _, of_block = model.mtp(x, model.embed(F.pad(ids[:, 1:], (0, 1))), *place[:3], follows)
+    _, of_block = model.mtp(x, model.embed(F.pad(ids[:, 1:], (0, 1))), turn, mask, numbers(follows))
     for (scores, _), real in ((routing, segments > 0), (of_block, follows)):
         rows += (sequence_balance(scores, real, 2) * (targets >= 0).sum(1)).sum().item()
     assert with_balance.loss_sum(model, *batch, "float32").item() == pytest.approx(
@@ -419,8 +413,8 @@ def test_pretraining_learns_both_tokens_and_the_block_is_left_out_of_the_files(t
     first, last = history[0], history[-1]
     assert last["next_token_loss"] < 0.6 * first["next_token_loss"] and last["mtp_loss"] < 0.8 * first["mtp_loss"]
     assert first["loss"] == pytest.approx(first["next_token_loss"] + 0.3 * first["mtp_loss"], rel=0.35)
-    v3.save(model, tmp_path)
-    loaded, ids = v3.load(tmp_path, "cpu"), torch.arange(10)[None]
+    v3_weights.save(model, tmp_path)
+    loaded, ids = load(tmp_path, "cpu"), torch.arange(10)[None]
     assert not hasattr(loaded, "mtp") and torch.equal(loaded(ids), model(ids))
     assert "mtp" not in " ".join(load_file(tmp_path / "model.safetensors"))
 
@@ -490,7 +484,7 @@ def test_the_reward_rises_within_a_few_rollouts(method):
 def files(tmp_path_factory):
     dir = tmp_path_factory.mktemp("files")
     tokenizer = Tokenizer(TOKENIZERS / "qwen")
-    v3.save(tiny(vocab_size=tokenizer.vocab_size), dir / "model", tokenizer)
+    v3_weights.save(tiny(vocab_size=tokenizer.vocab_size), dir / "model", tokenizer)
     write(dir / "problems.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
     write(dir / "pairs.jsonl", [{"prompt": f"{i}?", "completion": f"{i}!" * 9} for i in range(60)])
     (dir / "own.py").write_text("def characters(completion, example):\n    return len(completion) / 9\n")
@@ -514,7 +508,7 @@ def test_a_script_trains_a_directory_and_writes_one_of_the_same_kind(main, data,
     ended = run_forked(main, argv=["script.py", *map(str, args)])
     assert ended.status == 0, ended.stderr
     check_model(tmp_path / "out")
-    before, after = (v3.load(dir, "cpu") for dir in (files / "model", tmp_path / "out"))
+    before, after = (load(dir, "cpu") for dir in (files / "model", tmp_path / "out"))
     assert after.config == before.config
     assert not torch.equal(after.layers[1].mlp.experts.down_proj, before.layers[1].mlp.experts.down_proj)
 
@@ -552,4 +546,4 @@ def test_the_recipe_on_such_a_base_resumes_after_kills_as_if_it_had_run_through(
         through, killed = (tmp_path / folder / "run" / stage / "model.safetensors" for folder in ("through", "killed"))
         assert through.read_bytes() == killed.read_bytes()
         check_model(through.parent)
-    assert v3.load(through.parent, "cpu").layers[1].mlp.gate.e_score_correction_bias.any()
+    assert load(through.parent, "cpu").layers[1].mlp.gate.e_score_correction_bias.any()

@@ -4,7 +4,7 @@ After each step the bias of an overloaded expert falls and that of an underloade
 gradient works against the data. A loss of tiny weight keeps single sequences from extremes. A further block predicts
 the token after the next; only pretraining needs it, and a directory does not hold it.
 
-    model = Transformer(Config()).init_weights(generator)    # of variants/deepseek_v3.py
+    model = init_weights(Transformer(Config()), generator)    # of variants/deepseek_v3.py
     add_next_token(model, generator)
     sft.train(model, examples, config, objective=Objective())
 
@@ -13,23 +13,38 @@ In reinforcement learning the biases stay as they are: the sampler and the train
 Shapes: B rows, T positions, D hidden size, V vocabulary, E experts, K of them for a token, n real tokens.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
 @torch.no_grad()
-def balance(model, gamma=0.001):
-    """Moves each router's bias by gamma, against the loads since the last call, and clears them [V3 2.1.2].
+def init_weights(model, generator=None, of=None):
+    """As model.py's: normal, std 0.02 at width 768, scaled as 1/sqrt(width); less in what adds to the stream.
+
+    of: the part of the model that is meant; None: all of it. Returns the model.
+    """
+    std = 0.02 * math.sqrt(768 / model.config.hidden_size)
+    for name, p in (of or model).named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            p.normal_(0, std / math.sqrt(2 * len(model.layers)), generator=generator)
+        elif p.dim() >= 2:
+            p.normal_(0, std, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def balance(routers, loads, gamma=0.001):
+    """Moves each router's bias by gamma, against the load (E,) of its experts in the last step [V3 2.1.2].
 
     Returns the busiest expert's load over the mean, of the worst router: 1 is even, E / K the most.
     """
     busiest = [torch.ones(())]
-    for router in model.routers():
-        load = router.load.float()
+    for router, load in zip(routers, loads):
         router.e_score_correction_bias += gamma * (load.mean() - load).sign()
         busiest.append((load.max() / load.mean().clamp(min=1)).cpu())
-        router.load.zero_()
     return torch.stack(busiest).max().item()
 
 
@@ -38,7 +53,7 @@ def sequence_balance(scores, real, chosen_of_each):
 
     scores (n, E): affinities of the tokens that are real (B, T), in order; chosen_of_each: K.
     """
-    E, at, tokens = scores.shape[1], real.flatten().nonzero()[:, 0], real.sum(1).clamp(min=1)[:, None]
+    E, at, tokens = scores.shape[1], numbers(real), real.sum(1).clamp(min=1)[:, None]
     chosen = torch.zeros_like(scores).scatter(1, scores.topk(chosen_of_each).indices, 1.0)  # by affinity: eq. 18
 
     def mean_of_rows(values):  # (n, E) -> (B, E)
@@ -50,9 +65,14 @@ def sequence_balance(scores, real, chosen_of_each):
 
 def summed_cross_entropy(model, states, targets):
     """Over the targets (B, T) that are not -100, of states (B, T, D)."""
-    learned = (targets.flatten() >= 0).nonzero()[:, 0]
+    learned = numbers(targets >= 0)
     logits = model.head(states.flatten(0, 1).index_select(0, learned))  # (n, V)
     return F.cross_entropy(logits.float(), targets.flatten()[learned], reduction="sum")
+
+
+def numbers(real):
+    """Of the tokens (B, T) that are real: (n,)."""
+    return real.flatten().nonzero()[:, 0]
 
 
 def shifted(x, fill):
@@ -72,17 +92,18 @@ class NextToken(nn.Module):
         self.eh_proj = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
         self.block = block(c, layer=c.num_hidden_layers)
 
-    def forward(self, x, embedded, cos, sin, mask, real):
-        """x (B, T, D): the last layer's states, not normed; embedded (B, T, D): of the next tokens."""
+    def forward(self, x, embedded, turn, mask, real):
+        """x (B, T, D): the last layer's states, not normed; embedded (B, T, D): of the next tokens; the rest: of their
+        place, as the model gives it."""
         x = self.eh_proj(torch.cat((self.hnorm(x), self.enorm(embedded)), dim=-1))  # V3 eq. 21
-        x, routing = self.block(x, cos, sin, mask, real)
+        x, routing = self.block(x, turn, mask, real)
         return self.norm(x), routing
 
 
 def add_next_token(model, generator=None):
     """Gives the model a NextToken as `mtp`, with weights as the model's own are at first. Returns the model."""
     model.mtp = NextToken(model)
-    model.init_weights(generator, of=model.mtp)
+    init_weights(model, generator, of=model.mtp)
     return model.to(model.embed_tokens.weight.device)
 
 
@@ -95,7 +116,7 @@ class Objective:
         """mtp_weights: before and after this part of the steps; V3 switches after 10 of 14.8T tokens.
         alpha: of the sequence-wise loss; gamma: of `balance`. 0 turns them off."""
         self.mtp_weights, self.switch, self.alpha, self.gamma = mtp_weights, switch, alpha, gamma
-        self.progress, self.sums = 0.0, {}
+        self.progress, self.sums, self.loads = 0.0, {}, []
 
     def loss_sum(self, model, ids, segments, positions, targets, dtype):
         """As sft.loss_sum; plus the losses for the token after the next, and of balance, times their weights.
@@ -103,32 +124,42 @@ class Objective:
         A row's balance counts as many times as it has targets, so that micro-batches change nothing.
         """
         with torch.autocast(ids.device.type, getattr(torch, dtype), dtype != "float32", cache_enabled=False):
-            place = model.place(ids, positions, segments)
-            x, routings = model.hidden_and_routing(ids, place)
+            x = model.embed(ids)
+            place = model.place(x, positions, segments)
+            x, routings = model.states(x, place)
             loss = summed_cross_entropy(model, model.norm(x), targets)
             self.add("next_token_loss", loss, (targets >= 0).sum())
-            routings = [(scores, segments > 0) for scores, _ in routings]
+            routings = [(segments > 0, *routing) for routing in routings]
             if hasattr(model, "mtp"):
-                *place, _ = place
+                turn, mask, _ = place
                 follows = (segments > 0) & (segments == shifted(segments, 0))  # is there a next token
                 after_next = shifted(targets, -100).masked_fill(~follows, -100)
-                states, routing = model.mtp(x, model.embed(shifted(ids, 0)), *place, follows)
+                states, routing = model.mtp(x, model.embed(shifted(ids, 0)), turn, mask, numbers(follows))
                 mtp_loss = summed_cross_entropy(model, states, after_next)
                 self.add("mtp_loss", mtp_loss, (after_next >= 0).sum())
-                loss = loss + self.mtp_weights[self.progress >= self.switch] * mtp_loss
+                weight = self.mtp_weights[0] if self.progress < self.switch else self.mtp_weights[1]
+                loss = loss + weight * mtp_loss
                 if routing is not None:
-                    routings.append((routing[0], follows))
-        for scores, real in routings:
+                    routings.append((follows, *routing))
+        for real, scores, _ in routings:
             of_rows = sequence_balance(scores, real, model.config.num_experts_per_tok)
             loss = loss + self.alpha * (of_rows * (targets >= 0).sum(1)).sum()
+        self.count([chosen for _, _, chosen in routings], model.config.n_routed_experts)
         return loss
 
     def add(self, name, total, count):
         totals, counts = self.sums.get(name, (0, 0))
         self.sums[name] = totals + total.detach(), counts + count
 
+    def count(self, choices, experts):
+        """Adds each router's load, how many of the tokens went to each expert, to the step's."""
+        loads = [(chosen.flatten() == torch.arange(experts, device=chosen.device)[:, None]).sum(1).float()
+                 for chosen in choices]
+        self.loads = [sum(pair) for pair in zip(self.loads, loads)] or loads
+
     def after_step(self, model):
         """Balances; returns the step's mean losses without their weights, and the busiest expert's load."""
         metrics = {name: (total / count.clamp(min=1)).item() for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        return metrics | {"busiest_expert": balance(model, self.gamma)}
+        metrics["busiest_expert"] = balance(model.routers(), self.loads, self.gamma)
+        self.sums, self.loads = {}, []
+        return metrics
