@@ -32,7 +32,7 @@ def fast_layers(model):
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)
         replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm, deepseek_v3.RMSNorm: CUDARMSNorm,
-                        deepseek_v3.Attention: CUDALatentAttention, deepseek_v3.Experts: CUDAExperts})
+                        deepseek_v3.Experts: CUDAExperts})
     return model
 
 
@@ -115,13 +115,6 @@ class CPUAttention(SideBySide):
 class CPULatentAttention(deepseek_v3.Attention):
     def attend(self, q, k, v, mask):
         return attend(q, k, v, mask, self.scale)
-
-
-class CUDALatentAttention(deepseek_v3.Attention):
-    def attend(self, q, k, v, mask):
-        """Values as wide as keys: torch's kernels that do without (B, H, T, S) want it so."""
-        width = v.shape[-1]
-        return super().attend(q, k, F.pad(v, (0, k.shape[-1] - width)), mask)[..., :width]
 
 
 def attend(q, k, v, mask, scale=None):
