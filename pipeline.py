@@ -83,6 +83,7 @@ class Preset:
     trace_prompts: int = 4000
     trace_samples: int = 3
     pretrain: SFTConfig = SFTConfig(lr=5e-3, epochs=1, batch_tokens=1920, row_length=160, warmup=0.03)
+    deepseek_lr: float = 2.5e-3       # of a DeepSeek-V3's pretraining
     cold: SFTConfig = SFTConfig(lr=3e-4, epochs=3, batch_tokens=2048)
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
     zero: GRPOConfig = rl_config(rollouts=36, lr=1.5e-4, max_new_tokens=200)
@@ -107,7 +108,7 @@ PRESETS = {
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
     "gpu": Preset(  # the same world with 32M parameters; 7 minutes on one H200 (results/gpu)
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), student_documents=100_000,
-        documents=200_000, problems=20_000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
+        deepseek_lr=1e-3, documents=200_000, problems=20_000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
         pretrain=SFTConfig(lr=1e-3, epochs=2, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
         cold=SFTConfig(lr=2e-4, epochs=3, batch_tokens=2048, micro_batch_rows=128),
         sft2=SFTConfig(lr=1e-3, epochs=3, batch_tokens=4096, micro_batch_rows=128),
@@ -257,7 +258,8 @@ def open_run(args, device):
     """The run that the command line describes. All that is wrong with a user's files shows here."""
     preset = preset_of(args, PRESETS)
     if args.architecture == "deepseek-v3":
-        preset = replace(preset, model=deepseek_sizes(**preset.model))
+        pretrain = replace(preset.pretrain, lr=preset.deepseek_lr)
+        preset = replace(preset, model=deepseek_sizes(**preset.model), pretrain=pretrain)
     source, preset = open_source(args, preset)
     table = stage_table(source)
     chosen = chosen_stages(args, table, source)

@@ -358,11 +358,13 @@ class Run:
         template = self.tokenizer.template
         examples = [sft.tokenize(to_learn(row, template), self.tokenizer, pretraining) for row in rows]
         print(cut_warning(examples, config.row_length), end="", flush=True)
-        objective = Objective() if pretraining and is_deepseek(model) else None
+        objective = None
+        if pretraining and is_deepseek(model):
+            objective = Objective(cross_entropy=sft.CrossEntropy.apply)
         with checkpointer:
             sft.train(model, examples, replace(config, seed=self.seed), objective=objective, log=log,
                       save=trainee.save(save), resume=trainee.resume(resume), **trainee.optimizer(sft.adamw))
-        if objective is not None:
+        if hasattr(model, "mtp"):
             del model.mtp  # what predicts the second token has done its work
         log.close()
         return model

@@ -234,11 +234,11 @@ class MoE(nn.Module):
     def forward(self, x, real=None):
         """x (B, T, D) -> the same, and (affinities, chosen) of its tokens. real (n,): their numbers; padding's are left
         out, and go to no expert."""
-        tokens = x.flatten(0, 1)
-        scores, chosen, weights = self.gate(tokens if real is None else tokens[real])
-        y = self.experts(tokens if real is None else tokens[real], chosen, weights)
+        tokens = x.flatten(0, 1) if real is None else x.flatten(0, 1).index_select(0, real)
+        scores, chosen, weights = self.gate(tokens)
+        y = self.experts(tokens, chosen, weights)
         if real is not None:
-            y = torch.zeros_like(tokens, dtype=y.dtype).index_copy(0, real, y)
+            y = y.new_zeros(x.shape[:2].numel(), x.shape[2]).index_copy(0, real, y)
         shared = self.shared_experts(x) if hasattr(self, "shared_experts") else 0
         return y.view_as(x) + shared, (scores, chosen)
 

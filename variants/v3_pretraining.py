@@ -63,11 +63,9 @@ def sequence_balance(scores, real, chosen_of_each):
     return (frequency * mean_of_rows(scores / scores.sum(1, keepdim=True))).sum(1)
 
 
-def summed_cross_entropy(model, states, targets):
-    """Over the targets (B, T) that are not -100, of states (B, T, D)."""
-    learned = numbers(targets >= 0)
-    logits = model.head(states.flatten(0, 1).index_select(0, learned))  # (n, V)
-    return F.cross_entropy(logits.float(), targets.flatten()[learned], reduction="sum")
+def cross_entropy(logits, targets):
+    """-log softmax(logits)[target] of each row: logits (n, V), targets (n,) -> (n,)"""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def numbers(real):
@@ -112,10 +110,11 @@ def add_next_token(model, generator=None):
 class Objective:
     """What sft.train takes as its objective. It sets `progress`, the part of the steps that is done."""
 
-    def __init__(self, mtp_weights=(0.3, 0.1), switch=2 / 3, alpha=1e-4, gamma=0.001):
+    def __init__(self, mtp_weights=(0.3, 0.1), switch=2 / 3, alpha=1e-4, gamma=0.001, cross_entropy=cross_entropy):
         """mtp_weights: before and after this part of the steps; V3 switches after 10 of 14.8T tokens.
         alpha: of the sequence-wise loss; gamma: of `balance`. 0 turns them off."""
         self.mtp_weights, self.switch, self.alpha, self.gamma = mtp_weights, switch, alpha, gamma
+        self.cross_entropy = cross_entropy
         self.progress, self.sums, self.loads = 0.0, {}, []
 
     def loss_sum(self, model, ids, segments, positions, targets, dtype):
@@ -127,18 +126,15 @@ class Objective:
             x = model.embed(ids)
             place = model.place(x, positions, segments)
             x, routings = model.states(x, place)
-            loss = summed_cross_entropy(model, model.norm(x), targets)
-            self.add("next_token_loss", loss, (targets >= 0).sum())
+            loss = self.loss_of("next_token_loss", model, model.norm(x), targets)
             routings = [(segments > 0, *routing) for routing in routings]
             if hasattr(model, "mtp"):
                 turn, mask, _ = place
                 follows = (segments > 0) & (segments == shifted(segments, 0))  # is there a next token
                 after_next = shifted(targets, -100).masked_fill(~follows, -100)
                 states, routing = model.mtp(x, model.embed(shifted(ids, 0)), turn, mask, numbers(follows))
-                mtp_loss = summed_cross_entropy(model, states, after_next)
-                self.add("mtp_loss", mtp_loss, (after_next >= 0).sum())
                 weight = self.mtp_weights[0] if self.progress < self.switch else self.mtp_weights[1]
-                loss = loss + weight * mtp_loss
+                loss = loss + weight * self.loss_of("mtp_loss", model, states, after_next)
                 if routing is not None:
                     routings.append((follows, *routing))
         for real, scores, _ in routings:
@@ -147,9 +143,14 @@ class Objective:
         self.count([chosen for _, _, chosen in routings], model.config.n_routed_experts)
         return loss
 
-    def add(self, name, total, count):
-        totals, counts = self.sums.get(name, (0, 0))
-        self.sums[name] = totals + total.detach(), counts + count
+    def loss_of(self, name, model, states, targets):
+        """The summed cross-entropy of states (B, T, D) over the targets (B, T) that are not -100; its mean is logged."""
+        learned = numbers(targets >= 0)
+        logits = model.head(states.flatten(0, 1).index_select(0, learned))  # (n, V)
+        loss = self.cross_entropy(logits, targets.flatten()[learned]).sum()
+        total, count = self.sums.get(name, (0, 0))
+        self.sums[name] = total + loss.detach(), count + len(learned)
+        return loss
 
     def count(self, choices, experts):
         """Adds each router's load, how many of the tokens went to each expert, to the step's."""
@@ -159,7 +160,7 @@ class Objective:
 
     def after_step(self, model):
         """Balances; returns the step's mean losses without their weights, and the busiest expert's load."""
-        metrics = {name: (total / count.clamp(min=1)).item() for name, (total, count) in self.sums.items()}
+        metrics = {name: (total / max(count, 1)).item() for name, (total, count) in self.sums.items()}
         metrics["busiest_expert"] = balance(model.routers(), self.loads, self.gamma)
         self.sums, self.loads = {}, []
         return metrics
