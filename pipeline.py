@@ -108,8 +108,9 @@ PRESETS = {
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
     "gpu": Preset(  # the same world with 32M parameters; 7 minutes on one H200 (results/gpu)
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), student_documents=100_000,
-        deepseek_lr=1e-3, documents=200_000, problems=20_000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
+        documents=200_000, problems=20_000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
         pretrain=SFTConfig(lr=1e-3, epochs=2, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
+        deepseek_lr=1e-3,
         cold=SFTConfig(lr=2e-4, epochs=3, batch_tokens=2048, micro_batch_rows=128),
         sft2=SFTConfig(lr=1e-3, epochs=3, batch_tokens=4096, micro_batch_rows=128),
         zero=gpu_rl(rollouts=45), control=gpu_rl(lr=1e-4), rl1=gpu_rl(), rl2=gpu_rl(temperature=0.7)),
