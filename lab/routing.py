@@ -1,4 +1,4 @@
-"""Of a mixture of experts in reinforcement learning: does the trainer send a token to the experts that its sampler chose?
+"""A mixture of experts in reinforcement learning: does the trainer send a token to the experts that the sampler chose?
 
 Both have the same weights and biases, but round differently: the sampler computes in half precision, token by token,
 the trainer whole rows. Where two affinities are close, another expert is chosen, and the ratio of probabilities moves.
@@ -32,5 +32,5 @@ def share_rerouted(model, rollout, dtype):
 def choices(model, ids, cache=None):
     """The numbers of each token's experts, in ascending order: (n, T, layers, K)."""
     x = model.embed(ids)
-    _, routings = model.states(x, model.place(x, cache=cache), cache)
+    _, routings = model.states(x, model.layout(x, cache=cache), cache)
     return torch.stack([chosen.sort().values.view(*ids.shape, -1) for _, chosen in routings], dim=2)

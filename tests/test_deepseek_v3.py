@@ -7,6 +7,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import grpo
 import model as dense
 import sft
 from forked import run_forked
-from lab import checkpoint, graphs, layers
+from lab import checkpoint, graphs, layers, routing
 from lab.architectures import load
 from lab.check_model import check_model, read_fields, tensor_shapes
 from lab.layers import fast_layers
@@ -32,7 +33,7 @@ from variants import deepseek_v3 as v3
 from variants import v3_weights
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
-from variants.v3_pretraining import Objective, add_next_token, balance, init_weights, numbers, sequence_balance
+from variants.v3_pretraining import Objective, add_next_token, balance, init_weights, index_of, sequence_balance
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("deepseek_*"))
 SIZES = dict(vocab_size=16, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
@@ -317,9 +318,9 @@ def test_padding_routes_nowhere():
     model = wide()
     ids, segments, positions, _ = sft.pack([([3, 4, 5], 0), ([8, 9], 0)], 12)
     x = model.embed(ids)
-    (packed,) = model.states(x, model.place(x, positions, segments))[1]
+    (packed,) = model.states(x, model.layout(x, positions, segments))[1]
     x, cache = model.embed(torch.tensor([[0, 0, 0, 7], [1, 2, 3, 4]])), model.new_cache(torch.tensor([3, 0]), padding=3)
-    (padded,) = model.states(x, model.place(x, cache=cache), cache)[1]
+    (padded,) = model.states(x, model.layout(x, cache=cache), cache)[1]
     for scores, chosen in (packed, padded):
         assert scores.shape == (5, 8) and chosen.shape == (5, 2)
 
@@ -347,6 +348,12 @@ def test_a_bias_falls_for_an_overloaded_expert_and_rises_for_an_underloaded_one(
     assert second.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.25, 0.25]
 
 
+def test_a_bias_in_half_precision_is_refused_since_its_steps_would_vanish():
+    model = tiny().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="bias is in torch.bfloat16, where steps of 0.001 vanish"):
+        balance(model.routers(), torch.ones(1, 8))
+
+
 def test_the_sequence_wise_loss_is_a_plain_loop_over_rows_experts_and_tokens():
     real = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
     scores, E, K = torch.rand(8, 5).double(), 5, 2
@@ -370,10 +377,10 @@ def test_the_objective_is_a_loop_over_tokens_their_successors_and_rows():
     alone, after = 0.0, 0.0
     for tokens, prompt in examples:
         x = torch.tensor([tokens])
-        states, _ = model.states(model.embed(x), model.place(x))
+        states, _ = model.states(model.embed(x), model.layout(x))
         logprobs = model.head(model.norm(states)).log_softmax(-1)[0]
         if len(tokens) > 1:  # the block sees the states up to the last token but one, and each one's successor
-            block, _ = model.mtp(states[:, :-1], model.embed(x[:, 1:]), *model.place(x[:, :-1]))
+            block, _ = model.mtp(states[:, :-1], model.embed(x[:, 1:]), *model.layout(x[:, :-1]))
             logprobs_after = model.head(block).log_softmax(-1)[0]
         for t in range(len(tokens)):
             if t >= max(prompt, 1):
@@ -389,10 +396,10 @@ def test_the_objective_is_a_loop_over_tokens_their_successors_and_rows():
     assert metrics["next_token_loss"] == pytest.approx(alone / (targets >= 0).sum().item(), rel=1e-6)
     with_balance, rows = Objective(alpha=0.5), 0.0
     x = model.embed(ids)
-    turn, mask, real = model.place(x, positions, segments)
-    x, (routing,) = model.states(x, (turn, mask, real))
+    rotation, mask, index = model.layout(x, positions, segments)
+    x, (routing,) = model.states(x, (rotation, mask, index))
     follows = (segments > 0) & (segments == F.pad(segments[:, 1:], (0, 1)))
-    _, of_block = model.mtp(x, model.embed(F.pad(ids[:, 1:], (0, 1))), turn, mask, numbers(follows))
+    _, of_block = model.mtp(x, model.embed(F.pad(ids[:, 1:], (0, 1))), rotation, mask, index_of(follows))
     for (scores, _), real in ((routing, segments > 0), (of_block, follows)):
         rows += (sequence_balance(scores, real, 2) * (targets >= 0).sum(1)).sum().item()
     assert with_balance.loss_sum(model, *batch, "float32").item() == pytest.approx(
@@ -478,6 +485,29 @@ def test_the_reward_rises_within_a_few_rollouts(method):
         assert torch.equal(router.e_score_correction_bias, before)
 
 
+def test_the_share_of_rerouted_choices_is_a_loop_over_completion_tokens_and_layers(monkeypatch):
+    """Of a sampler with other biases; of the same model it is 0 in float32."""
+    model, other = (wide(num_hidden_layers=3) for _ in range(2))
+    with torch.no_grad():
+        for router in other.routers():
+            router.e_score_correction_bias += torch.linspace(-0.2, 0.2, 8)
+    rows = [([3, 5, 7], [9, 11, 6, 4]), ([2], [8]), ([4, 4], [1, 2, 3, 4, 5, 6])]
+    ids = torch.tensor([(prompt + completion + [0] * 9)[:9] for prompt, completion in rows])
+    mask = torch.tensor([[len(p) - 1 <= t < len(p) + len(c) - 1 for t in range(8)] for p, c in rows])
+    rollout = SimpleNamespace(ids=ids, mask=mask)
+    assert routing.share_rerouted(model, rollout, "float32") == 0
+    differ = []
+    for prompt, completion in rows:
+        alone = torch.tensor([(prompt + completion)[:-1]])
+        of_both = [net.states(net.embed(alone), net.layout(alone))[1] for net in (model, other)]
+        for (_, ours), (_, theirs) in zip(*of_both):
+            for token in range(len(prompt) - 1, alone.shape[1]):
+                differ.append(set(ours[token].tolist()) != set(theirs[token].tolist()))
+    monkeypatch.setattr(routing, "cast_copy", lambda *_: other)
+    assert routing.share_rerouted(model, rollout, "float32") == pytest.approx(sum(differ) / len(differ))
+    assert 0.1 < sum(differ) / len(differ) < 1
+
+
 # ------------------------------------------------------------------------------------------- every command
 
 @pytest.fixture(scope="module")
@@ -541,7 +571,7 @@ def test_the_recipe_on_such_a_base_resumes_after_kills_as_if_it_had_run_through(
     assert ended.status == 0, ended.stderr
     assert run_with_kills(tmp_path / "killed", args, [5, 9, 12, 20]) > 0
     page = (tmp_path / "through" / "run" / "report.html").read_text()
-    assert "busiest expert" in page
+    assert "busiest expert" in page and "Sent to other experts" in page
     for stage in ("base", "zero", "r1"):
         through, killed = (tmp_path / folder / "run" / stage / "model.safetensors" for folder in ("through", "killed"))
         assert through.read_bytes() == killed.read_bytes()

@@ -4,10 +4,11 @@ R1 was trained from such a base [V3: arXiv 2412.19437]. Attention keeps one smal
 after the first layers each token goes through a few of many experts. v3_weights.py, beside this file, loads and saves
 it as `transformers` does; v3_pretraining.py trains a new one as V3 was.
 
-    model = Transformer(Config())    # then as model.py's
+    model = Transformer(Config())    # in place of model.py's: logits = model(ids)
 
-Shapes: B rows, T positions, S cached columns, D hidden size, H heads, V vocabulary; of a head's query and key dn, and
-dr that rotate, of its value dv; dc latent; N tokens, E experts, K of them for a token, I width of an expert.
+Shapes: B rows, T positions, S cached columns, D hidden size, H heads, V vocabulary; of a head's query and key dn
+dimensions that are not rotated and dr that are, of its value dv; of the latent dc; N tokens (n without padding), E
+experts, K of them for a token, I width of an expert.
 """
 
 import copy
@@ -31,12 +32,12 @@ class Config:
     n_shared_experts: int = 1             # for every token; 0: none
     n_routed_experts: int = 8             # V3: 256
     num_experts_per_tok: int = 2          # V3: 8
-    n_group: int = 1                      # V3: 8 groups of experts, a node each
-    topk_group: int = 1                   # V3: a token's experts are of 4 of them
+    n_group: int = 1                      # V3: 8 groups of experts, one per node
+    topk_group: int = 1                   # V3: a token's experts come from 4 of them
     norm_topk_prob: bool = True           # the weights of a token's experts sum to 1
     routed_scaling_factor: float = 1.0    # V3: 2.5
     first_k_dense_replace: int = 1        # the first layers have no experts; V3: 3
-    q_lora_rank: int | None = None        # None: queries without a latent; V3: 1536
+    q_lora_rank: int | None = None        # None: one matrix, no latent; V3: 1536
     kv_lora_rank: int = 32                # dc; V3: 512
     qk_nope_head_dim: int = 32            # dn; V3: 128
     qk_rope_head_dim: int = 16            # dr; V3: 64
@@ -57,20 +58,20 @@ class Config:
 # ------------------------------------------------------------------------------------------- attention
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + eps) * weight, over the last dimension."""
+    """x / sqrt(mean x^2 + eps) * weight, over the last dimension; under autocast too in x's precision."""
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotate(x, turn, interleaved):
-    """RoPE: each pair of x (B, H, T, dr) is a complex number, which its position's `turn` (B, 1, T, dr/2) rotates."""
-    x = x.float()
+def rotate(x, rotation, interleaved):
+    """RoPE: each pair of x (B, H, T, dr) is a complex number, times its position's `rotation` (B, 1, T, dr/2)."""
+    x = x.float()  # in which order the pairs come out does not matter: it is the same for queries and keys
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else torch.stack(x.chunk(2, dim=-1), dim=-1)
-    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotation).flatten(-2)
 
 
 def rope_frequencies(c: Config):
-    """The angle per position of each of the dr/2 pairs, and a factor for all turns, which only some scalings have."""
+    """The angle per position of each of the dr/2 pairs, and a factor for all of them, which only some scalings have."""
     if c.rope_scaling is not None:
         raise ValueError(f"{c.rope_scaling} takes load(..., rope=scaled_frequencies), of variants/rope_scaling.py")
     exponent = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
@@ -78,15 +79,16 @@ def rope_frequencies(c: Config):
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention: keys and values of all heads are made from one latent [V3 2.1.1]."""
+    """Multi-head latent attention: the keys and values of all heads are made from one latent, which is all that a cache
+    needs. RoPE cannot pass through that matrix, so that a key of its own, for all heads, is rotated [V3 2.1.1]."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.interleaved = c.num_attention_heads, c.rope_interleave
-        self.sizes = dn, dr, dv, dc = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
-        scaling = {"factor": 1.0, "mscale_all_dim": 0.0} | (c.rope_scaling or {})
-        mscale = 0.1 * scaling["mscale_all_dim"] * math.log(scaling["factor"]) + 1  # YaRN's
-        self.scale = (dn + dr) ** -0.5 * mscale ** 2
+        dn, dr, dv, dc = self.sizes = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+        scaling = c.rope_scaling or {}
+        mscale = 0.1 * scaling.get("mscale_all_dim", 0) * math.log(scaling.get("factor", 1)) + 1
+        self.scale = (dn + dr) ** -0.5 * mscale ** 2  # YaRN's mscale for the query and for the key
         if c.q_lora_rank is None:
             self.q_proj = nn.Linear(c.hidden_size, self.heads * (dn + dr), bias=False)
         else:
@@ -98,45 +100,48 @@ class Attention(nn.Module):
         self.kv_b_proj = nn.Linear(dc, self.heads * (dn + dv), bias=False)
         self.o_proj = nn.Linear(self.heads * dv, c.hidden_size, bias=False)
 
-    def forward(self, x, turn, mask, cache=None, layer=0):
+    def forward(self, x, rotation, mask, cache=None, layer=0):
+        """x (B, T, D) -> (B, T, D); rotation, mask: of Transformer.layout."""
         B, T, _ = x.shape
         dn, dr, dv, dc = self.sizes
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.view(B, T, self.heads, dn + dr).transpose(1, 2).split((dn, dr), dim=-1)  # (B, H, T, ...)
-        latent, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((dc, dr), dim=-1)  # (B, 1, T, ...): for all heads
-        q_rope, k_rope = (rotate(t, turn, self.interleaved).to(x.dtype) for t in (q_rope, k_rope))
-        kept = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)               # (B, 1, T, dc + dr)
+        latent, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((dc, dr), dim=-1)  # (B, 1, T, dc), (B, 1, T, dr)
+        q_rope, k_rope = (rotate(t, rotation, self.interleaved).to(x.dtype) for t in (q_rope, k_rope))
+        cached = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)             # (B, 1, T, dc + dr)
         if cache is not None:
-            kept = cache.update(layer, kept)                                          # (B, 1, S, dc + dr)
-        form = self.absorbed if cache is not None and T == 1 else self.plain
-        y = form(q_nope, q_rope, kept, mask)                                          # (B, H, T, dv)
+            cached = cache.update(layer, cached)                                      # (B, 1, S, dc + dr)
+        form = self.absorbed if cache is not None and T == 1 else self.plain  # one query pays for no keys of all heads
+        y = form(q_nope, q_rope, cached, mask)                                        # (B, H, T, dv)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
-    def plain(self, q_nope, q_rope, kept, mask):
-        """Makes each head's keys and values, (B, H, S, dn + dr) and (B, H, S, dv)."""
+    def plain(self, q_nope, q_rope, cached, mask):
+        """Makes the keys and values of each head."""
         dn, dr, dv, dc = self.sizes
-        latent, k_rope = kept.split((dc, dr), dim=-1)
-        kv = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.heads, dn + dv)).transpose(1, 2)
+        latent, k_rope = cached.split((dc, dr), dim=-1)
+        kv = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.heads, dn + dv)).transpose(1, 2)  # (B, H, S, dn + dv)
         k_nope, v = kv.split((dn, dv), dim=-1)
-        k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), dim=-1)                  # (B, H, S, dn + dr)
         return self.attend(torch.cat((q_nope, q_rope), dim=-1), k, v, mask)
 
-    def absorbed(self, q_nope, q_rope, kept, mask):
-        """The same for one new token, and without them: k = W_k c, so q k = (q W_k) c; W_v waits until c is summed."""
+    def absorbed(self, q_nope, q_rope, cached, mask):
+        """The same without them: q (W_k latent) = (q W_k) latent, and W_v is applied to the weighted sum of latents."""
         dn, dr, dv, dc = self.sizes
-        W_k, W_v = self.kv_b_proj.weight.unflatten(0, (self.heads, dn + dv)).split((dn, dv), dim=1)  # (H, ..., dc)
-        q = torch.cat((torch.einsum("bhtn,hnc->bthc", q_nope, W_k), q_rope.transpose(1, 2)), dim=-1)
-        y = self.attend(q, kept, kept[..., :dc], mask)  # (B, 1, H, dc): the heads are rows of one product
-        return torch.einsum("bthc,hvc->bhtv", y, W_v)
+        W_k, W_v = self.kv_b_proj.weight.unflatten(0, (self.heads, dn + dv)).split((dn, dv), dim=1)  # (H, dn or dv, dc)
+        q_latent = torch.einsum("bhtn,hnl->bthl", q_nope, W_k)                                  # (B, 1, H, dc)
+        q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)
+        y = self.attend(q, cached, cached[..., :dc], mask)  # (B, 1, H, dc): the heads are rows, as positions are else
+        return torch.einsum("bthl,hvl->bhtv", y, W_v)
 
     def attend(self, q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
 
 
 class LatentCache:
-    """What attention keeps of the tokens so far, k (layers, B, 1, capacity, dc + dr); else as model.py's KVCache.
+    """Latents and rotated keys of the tokens so far, k (layers, B, 1, capacity, dc + dr): model.py's KVCache with one
+    head, and no gradient. Attention runs over the whole capacity, so that its shape seldom changes.
 
-    start (B,): each row's first real column; those before it are padding (at most `padding`), never looked at.
+    start (B,): each row's first column that is no padding (at most `padding` come before), which no other token sees.
     """
 
     def __init__(self, c: Config, start, dtype, padding=0):
@@ -179,7 +184,10 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses K experts for each token by affinity plus bias, and weighs them by affinity alone [V3 eq. 12-16]."""
+    """Chooses K experts for each token by affinity plus bias, and weighs them by affinity alone [V3 eq. 12-16].
+
+    The bias stays in float32: steps of 0.001 vanish in half precision.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
@@ -189,14 +197,14 @@ class Router(nn.Module):
 
     def forward(self, x):
         """x (N, D) -> affinities (N, E), the chosen experts (N, K) and their weights (N, K), in float32."""
-        c, wide = self.config, torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+        c = self.config
+        with torch.autocast(x.device.type, enabled=False):  # rounding would choose between near ones
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if c.n_group > c.topk_group:  # a group counts as much as its two best experts
             groups = choice.unflatten(1, (c.n_group, -1))
-            kept = groups.topk(2).values.sum(-1).topk(c.topk_group).indices  # (N, topk_group)
-            left_out = torch.ones_like(groups[:, :, 0], dtype=torch.bool).scatter(1, kept, False)
+            best = groups.topk(2).values.sum(-1).topk(c.topk_group).indices  # (N, topk_group)
+            left_out = torch.ones_like(groups[:, :, 0], dtype=torch.bool).scatter(1, best, False)
             choice = groups.masked_fill(left_out[:, :, None], -math.inf).flatten(1)
         chosen = choice.topk(c.num_experts_per_tok).indices
         weights = scores.gather(1, chosen)
@@ -216,29 +224,29 @@ class Experts(nn.Module):
 
     def forward(self, x, chosen, weights):
         """The weighted sum of each token's experts: x (N, D), chosen (N, K), weights (N, K) -> (N, D)."""
-        y = torch.zeros_like(x, dtype=weights.dtype)
+        y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
         for e, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj)):
-            token, place = (chosen == e).nonzero(as_tuple=True)
+            token, slot = (chosen == e).nonzero(as_tuple=True)
             gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
-            y = y.index_add(0, token, F.linear(F.silu(gate) * up, down) * weights[token, place, None])
+            y.index_add_(0, token, F.linear(F.silu(gate) * up, down) * weights[token, slot, None])
         return y.to(x.dtype)
 
 
 class MoE(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate, self.experts = Router(c), Experts(c)
+        self.gate, self.experts = Router(c), Experts(c)  # Hugging Face's names
         if c.n_shared_experts:
             self.shared_experts = MLP(c, c.n_shared_experts * c.moe_intermediate_size)
 
-    def forward(self, x, real=None):
-        """x (B, T, D) -> the same, and (affinities, chosen) of its tokens. real (n,): their numbers; padding's are left
-        out, and go to no expert."""
-        tokens = x.flatten(0, 1) if real is None else x.flatten(0, 1).index_select(0, real)
+    def forward(self, x, real_index=None):
+        """x (B, T, D) -> y (B, T, D), and the routing, (affinities (n, E), chosen (n, K)), of the tokens at real_index
+        (n,) of the B * T, or of all. Padding, which is left out, goes to no expert."""
+        tokens = x.flatten(0, 1) if real_index is None else x.flatten(0, 1).index_select(0, real_index)
         scores, chosen, weights = self.gate(tokens)
         y = self.experts(tokens, chosen, weights)
-        if real is not None:
-            y = y.new_zeros(x.shape[:2].numel(), x.shape[2]).index_copy(0, real, y)
+        if real_index is not None:
+            y = y.new_zeros(x.shape[:2].numel(), x.shape[2]).index_copy(0, real_index, y)
         shared = self.shared_experts(x) if hasattr(self, "shared_experts") else 0
         return y.view_as(x) + shared, (scores, chosen)
 
@@ -253,11 +261,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MoE(c) if layer >= c.first_k_dense_replace else MLP(c, c.intermediate_size)
 
-    def forward(self, x, turn, mask, real=None, cache=None, layer=0):
-        """The new stream (B, T, D), and the routing of its tokens, None where the layer is dense."""
-        x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
+    def forward(self, x, rotation, mask, real_index=None, cache=None, layer=0):
+        """The new stream (B, T, D), and MoE's routing, None where the layer is dense."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, layer)
         y = self.post_attention_layernorm(x)
-        y, routing = self.mlp(y, real) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
+        y, routing = self.mlp(y, real_index) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         return x + y, routing
 
 
@@ -281,35 +289,35 @@ class Transformer(nn.Module):
 
     def embed(self, ids):
         x = self.embed_tokens(ids)  # (B, T, D)
-        is_cast = torch.is_autocast_enabled(ids.device.type)
+        is_cast = torch.is_autocast_enabled(ids.device.type)  # then the residual stream is in half precision too
         return x.to(torch.get_autocast_dtype(ids.device.type)) if is_cast else x
 
-    def place(self, x, positions=None, segments=None, cache=None):
-        """Of tokens x (B, T, D): their rotation, turn (B, 1, T, dr/2); the columns they see, mask (B, 1, T, S) or None
-        (all before); the numbers (n,) of those that are no padding, or None (all)."""
-        query = torch.arange(x.shape[1], device=x.device)  # the column of each token
-        positions, seen, real = query[None] if positions is None else positions, None, None
+    def layout(self, x, positions=None, segments=None, cache=None):
+        """What the layers need to know of x (B, T, D): rotation (B, 1, T, dr/2); mask (B, 1, T, S), 0 where a token may
+        look and -inf elsewhere, or None for all that came before; the index (n,) of what is no padding, or None."""
+        column = torch.arange(x.shape[1], device=x.device)
+        positions, seen, real = column[None] if positions is None else positions, None, None
         if cache is not None:
-            query = cache.columns(x.shape[1])
-            positions = query - cache.start[:, None]
-            key = torch.arange(cache.reserve(x.shape[1]), device=x.device)
-            seen = (key <= query[:, None]) & (key >= cache.start[:, None, None])
-            seen |= key == query[:, None]  # padding sees itself: an empty row would be NaN
-            real = positions >= 0 if len(query) > 1 else None  # in prompts; what is decoded is no padding
+            column = cache.columns(x.shape[1])
+            positions = column - cache.start[:, None]
+            key_column = torch.arange(cache.reserve(x.shape[1]), device=x.device)
+            seen = (key_column <= column[:, None]) & (key_column >= cache.start[:, None, None])
+            seen |= key_column == column[:, None]  # padding sees itself: an empty row would be NaN
+            real = positions >= 0 if len(column) > 1 else None  # one column is a decoded token, no padding
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
-            seen = (segments[:, :, None] == segments[:, None, :]) & (query <= query[:, None])
+            seen = (segments[:, :, None] == segments[:, None, :]) & (column <= column[:, None])
             real = segments > 0
         self.frequency = self.frequency.to(x.device)
         angle = positions[:, None, :, None] * self.frequency
-        turn = torch.polar(torch.full_like(angle, self.rope_scale), angle)
+        rotation = torch.polar(torch.full_like(angle, self.rope_scale), angle)
         mask = None if seen is None else torch.where(seen, 0.0, -math.inf).to(x.dtype)[:, None]
-        return turn, mask, None if real is None else real.flatten().nonzero()[:, 0]
+        return rotation, mask, None if real is None else real.flatten().nonzero()[:, 0]
 
-    def states(self, x, place, cache=None):
-        """The last layer's states (B, T, D) of embedded tokens x; of each layer with experts (affinities, chosen)."""
+    def states(self, x, layout, cache=None):
+        """The last layer's states (B, T, D) of embedded tokens x, and the routing of each layer with experts."""
         routings = []
         for i, layer in enumerate(self.layers):
-            x, routing = layer(x, *place, cache, i)
+            x, routing = layer(x, *layout, cache, i)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -319,7 +327,7 @@ class Transformer(nn.Module):
     def hidden(self, ids, positions=None, segments=None, cache=None):
         """The last layer's normed states (B, T, D), for callers that cannot afford (B, T, V); see forward."""
         x = self.embed(ids)
-        return self.norm(self.states(x, self.place(x, positions, segments, cache), cache)[0])
+        return self.norm(self.states(x, self.layout(x, positions, segments, cache), cache)[0])
 
     def head(self, h):
         """Logits (..., V) of hidden states (..., D)."""
@@ -329,6 +337,6 @@ class Transformer(nn.Module):
         """Next-token logits (B, T, V) of ids (B, T).
 
         positions (B, T): rotary positions, 0.. by default. segments (B, T): the number of each token's packed example,
-        0 for padding; it sees no other example. cache: of new_cache; it gives the positions and is advanced by T.
+        0 for padding; a token sees its own example alone. cache: of new_cache, in place of both; it is advanced by T.
         """
         return self.head(self.hidden(ids, positions, segments, cache))

@@ -1,8 +1,8 @@
 """How DeepSeek-V3 was pretrained: experts balanced without a loss, and a second token predicted [V3 2.1.2, 2.2, 4.2].
 
-After each step the bias of an overloaded expert falls and that of an underloaded one rises; it only chooses, so that no
-gradient works against the data. A loss of tiny weight keeps single sequences from extremes. A further block predicts
-the token after the next; only pretraining needs it, and a directory does not hold it.
+After each step the bias of an overloaded expert falls and that of an underloaded one rises; it only affects the choice,
+and so adds no gradient against the data. A loss of tiny weight keeps single sequences from extremes. One more block
+predicts the token after the next; only pretraining needs it, and a directory does not hold it.
 
     model = init_weights(Transformer(Config()), generator)    # of variants/deepseek_v3.py
     add_next_token(model, generator)
@@ -43,23 +43,26 @@ def balance(routers, loads, gamma=0.001):
     """
     busiest = [torch.ones(())]
     for router, load in zip(routers, loads):
-        router.e_score_correction_bias += gamma * (load.mean() - load).sign()
+        bias = router.e_score_correction_bias
+        if bias.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"a router's bias is in {bias.dtype}, where steps of {gamma} vanish")
+        bias += gamma * (load.mean() - load).sign()
         busiest.append((load.max() / load.mean().clamp(min=1)).cpu())
     return torch.stack(busiest).max().item()
 
 
-def sequence_balance(scores, real, chosen_of_each):
+def sequence_balance(scores, real, K):
     """The balance loss of each row (B,), 1 where its experts are used evenly [V3 eq. 17-20], without alpha.
 
-    scores (n, E): affinities of the tokens that are real (B, T), in order; chosen_of_each: K.
+    scores (n, E): affinities of the tokens that are no padding, those where real (B, T) is True, in order.
     """
-    E, at, tokens = scores.shape[1], numbers(real), real.sum(1).clamp(min=1)[:, None]
-    chosen = torch.zeros_like(scores).scatter(1, scores.topk(chosen_of_each).indices, 1.0)  # by affinity: eq. 18
+    E, index, tokens = scores.shape[1], index_of(real), real.sum(1).clamp(min=1)[:, None]
+    best = torch.zeros_like(scores).scatter(1, scores.topk(K).indices, 1.0)  # without the bias: eq. 18
 
     def mean_of_rows(values):  # (n, E) -> (B, E)
-        return values.new_zeros(real.numel(), E).index_copy(0, at, values).view(*real.shape, E).sum(1) / tokens
+        return values.new_zeros(real.numel(), E).index_copy(0, index, values).view(*real.shape, E).sum(1) / tokens
 
-    frequency = mean_of_rows(chosen) * E / chosen_of_each
+    frequency = mean_of_rows(best) * E / K
     return (frequency * mean_of_rows(scores / scores.sum(1, keepdim=True))).sum(1)
 
 
@@ -68,13 +71,13 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def numbers(real):
-    """Of the tokens (B, T) that are real: (n,)."""
+def index_of(real):
+    """Where real (B, T) is True: (n,) of the B * T."""
     return real.flatten().nonzero()[:, 0]
 
 
 def shifted(x, fill):
-    """Each position's successor; the last has none."""
+    """x (B, T) of the next position; `fill` at the last."""
     return F.pad(x[:, 1:], (0, 1), value=fill)
 
 
@@ -90,11 +93,11 @@ class NextToken(nn.Module):
         self.eh_proj = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
         self.block = block(c, layer=c.num_hidden_layers)
 
-    def forward(self, x, embedded, turn, mask, real):
-        """x (B, T, D): the last layer's states, not normed; embedded (B, T, D): of the next tokens; the rest: of their
-        place, as the model gives it."""
+    def forward(self, x, embedded, rotation, mask, real_index):
+        """x (B, T, D): the last layer's states, not normed; embedded (B, T, D): of the next tokens; the rest: as the
+        model's layout gives it."""
         x = self.eh_proj(torch.cat((self.hnorm(x), self.enorm(embedded)), dim=-1))  # V3 eq. 21
-        x, routing = self.block(x, turn, mask, real)
+        x, routing = self.block(x, rotation, mask, real_index)
         return self.norm(x), routing
 
 
@@ -108,11 +111,11 @@ def add_next_token(model, generator=None):
 # ------------------------------------------------------------------------------------------- the losses
 
 class Objective:
-    """What sft.train takes as its objective. It sets `progress`, the part of the steps that is done."""
+    """What sft.train takes as its objective; it sets `progress`, the part of the steps that is done."""
 
     def __init__(self, mtp_weights=(0.3, 0.1), switch=2 / 3, alpha=1e-4, gamma=0.001, cross_entropy=cross_entropy):
-        """mtp_weights: before and after this part of the steps; V3 switches after 10 of 14.8T tokens.
-        alpha: of the sequence-wise loss; gamma: of `balance`. 0 turns them off."""
+        """mtp_weights: before and after `switch`, a part of the steps; V3 switches after 10 of 14.8T tokens.
+        alpha: weight of the sequence-wise loss; gamma: step of `balance`; 0: none."""
         self.mtp_weights, self.switch, self.alpha, self.gamma = mtp_weights, switch, alpha, gamma
         self.cross_entropy = cross_entropy
         self.progress, self.sums, self.loads = 0.0, {}, []
@@ -120,32 +123,32 @@ class Objective:
     def loss_sum(self, model, ids, segments, positions, targets, dtype):
         """As sft.loss_sum; plus the losses for the token after the next, and of balance, times their weights.
 
-        A row's balance counts as many times as it has targets, so that micro-batches change nothing.
+        A row's balance is multiplied by its number of targets, since sft.train divides by the targets of all rows.
         """
         with torch.autocast(ids.device.type, getattr(torch, dtype), dtype != "float32", cache_enabled=False):
             x = model.embed(ids)
-            place = model.place(x, positions, segments)
-            x, routings = model.states(x, place)
+            layout = model.layout(x, positions, segments)
+            x, routings = model.states(x, layout)
             loss = self.loss_of("next_token_loss", model, model.norm(x), targets)
             routings = [(segments > 0, *routing) for routing in routings]
             if hasattr(model, "mtp"):
-                turn, mask, _ = place
+                rotation, mask, _ = layout
                 follows = (segments > 0) & (segments == shifted(segments, 0))  # is there a next token
                 after_next = shifted(targets, -100).masked_fill(~follows, -100)
-                states, routing = model.mtp(x, model.embed(shifted(ids, 0)), turn, mask, numbers(follows))
+                states, routing = model.mtp(x, model.embed(shifted(ids, 0)), rotation, mask, index_of(follows))
                 weight = self.mtp_weights[0] if self.progress < self.switch else self.mtp_weights[1]
                 loss = loss + weight * self.loss_of("mtp_loss", model, states, after_next)
                 if routing is not None:
                     routings.append((follows, *routing))
-        for real, scores, _ in routings:
+        for real, scores, _ in routings:  # in float32, as the affinities are
             of_rows = sequence_balance(scores, real, model.config.num_experts_per_tok)
             loss = loss + self.alpha * (of_rows * (targets >= 0).sum(1)).sum()
         self.count([chosen for _, _, chosen in routings], model.config.n_routed_experts)
         return loss
 
     def loss_of(self, name, model, states, targets):
-        """The summed cross-entropy of states (B, T, D) over the targets (B, T) that are not -100; its mean is logged."""
-        learned = numbers(targets >= 0)
+        """The summed cross-entropy of states (B, T, D), over targets (B, T) that are not -100; its mean is logged."""
+        learned = index_of(targets >= 0)
         logits = model.head(states.flatten(0, 1).index_select(0, learned))  # (n, V)
         loss = self.cross_entropy(logits, targets.flatten()[learned]).sum()
         total, count = self.sums.get(name, (0, 0))

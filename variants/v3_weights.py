@@ -16,22 +16,23 @@ from safetensors.torch import save_file
 
 
 def hf_tensors(model):
-    """{Hugging Face's name: our rows of it}, without mtp, which only pretraining needs."""
+    """{Hugging Face's name: our tensor, or its part}, without mtp, which only pretraining needs."""
     tensors = {}
-    for name, rows in model.state_dict().items():
+    for name, tensor in model.state_dict().items():
         if name.startswith("mtp.") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
-        name = name if name == "lm_head.weight" else f"model.{name}"
-        matrices = {name: rows}
+        full_name = name if name == "lm_head.weight" else f"model.{name}"
+        matrices = {full_name: tensor}
         if ".experts." in name:  # experts.down_proj -> experts.0.down_proj.weight, ...
-            matrices = {name.replace("experts.", f"experts.{e}.") + ".weight": expert for e, expert in enumerate(rows)}
-        for name, rows in matrices.items():
-            if "gate_up_proj" in name:
-                gate, up = rows.chunk(2)
-                tensors[name.replace("gate_up_proj", "gate_proj")] = gate
-                tensors[name.replace("gate_up_proj", "up_proj")] = up
+            names = [full_name.replace("experts.", f"experts.{e}.") + ".weight" for e in range(len(tensor))]
+            matrices = dict(zip(names, tensor))
+        for matrix_name, matrix in matrices.items():
+            if "gate_up_proj" in matrix_name:
+                gate, up = matrix.chunk(2)
+                tensors[matrix_name.replace("gate_up_proj", "gate_proj")] = gate
+                tensors[matrix_name.replace("gate_up_proj", "up_proj")] = up
             else:
-                tensors[name] = rows
+                tensors[matrix_name] = matrix
     return tensors
 
 
@@ -82,7 +83,7 @@ def read_config(dir, Config):
 
 @torch.no_grad()
 def load(dir, Config, Transformer, device=None, dtype=None, **rope):
-    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (for training, float32),
+    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (to train it, float32),
     the routers always in float32; rope=...: in place of rope_frequencies (variants/rope_scaling.py)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shards = sorted(Path(dir).glob("model*.safetensors"))
@@ -90,7 +91,7 @@ def load(dir, Config, Transformer, device=None, dtype=None, **rope):
     with torch.device("meta"):  # no memory and no random numbers for what is replaced
         model = Transformer(read_config(dir, Config), **rope)
     first = "model.embed_tokens.weight"
-    model.to(dtype or safe_open(files[first], "pt").get_slice(first)[:0].dtype)
+    model.to(dtype or safe_open(files[first], "pt").get_slice(first)[:0].dtype)  # no row is read
     for router in model.routers():
         router.float()
     model.to_empty(device=device)
