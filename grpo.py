@@ -46,15 +46,17 @@ class GRPOConfig:
     warmup: int = 20               # updates; not published
     temperature: float = 1.0       # R1-Zero and R1's first RL stage: 1; its second: 0.7
     max_new_tokens: int = 160
-    scale_by_std: bool = True      # Dr. GRPO: False
-    leave_one_out: bool = False    # RLOO: True, with scale_by_std False
+    scale: str = "group"           # whose std divides the advantages. Lite PPO: "batch"; Dr. GRPO: "none"
+    leave_one_out: bool = False    # RLOO: True, with scale "none"
     clip_low: float = 0.2          # ratio >= 1 - clip_low. R1: eps = 10, which is no lower clip
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: one ratio per sequence, the geometric mean of its tokens'
     detach_ratio: bool = False     # CISPO: the clipped ratio is a constant weight on A log pi
+    stale_limit: float = 0.0       # above 0, DeepSeek-V3.2: no sequence with A < 0 and a mean log pi_old/pi above it
     mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     kl: str = "k3"                 # eq. 4; or "k2"
+    weigh_kl: bool = False         # DeepSeek-V3.2: the KL times pi/pi_old
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     old_logprobs: str = "trainer"  # pi_old's come from a forward pass, or, one pass cheaper, from the "sampler"
     importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
@@ -66,25 +68,28 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):  # a misspelled choice would be computed as another; ranges: lab/check_input.py
-        choices = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"),
+        choices = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "scale": ("group", "batch", "none"),
                    "dtype": ("float32", "bfloat16", "float16"), "old_logprobs": ("trainer", "sampler")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
 
 
-def group_advantages(rewards, scale_by_std=True, leave_one_out=False):
+def group_advantages(rewards, scale="group", leave_one_out=False):
     """Outcome supervision: (r - mean) / std within each group [DeepSeekMath 4.1.2]. rewards (N, G) -> (N, G).
 
     The paper gives neither the std's degrees of freedom nor an epsilon: here G - 1, as TRL, and 1e-4.
+    scale: the std of each group, of the "batch", that is of all rewards [Lite PPO], or "none" [Dr. GRPO].
     leave_one_out: r minus the mean of the *other* completions, which is G / (G - 1) times r - mean [RLOO].
     """
-    rewards = rewards - rewards[:, :1]  # equal rewards must give exactly 0, and their mean may round
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    shifted = rewards - rewards[:, :1]  # equal rewards must give exactly 0, and their mean may round
+    advantages = shifted - shifted.mean(dim=1, keepdim=True)
     if leave_one_out:
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
-    if scale_by_std:
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    if scale == "group":
+        return advantages / (shifted.std(dim=1, keepdim=True) + 1e-4)
+    if scale == "batch":
+        return advantages / (rewards.std() + 1e-4)
     return advantages
 
 
@@ -114,7 +119,8 @@ def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
 
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2,
-                sequence_ratio=False, detach_ratio=False, mean="sequence", beta=0.001, kl="k3", normaliser=None):
+                sequence_ratio=False, detach_ratio=False, stale_limit=0.0, mean="sequence", beta=0.001, kl="k3",
+                weigh_kl=False, normaliser=None):
     """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL]. Its relatives: variants/configs.py.
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
@@ -142,7 +148,12 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     else:
         objective = torch.min(ratio * advantages, clipped * advantages)  # the clip can only lower it, for any A
         clip_decides = clipped * advantages < ratio * advantages
+    if stale_limit:
+        is_stale = -token_log_ratio.sum(1) / lengths > stale_limit  # (B,)
+        objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)  # DeepSeek-V3.2's off-policy mask
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
+    if weigh_kl:
+        penalty = penalty * ratio  # DeepSeek-V3.2: then k3's gradient is that of KL(pi || pi_ref), off-policy too
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
@@ -287,8 +298,9 @@ def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.
         t = logprobs.shape[1]
         loss, means = policy_loss(
             logprobs, r.old_logprobs[batch, :t], r.ref_logprobs[batch, :t] if c.beta else None,
-            advantages[batch, :t], r.mask[batch, :t], clip_low=c.clip_low, clip_high=c.clip_high, mean=c.mean,
-            sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio, beta=c.beta, kl=c.kl, normaliser=normaliser)
+            advantages[batch, :t], r.mask[batch, :t], clip_low=c.clip_low, clip_high=c.clip_high,
+            sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio, stale_limit=c.stale_limit, mean=c.mean,
+            beta=c.beta, kl=c.kl, weigh_kl=c.weigh_kl, normaliser=normaliser)
         scaler.scale(loss).backward()
         share = int(r.mask[batch].sum()) / tokens
         for name, value in means.items():
@@ -419,7 +431,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         state.score(r)
         # 3: advantages
         if advantage_estimator is None:
-            advantages = group_advantages(r.rewards, c.scale_by_std, c.leave_one_out).flatten()  # (B,)
+            advantages = group_advantages(r.rewards, c.scale, c.leave_one_out).flatten()  # (B,)
         else:
             advantages = advantage_estimator.advantages(r)                                       # (B,) or (B, T)
         # 4: updates

@@ -51,7 +51,7 @@ def deepseek_sizes(hidden_size, num_hidden_layers, num_attention_heads, **dense)
 # Advantages are not divided by the group's std: in groups that are all correct, that would magnify small differences of
 # the language reward. pi_old's log-probabilities are the sampler's own: they agree with the trainer's to 1e-4 here, and
 # save a forward pass.
-rl_config = partial(GRPOConfig, scale_by_std=False, old_logprobs="sampler", validate_every=4)
+rl_config = partial(GRPOConfig, scale="none", old_logprobs="sampler", validate_every=4)
 
 
 def rl_stages(**settings):

@@ -37,7 +37,7 @@ def test_rejection_fine_tuning_is_the_likelihood_of_the_correct_samples_alone():
     logprobs = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.5], [0.1, 0.9]])).requires_grad_()
     rollout = SimpleNamespace(parts={"accuracy": torch.tensor([[1.0, 0.0, 1.0]])})
     advantages = compare.RejectionFineTuning().advantages(rollout)
-    settings = {k: v for k, v in compare.ENTRIES["online_rft"][0].items() if k != "scale_by_std"}
+    settings = {k: v for k, v in compare.ENTRIES["online_rft"][0].items() if k != "scale"}
     grpo.policy_loss(logprobs, logprobs.detach() - 1, None, advantages, torch.ones(3, 2), **settings)[0].backward()
     assert torch.allclose(logprobs.grad, -torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]) / 6)
 

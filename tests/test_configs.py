@@ -35,5 +35,5 @@ def test_the_methods_are_those_whose_loss_test_grpo_has_by_hand():
         assert {switch: getattr(config, switch) for switch in switches} == switches
         assert config.sequence_ratio == ("sequence_ratio" in switches)
         assert config.detach_ratio == ("detach_ratio" in switches)
-        assert config.scale_by_std == (name not in ("dr_grpo", "rloo", "reinforce"))
+        assert (config.scale == "none") == (name in ("dr_grpo", "rloo", "reinforce"))
         assert config.leave_one_out == (name == "rloo")

@@ -200,7 +200,7 @@ def test_a_cut_completion_leaves_the_mask_and_keeps_its_reward():
 def test_the_gradient_is_that_of_the_finished_completions_alone(layers, mean, micro_batch_tokens, tiny):
     """By hand, on a copy: -sum A log pi over the finished completions, in a first update, where pi / pi_old is 1."""
     seen = []
-    config = small(rollouts=1, minibatches=1, beta=0.0, mean=mean, scale_by_std=False, group_size=8, dtype="float32",
+    config = small(rollouts=1, minibatches=1, beta=0.0, mean=mean, scale="none", group_size=8, dtype="float32",
                    micro_batch_tokens=micro_batch_tokens, grad_clip=1e9)
     run(layers(tiny()), config, DAPOConfig(mask_cut=True), log=lambda metrics, r: seen.append((metrics, r)))
     (metrics, r), = seen

@@ -42,28 +42,28 @@ def test_an_advantage_is_the_reward_minus_the_groups_mean_over_its_sample_std():
 
 
 def test_without_the_std_an_advantage_is_the_reward_minus_the_groups_mean():
-    assert group_advantages(torch.tensor([[1., 0., 0., 1.], [5., 5., 5., 9.]]), scale_by_std=False).tolist() == \
+    assert group_advantages(torch.tensor([[1., 0., 0., 1.], [5., 5., 5., 9.]]), scale="none").tolist() == \
         [[.5, -.5, -.5, .5], [-1, -1, -1, 3]]
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
-@pytest.mark.parametrize("scale_by_std", [True, False])
-def test_a_group_of_equal_rewards_has_advantages_of_zero(scale_by_std, leave_one_out):
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_of_equal_rewards_has_advantages_of_zero(scale, leave_one_out):
     for reward in (1.25, 0.1, 1.1, 100.1):  # of which the mean of seven is another float than most of them
-        assert group_advantages(torch.full((2, 7), reward), scale_by_std, leave_one_out).tolist() == [[0.] * 7] * 2
+        assert group_advantages(torch.full((2, 7), reward), scale, leave_one_out).tolist() == [[0.] * 7] * 2
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
-@pytest.mark.parametrize("scale_by_std", [True, False])
-def test_a_constant_added_to_a_groups_rewards_changes_no_advantage(scale_by_std, leave_one_out):
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_a_constant_added_to_a_groups_rewards_changes_no_advantage(scale, leave_one_out):
     rewards = torch.tensor([[1., 0., 2., 1.], [0., 0., 3., 1.]])
     shifted = rewards + torch.tensor([[8.], [-4.]])
-    assert torch.equal(*(group_advantages(x, scale_by_std, leave_one_out) for x in (rewards, shifted)))
+    assert torch.equal(*(group_advantages(x, scale, leave_one_out) for x in (rewards, shifted)))
 
 
 def test_leave_one_out_compares_a_completion_with_the_mean_of_the_others_of_its_group():
     rewards = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for row, group in zip(group_advantages(rewards, scale_by_std=False, leave_one_out=True).tolist(), rewards.tolist()):
+    for row, group in zip(group_advantages(rewards, scale="none", leave_one_out=True).tolist(), rewards.tolist()):
         for i, advantage in enumerate(row):
             others = [reward for j, reward in enumerate(group) if j != i]
             assert advantage == pytest.approx(group[i] - sum(others) / len(others))
@@ -298,6 +298,9 @@ def advantages_by_hand(method, rewards):
     return flat
 
 
+SCALED = ("GRPO", "DAPO", "GSPO", "CISPO")
+
+
 def drifted(seed):
     """Two groups of four, one of equal rewards: ragged masks, an empty row, ratios in and far out of the clip."""
     rng, B, T = random.Random(seed), 8, 6
@@ -321,7 +324,7 @@ def test_value_and_gradient_of_each_method_are_those_of_its_formula_by_hand(meth
         rng, B, T = random.Random(seed), len(mask), len(mask[0])
         once = group_advantages(
             torch.tensor(rewards, dtype=torch.float64),
-            method not in ("Dr. GRPO", "REINFORCE", "RLOO"),
+            "none" if method in ("Dr. GRPO", "REINFORCE", "RLOO") else "group",
             method == "RLOO",
         ).flatten()
         spread = [[a] * T for a in advantages_by_hand(method, rewards)]
@@ -339,6 +342,48 @@ def test_value_and_gradient_of_each_method_are_those_of_its_formula_by_hand(meth
         value, gradient = method_by_hand(method, logprobs, old, ref, spread, mask, weights, 0.3, kl)
         assert loss.item() == pytest.approx(value, rel=1e-9, abs=1e-12)
         torch.testing.assert_close(tensors[0].grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_the_weighed_k3_has_the_gradient_of_kl_pi_ref_off_policy_too_and_the_plain_one_has_not():
+    """By enumeration of what pi_old may sample: DeepSeek-V3.2's estimate."""
+    logits, old, ref = torch.randn(3, 5, dtype=torch.float64)
+    logits.requires_grad_()
+    logprobs, old, ref = (x.log_softmax(-1) for x in (logits, old, ref))
+    wanted, = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True)
+    for weigh_kl in (True, False):
+        expected = 0.0
+        for token in range(5):
+            x = [y[token].view(1, 1) for y in (logprobs, old, ref)]
+            expected += old[token].exp() * policy_loss(*x, torch.zeros(1), torch.ones(1, 1), beta=1.0,
+                                                       weigh_kl=weigh_kl)[0]
+        gradient, = torch.autograd.grad(expected, logits, retain_graph=True)
+        assert torch.allclose(gradient, wanted, atol=1e-12) == weigh_kl
+
+
+@pytest.mark.parametrize("mean", ["sequence", "token"])
+def test_a_stale_sequence_of_negative_advantage_teaches_nothing_but_its_kl(mean):
+    """The limit is of the mean of log pi_old / pi over the sequence's own tokens; by hand."""
+    drift = [[0.9, -0.1, 7.0], [0.3, 0.0, 0.0], [0.9, 0.1, 0.0], [0.6, 7.0, 7.0], [-0.9, -0.1, 7.0]]  # log pi_old / pi
+    mask = [[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0]]
+    advantages = [-1.0, -1.0, 2.0, -0.5, -3.0]
+    stale = [True, False, False, True, False]
+    logprobs = torch.full((5, 3), -1.0, dtype=torch.float64, requires_grad=True)
+    ref = torch.full((5, 3), -1.5, dtype=torch.float64)
+    old = logprobs.detach() + torch.tensor(drift, dtype=torch.float64)
+    loss, _ = policy_loss(logprobs, old, ref, torch.tensor(advantages), torch.tensor(mask), clip_low=9.0, clip_high=9.0,
+                          stale_limit=0.39, beta=0.5, mean=mean)
+    value, k3 = 0.0, math.exp(-0.5) + 0.5 - 1
+    for row in range(5):
+        share = 1 / 5 / sum(mask[row]) if mean == "sequence" else 1 / 10
+        for t in range(sum(mask[row])):
+            value += share * 0.5 * k3
+            if not stale[row]:
+                value -= share * math.exp(-drift[row][t]) * advantages[row]
+    assert loss.item() == pytest.approx(value, rel=1e-12)
+    loss.backward()
+    of_kl = 0.5 * (1 - math.exp(-0.5))
+    assert logprobs.grad[0, 0].item() == pytest.approx(of_kl * (1 / 10))  # of both means: 2 of 10 tokens, 1 of 5 rows
+    assert logprobs.grad[1, 0].item() != pytest.approx(of_kl * (1 / 15 if mean == "sequence" else 1 / 10))
 
 
 def test_gspo_clips_whole_sequences_and_its_others_share_one_gradient():
@@ -526,7 +571,7 @@ def gradient_over_every_group(policy, G, **advantage_settings):
     probabilities = logprobs.detach().sum(1).exp()
     for group in itertools.product(range(7), repeat=G):
         rows = list(group)
-        advantages = group_advantages(REWARDS[rows][None], scale_by_std=False, **advantage_settings).flatten()
+        advantages = group_advantages(REWARDS[rows][None], scale="none", **advantage_settings).flatten()
         loss, _ = policy_loss(logprobs[rows], logprobs[rows].detach(), None, advantages, MASK[rows],
                               **METHODS["RLOO"], normaliser=G)
         total = total + probabilities[rows].prod() * loss
@@ -839,8 +884,8 @@ def test_its_optimizer_is_adam_with_betas_of_09_and_095_and_no_decay(tiny):
     assert group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0
 
 
-@pytest.mark.parametrize("fields", [{}, {"mean": "token", "scale_by_std": False, "beta": 0.0},
-                                    *({**METHODS[name], "scale_by_std": name in ("GRPO", "DAPO", "GSPO", "CISPO"),
+@pytest.mark.parametrize("fields", [{}, {"mean": "token", "scale": "none", "beta": 0.0},
+                                    *({**METHODS[name], "scale": "group" if name in SCALED else "none",
                                        "leave_one_out": name == "RLOO"} for name in METHODS if name != "PPO")],
                          ids=["r1", "token", *(name for name in METHODS if name != "PPO")])
 def test_the_reward_rises_within_a_few_rollouts(tiny, fields):
@@ -1057,8 +1102,8 @@ def test_importance_weights_change_what_is_learnt(tiny):
     assert a > 0 and b == pytest.approx(a / 2, rel=0.2) and abs(c - a) > 0.1 * a
 
 
-@pytest.mark.parametrize("method, fields", [("GRPO", {}), ("Dr. GRPO", {"scale_by_std": False}),
-                                            ("RLOO", {"scale_by_std": False, "leave_one_out": True})])
+@pytest.mark.parametrize("method, fields", [("GRPO", {}), ("Dr. GRPO", {"scale": "none"}),
+                                            ("RLOO", {"scale": "none", "leave_one_out": True})])
 def test_the_advantages_learnt_from_are_those_of_the_configured_method(tiny, monkeypatch, method, fields):
     seen, update = [], grpo.update
 
@@ -1256,6 +1301,7 @@ def in_our_words(case):
         # TRL's epsilon_high of CISPO is the upper clip itself, and it has no lower one
         clip_low=1 if cispo else case["epsilon"], clip_high=high - 1 if cispo else high, detach_ratio=cispo,
         sequence_ratio=case["importance_sampling_level"] == "sequence", beta=case["beta"],
+        weigh_kl=case.get("use_bias_correction_kl", False), stale_limit=case.get("off_policy_mask_threshold", 0.0),
         mean={"grpo": "sequence", "dr_grpo": "constant"}.get(case["loss_type"], "token"),
         normaliser=len(logprobs) * ABOUT["max_completion_length"] if case["loss_type"] == "dr_grpo" else None)
     if case["use_vllm"]:  # TRL weighs the policy's term; no weight is negative, so that it may weigh the advantages
@@ -1267,7 +1313,7 @@ def of_trl(case, suffix=""):
     return TRL["loss" + suffix][case["row"]], TRL["gradient" + suffix][case["row"]]
 
 
-SAME = [name for name, case in CASES.items() if not case["delta"] and not case.get("use_bias_correction_kl")]
+SAME = [name for name, case in CASES.items() if not case["delta"]]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -1303,24 +1349,6 @@ def beside_trl(tensors, switches, extra):
     return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("use_bias_correction_kl")])
-def test_trls_corrected_kl_is_our_k3_times_the_ratio(name):
-    """TRL's use_bias_correction_kl (DeepSeek-V3.2) weighs k3 by pi / pi_old and differentiates the product. We follow
-    DeepSeekMath eq. 3, where the KL has no weight: on-policy the values agree, the gradients descend different KLs."""
-    (logprobs, old, ref, advantages, mask), switches = in_our_words(CASES[name])
-    log_ratio = torch.where(mask > 0, logprobs - old, 0)
-    if switches["sequence_ratio"]:
-        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None]
-    beta, switches["beta"] = switches["beta"], 0.0
-    d = ref - logprobs
-    value, gradient = beside_trl(
-        (logprobs, old, None, advantages, mask), switches, beta * log_ratio.exp() * (d.exp() - d - 1)
-    )
-    theirs, their_gradient = of_trl(CASES[name])
-    torch.testing.assert_close(value, theirs, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(gradient, their_gradient, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["delta"]])
 def test_trls_delta_bounds_what_we_leave_unbounded_for_a_negative_advantage(name):
     """TRL's delta (INTELLECT-2's two-sided clip) holds the ratio below it for A < 0 too, where eq. 3's min never clips:
@@ -1338,12 +1366,8 @@ def test_trls_delta_bounds_what_we_leave_unbounded_for_a_negative_advantage(name
 
 def test_advantages_are_those_that_trl_computed():
     rewards = TRL["rewards"].double()
-    torch.testing.assert_close(group_advantages(rewards), TRL["advantages_group"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(group_advantages(rewards, scale_by_std=False), TRL["advantages_none"])
-    # the std of the whole batch is a choice that we leave out (arXiv 2508.08221)
-    torch.testing.assert_close(
-        group_advantages(rewards, scale_by_std=False) / (rewards.std() + 1e-4), TRL["advantages_batch"]
-    )
+    for scale in ("group", "batch", "none"):
+        torch.testing.assert_close(group_advantages(rewards, scale), TRL[f"advantages_{scale}"], rtol=0, atol=1e-6)
 
 
 def test_trls_truncated_weights_are_those_that_importance_cap_makes():

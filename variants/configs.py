@@ -23,12 +23,12 @@ PUBLISHED = {
 }
 
 # What policy_loss's switches, and those around it, make of GRPO.
-PLAIN = dict(detach_ratio=True, clip_low=0.0, clip_high=0.0, mean="constant", beta=0.0, scale_by_std=False)  # A log pi
+PLAIN = dict(detach_ratio=True, clip_low=0.0, clip_high=0.0, mean="constant", beta=0.0, scale="none")  # A log pi
 # CISPO has no lower clip; its upper one here is ours. RLOO and REINFORCE ignore pi / pi_old, so they are exact for the
 # first update of a rollout only.
 METHODS = {
     "grpo": dict(beta=0.04),                                                                # DeepSeekMath eq. 3
-    "dr_grpo": dict(scale_by_std=False, mean="constant", beta=0.0),                         # 2503.20783
+    "dr_grpo": dict(scale="none", mean="constant", beta=0.0),                         # 2503.20783
     "dapo": dict(clip_high=0.28, mean="token", beta=0.0),                                   # 2503.14476, with SAMPLING
     "gspo": dict(sequence_ratio=True, clip_low=3e-4, clip_high=4e-4, beta=0.0),             # 2507.18071
     "cispo": dict(detach_ratio=True, clip_low=1.0, clip_high=4.0, mean="token", beta=0.0),  # 2506.13585
