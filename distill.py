@@ -8,7 +8,11 @@ stay. Their rows train SFT-2 (from the base again) and the students [v2 B.4.3], 
   3. mix with general examples, 3 : 1 [R1: 600k : 200k]
   4. next-token training on the completions
 
+On-policy distillation [Thinking Machines 2025]: the student learns from its own samples, by how much likelier each token
+is to the teacher than to itself. It needs the teacher at each step, but no reward and no verifier.
+
     python distill.py --teacher DIR --student DIR --data FILE.jsonl --out DIR
+    python distill.py --on-policy --teacher DIR --student DIR --data FILE.jsonl --out DIR
 """
 
 import random
@@ -85,9 +89,29 @@ def distill(student, traces, general, encode, train, ratio=3, seed=0):
     return train(student, [encode(row) for row in rows])
 
 
+class OnPolicy:
+    """In place of grpo.train's group advantages: A_t = log pi_teacher - log pi_student of each token that was sampled.
+
+    The policy gradient with these is, in expectation over the token, that of the reverse KL of student to teacher at
+    this prefix, which stays as it is: no token is credited for what comes after it. Teacher and student share a
+    tokenizer. score(model, rollout) -> (B, T), log-probabilities of the rollout's tokens: grpo.all_logprobs.
+    """
+
+    def __init__(self, teacher, score):
+        self.teacher, self.score = teacher, score
+
+    def advantages(self, rollout):
+        advantages = (self.score(self.teacher, rollout) - rollout.old_logprobs) * rollout.mask  # (B, T)
+        self.reverse_kl = -(advantages.sum() / rollout.mask.sum()).item()  # nats a token, at the student's prefixes
+        return advantages
+
+    def learn(self, rollout, rows):
+        return {"reverse_kl": self.reverse_kl}
+
+
 def main():
     from lab.distill_script import run  # here, so that the rest imports without the project
-    run(rejection_sample, explain, distill)
+    run(rejection_sample, explain, distill, OnPolicy)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,8 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     for name, rule in rewards.items():
         scores = [float(rule(text, example)) for text, example in zip(texts, examples_of_rows)]
         parts[name] = torch.tensor(scores, device=device).view(-1, G)
-    total = sum(weights.get(name, 1.0) * scores for name, scores in parts.items())  # (N, G)
+    none = torch.zeros(len(examples), G, device=device)
+    total = sum((weights.get(name, 1.0) * scores for name, scores in parts.items()), none)  # (N, G)
 
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(G)  # (B,)
     prompts_of_rows = [prompt for prompt in prompts for _ in range(G)]

@@ -1,5 +1,8 @@
-"""The script of distill.py: sample a teacher's traces, keep the verified ones, train a student on them."""
+"""The script of distill.py: sample a teacher's traces, keep the verified ones, train a student on them; or train it on
+its own samples, as the teacher judges their tokens."""
 
+import sys
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,13 +16,15 @@ from lab.command import Parser, add_memory, add_saving, add_template, fields_of,
 from lab.graphs import generate
 from lab.asking import decoder, to_learn, with_room
 from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
-                         in_its_language, open_model, open_to_train, read_problem_set, rules, save_trained)
+                         in_its_language, open_model, open_to_train, read_problem_set, reinforce, rules, save_trained)
 from rewards import TAGS
 from sft import SFTConfig, adamw, tokenize, train
+from tokenizer import Tokenizer
 
 
 def parse():
-    parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
+    parser = Parser(description="Sample a teacher's verified traces and train a student on them. --on-policy: train it "
+                                "on its own samples, with grpo.py's options (--on-policy --help).")
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
     parser.add_argument("--data", required=True, help=PROBLEMS)
@@ -35,7 +40,38 @@ def parse():
     return parser, parser.parse_with_rows()
 
 
-def run(rejection_sample, explain, distill):
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    teacher: str = ""  # model directory
+    model: str = ""    # the student's
+
+
+def on_policy(OnPolicy):
+    """grpo.py's script with the teacher in place of the rules, which are only logged."""
+    import grpo
+
+    def judged_by_teacher(student, config, dirs):
+        check_same_tokenizer(dirs.teacher, dirs.model)
+        teacher, _ = open_model(dirs.teacher, getattr(torch, config.dtype))
+        return OnPolicy(teacher.requires_grad_(False), partial(grpo.all_logprobs, config=config))
+
+    reinforce("Train a student on its own samples, as a teacher judges their tokens.", grpo.train, grpo.GRPOConfig,
+              judged_by_teacher, OnPolicyConfig, on_policy=True, beta=0.0)
+
+
+def check_same_tokenizer(teacher, student):
+    """Raises ValueError where an id may stand for another token: its probability would be of something else."""
+    for dir in (teacher, student):
+        check_directory(base_directory(dir))
+    theirs, ours = (Tokenizer(base_directory(dir)) for dir in (teacher, student))
+    if any(theirs.spec.get(part) != ours.spec.get(part) for part in ("model", "added_tokens")):
+        raise ValueError(f"{teacher} and {student} have different tokenizers: the teacher cannot judge the student's "
+                         "tokens; without --on-policy it can")
+
+
+def run(rejection_sample, explain, distill, OnPolicy):
+    if "--on-policy" in sys.argv:
+        return on_policy(OnPolicy)
     parser, args = parse()
     with parser.one_line_errors(args.out):
         problems = read_problem_set(args.data, args)

@@ -143,13 +143,17 @@ def save_trained(trainee, dir, tokenizer):
     save_model(trainee.whole(), dir, tokenizer)
 
 
-def parse_reinforce(description, config_class, estimator_config, defaults, leave_out=()):
-    """(parser, arguments) of a script that reinforces; defaults: {field of config_class: the method's default}.
+def parse_reinforce(description, config_class, estimator_config, defaults, leave_out=(), on_policy=False):
+    """(parser, arguments) of a script that reinforces; defaults: {an option: the method's default}.
 
-    leave_out: fields of Memory that the script does not offer.
+    leave_out: fields of Memory that the script does not offer; on_policy: distill.py's, whose model is the student.
     """
     parser = Parser(description=description)
-    parser.add_argument("--model", required=True, help="model directory")
+    if on_policy:
+        parser.add_argument("--on-policy", action="store_true", help="what this page is of")
+        parser.add_argument("--student", dest="model", required=True, help="model directory")
+    else:
+        parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--data", required=True, help=PROBLEMS)
     add_fields_of_rows(parser)
     parser.add_argument("--out", required=True, help="where the trained model goes")
@@ -164,7 +168,7 @@ def parse_reinforce(description, config_class, estimator_config, defaults, leave
     parser.add_fields(config_class)
     parser.add_fields(DAPOConfig)
     if estimator_config is not None:
-        parser.add_fields(estimator_config)
+        parser.add_fields(estimator_config, estimator_config.__dataclass_fields__.keys() - {"model"})
     add_compile(parser)
     add_memory(parser, leave_out)
     if estimator_config is None:  # what a variant adds is not in the formula
@@ -178,18 +182,18 @@ def parse_reinforce(description, config_class, estimator_config, defaults, leave
 
 
 def reinforce(description, train, config_class, estimator_class=None, estimator_config=None, make_optimizer=None,
-              **defaults):
+              on_policy=False, **defaults):
     """The script of grpo.py, and of the variants that put another advantage estimator in place of the group advantages.
 
     estimator_class(model, config, estimator_config's fields) makes what `train` takes as advantage_estimator;
-    make_optimizer: train's default, which may then run on the CPU; `defaults`: the fields of config_class whose default
-    the method changes.
+    make_optimizer: train's default, which may then run on the CPU; on_policy: distill.py's, whose rules only log;
+    `defaults`: the options whose default the method changes.
     """
     leave_out = () if make_optimizer else ("offload_optimizer",)
-    parser, args = parse_reinforce(description, config_class, estimator_config, defaults, leave_out)
+    parser, args = parse_reinforce(description, config_class, estimator_config, defaults, leave_out, on_policy)
     with parser.one_line_errors(args.out):
         chosen = chosen_rules(args.rewards, rules())
-        weights = chosen_weights(chosen, args.reward_weights)
+        weights = dict.fromkeys(chosen, 0.0) if on_policy else chosen_weights(chosen, args.reward_weights)
         examples = read_problem_set(args.data, args)
         choose_max_new_tokens(args, examples, config_class)
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
@@ -239,7 +243,8 @@ class Printer:
         print_flush(f"rollout {metrics['step']}/{self.config.rollouts}  reward {metrics['reward']:.3f}  "
                     f"length {metrics['length']:.0f}  kl {metrics['kl']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
                     f"entropy {metrics['entropy']:.2f}  grad norm {metrics['grad_norm']:.2f}  "
-                    f"cut {metrics['unfinished']:.0%}  no signal {metrics['no_signal']:.0%}")
+                    f"cut {metrics['unfinished']:.0%}  no signal {metrics['no_signal']:.0%}"
+                    + (f"  reverse kl {metrics['reverse_kl']:.3f}" if "reverse_kl" in metrics else ""))
         for line in watch.new_warnings(self.rows):
             print_flush(f"  {line}")
             records.write_warning(self.dir, metrics["step"], line)

@@ -1,11 +1,20 @@
 import collections
+import itertools
 import random
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from distill import FILTERS, distill, mix, readable, rejection_sample, repeats
+import distill as distill_module
+import grpo
+from distill import FILTERS, OnPolicy, distill, mix, readable, rejection_sample, repeats
+from forked import run_forked
 from lab.scripts import in_its_language
+from model import generate, save
+from runs import make, write
 
 EXAMPLE = {"prompt": "2+3?", "answer": "5", "language": "en", "kind": "reasoning"}
 GOOD = "<think>two and three</think><answer>5</answer>"
@@ -127,7 +136,7 @@ def test_without_general_examples_a_student_is_trained_on_the_traces_alone_in_th
 def test_a_student_learns_its_teachers_traces(tiny, tokenizer):
     """The teacher always thinks before it answers; the student never has."""
     from functools import partial
-    from model import generate
+    from model import save
     from sft import SFTConfig, train
     traces, _ = rejection_sample([EXAMPLE | {"prompt": str(i), "answer": str(i)} for i in range(10)],
                                  [[f"<think>{i}</think>{i}", f"<think>{i}</think>x"] for i in range(10)],
@@ -143,3 +152,102 @@ def test_a_student_learns_its_teachers_traces(tiny, tokenizer):
     ids, lengths, _ = generate(student, prompts, 1, 30, temperature=0, end_ids=[tokenizer.end_id])
     *thought, greeting = [tokenizer.decode(row[:n]) for row, n in zip(ids.tolist(), lengths)]
     assert greeting == "hi" and all(re.fullmatch(r"<think>(\d)</think>\1", text) for text in thought), thought
+
+
+# ------------------------------------------------------------------------------------------- on-policy distillation
+
+class Table(torch.nn.Module):
+    """A toy model of 3 tokens: what comes next depends on the last two."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(seed)).double())
+
+    def forward(self, ids, positions=None, segments=None):
+        before = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=3)
+        return self.table[before, ids]
+
+
+@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
+def test_its_gradient_is_that_of_the_reverse_kl_a_token_with_prefixes_held_fixed(mean):
+    """By enumeration of all completions of two tokens, each weighed by its probability."""
+    student, teacher = Table(0), Table(1)
+    config = SimpleNamespace(dtype="float32", temperature=1.0, micro_batch_tokens=64)
+    completions = list(itertools.product(range(3), repeat=2))
+    ids = torch.tensor([[0, *completion] for completion in completions])
+    rollout = SimpleNamespace(ids=ids, mask=torch.ones(9, 2).bool(), ends=[3] * 9)
+    with torch.no_grad():
+        rollout.old_logprobs = grpo.all_logprobs(student, rollout, config).double()
+        of_teacher = teacher(ids[:, :-1]).log_softmax(-1)
+    estimator = OnPolicy(teacher, partial(grpo.all_logprobs, config=config))
+    advantages = estimator.advantages(rollout).double()
+    logprobs = student(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    probability = rollout.old_logprobs.sum(1).exp()
+    loss = sum(p * grpo.policy_loss(logprobs[i:i + 1], rollout.old_logprobs[i:i + 1], None, advantages[i:i + 1],
+                                    torch.ones(1, 2), mean=mean, beta=0.0)[0] for i, p in enumerate(probability))
+    ours, = torch.autograd.grad(loss, student.table)
+    every = student(ids[:, :-1]).log_softmax(-1)                          # (9, 2, 3)
+    reverse_kl = (every.exp() * (every - of_teacher)).sum(-1)             # (9, 2), at each prefix
+    wanted, = torch.autograd.grad((probability[:, None] * reverse_kl).sum() / 2, student.table)
+    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-5)
+    assert ours.abs().max() > 0.01
+    exact = (probability[:, None] * reverse_kl).sum() / 2
+    sampled = -(probability[:, None] * advantages).sum() / 2
+    assert sampled.item() == pytest.approx(exact.item(), abs=1e-6)
+
+
+def test_without_a_rule_the_student_comes_to_the_teachers_distribution():
+    student, teacher = Table(0).float(), Table(1).float()
+    student.config = SimpleNamespace()
+
+    def sample(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator):
+        ids, logprobs = torch.tensor(prompts).repeat_interleave(n, 0), []
+        for _ in range(max_new_tokens):
+            p = model(ids)[:, -1].softmax(-1)
+            token = torch.multinomial(p, 1, generator=generator)
+            ids, _ = torch.cat((ids, token), 1), logprobs.append(p.gather(1, token).log())
+        return ids[:, 1:], torch.full((len(ids),), max_new_tokens), torch.cat(logprobs, 1)
+
+    config = grpo.GRPOConfig(rollouts=60, prompts_per_rollout=3, group_size=32, minibatches=1, max_new_tokens=4, lr=0.1,
+                             warmup=1, beta=0.0, dtype="float32", grad_clip=10.0)
+    history = []
+    grpo.train(student, [[0], [1], [2]], encode=list, decode=str, generate=sample, end_ids=[], rewards={},
+               config=config, advantage_estimator=OnPolicy(teacher, partial(grpo.all_logprobs, config=config)),
+               log=lambda metrics, _: history.append(metrics["reverse_kl"]))
+    assert history[0] > 0.3 and abs(sum(history[-5:]) / 5) < 0.03, history[::10]
+    reached = student.table.softmax(-1)[:3]
+    assert (reached - teacher.table.softmax(-1)[:3]).abs().max() < 0.15
+
+
+OPTIONS = ("--rollouts 6 --prompts-per-rollout 2 --group-size 8 --minibatches 1 --max-new-tokens 6 --dtype float32 "
+           "--lr 3e-3 --warmup 1 --save-every 0").split()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    dir = tmp_path_factory.mktemp("two")
+    for name, kind, layout in (("teacher", "llama", "qwen"), ("student", "qwen3", "qwen"), ("other", "llama", "llama")):
+        model, tokenizer = make(dir / name, kind, layout)
+        if name == "teacher":  # its distributions are far from even, and so from the student's
+            model.embed_tokens.weight.data *= 4
+            save(model, dir / name, tokenizer)
+    write(dir / "problems.jsonl", [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(9)])
+    return dir
+
+
+def on_policy(two, out, teacher="teacher", student="student", more=()):
+    args = ["--on-policy", "--teacher", two / teacher, "--student", two / student, "--data", two / "problems.jsonl",
+            "--out", out, *OPTIONS, *more]
+    return run_forked(distill_module.main, argv=["distill.py", *map(str, args)])
+
+
+def test_the_script_trains_the_student_towards_the_teacher(two, tmp_path):
+    ended = on_policy(two, tmp_path / "out")
+    assert ended.status == 0, ended.stderr
+    values = [float(kl) for kl in re.findall(r"reverse kl (-?[0-9.]+)", ended.stdout)]
+    assert len(values) == 6 and values[-1] < values[0]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_in_one_line(two, tmp_path):
+    ended = on_policy(two, tmp_path / "out", teacher="other")
+    assert ended.status == 2 and "different tokenizers" in ended.stderr and ended.stderr.count("\n") == 1
