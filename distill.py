@@ -8,8 +8,8 @@ stay. Their rows train SFT-2 (from the base again) and the students [v2 B.4.3], 
   3. mix with general examples, 3 : 1 [R1: 600k : 200k]
   4. next-token training on the completions
 
-On-policy distillation [Thinking Machines 2025]: the student learns from its own samples, by how much likelier each token
-is to the teacher than to itself. It needs the teacher at each step, but no reward and no verifier.
+On-policy distillation [Thinking Machines 2025]: the student learns from its own samples, by how much likelier each
+token is to the teacher than to itself. It needs the teacher at each step, but no reward and no verifier.
 
     python distill.py --teacher DIR --student DIR --data FILE.jsonl --out DIR
     python distill.py --on-policy --teacher DIR --student DIR --data FILE.jsonl --out DIR

@@ -8,9 +8,8 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-The loss's value is about 0 while it learns (a group's advantages sum to 0): watch reward, KL (a sawtooth: the
-reference moves), clip fraction, entropy and gradient norm. A truncated completion keeps reward and gradient (DAPO
-penalises it: variants/dapo.py); the sampled end token has its gradient too.
+The loss is about 0 while it learns (a group's advantages sum to 0): watch reward, KL, clip fraction, entropy and
+gradient norm. A truncated completion keeps reward and gradient (variants/dapo.py can penalise or mask it).
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
 
@@ -86,18 +85,15 @@ def group_advantages(rewards, scale="group", leave_one_out=False):
     advantages = shifted - shifted.mean(dim=1, keepdim=True)
     if leave_one_out:
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
-    if scale == "group":
-        return advantages / (shifted.std(dim=1, keepdim=True) + 1e-4)
-    if scale == "batch":
-        return advantages / (rewards.std() + 1e-4)
-    return advantages
+    if scale == "none":
+        return advantages
+    std = rewards.std() if scale == "batch" else shifted.std(dim=1, keepdim=True)
+    return advantages / (std + 1e-4)
 
 
 def token_logprobs(logits, ids, temperature=1.0):
-    """Log-probability of each id under softmax(logits / temperature). logits (..., V), ids (...) -> (...).
-
-    This is the sampling distribution: a rollout that cut the vocabulary (top-p, top-k) could not be scored by it.
-    """
+    """Log-probability of each id under softmax(logits / temperature), from which a rollout samples without top-p or
+    top-k. logits (..., V), ids (...) -> (...)"""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
@@ -107,11 +103,8 @@ def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
 
     k3  pi_ref/pi - log(pi_ref/pi) - 1, never negative [DeepSeekMath eq. 4]; as a loss it descends KL(pi_ref || pi)
     k2  log(pi_ref/pi)^2 / 2, never negative; as a loss it descends KL(pi || pi_ref)
-    k1  log(pi/pi_ref), unbiased for KL(pi || pi_ref) and only to watch: as a loss its gradient is 0 in expectation
     """
     log_ratio = ref_logprobs - logprobs
-    if estimator == "k1":
-        return -log_ratio
     if estimator == "k2":
         return log_ratio.square() / 2
     log_ratio = log_ratio.clamp(max=10)  # exp stays finite; beyond that the gradient is 0
@@ -126,9 +119,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
     advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: the whole update's count, if this is one of
-    its micro-batches: of sequences, of tokens, or a constant budget of tokens, by `mean`; by default this batch's own
-    (for "constant" B * T, which varies).
-    Returns the scalar loss and metrics as means over this batch's tokens; "drift" is the mean |log pi / pi_old|.
+    its micro-batches, of sequences, tokens, or a constant budget of tokens, by `mean`; by default this batch's own.
+    Returns the scalar loss and metrics as means over this batch's tokens; "drift": of |log pi / pi_old|.
     """
     def clean(x):  # padding may hold anything, even inf, and inf * 0 is NaN
         return x if x is None else torch.where(mask > 0, x, 0)
@@ -149,8 +141,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         objective = torch.min(ratio * advantages, clipped * advantages)  # the clip can only lower it, for any A
         clip_decides = clipped * advantages < ratio * advantages
     if stale_limit:
-        is_stale = -token_log_ratio.sum(1) / lengths > stale_limit  # (B,)
-        objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)  # DeepSeek-V3.2's off-policy mask
+        is_stale = -token_log_ratio.sum(1) / lengths > stale_limit  # (B,), DeepSeek-V3.2's off-policy mask
+        objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
     if weigh_kl:
         penalty = penalty * ratio  # DeepSeek-V3.2: then k3's gradient is that of KL(pi || pi_ref), off-policy too
@@ -163,8 +155,6 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     with torch.no_grad():
         metrics = {"kl": (penalty * mask).sum() / tokens, "clip_fraction": (clip_decides * mask).sum() / tokens,
                    "ratio": (ratio * mask).sum() / tokens, "drift": token_log_ratio.abs().sum() / tokens}
-        if ref_logprobs is not None:
-            metrics["k1"] = kl_divergence(logprobs, ref_logprobs, "k1").sum() / tokens
     return loss, {name: value.item() for name, value in metrics.items()}
 
 
@@ -197,16 +187,15 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
 
     # the reward: the weighted sum of what the rules say
     examples_of_rows = [example for example in examples for _ in range(G)]
-    parts = {}
+    parts, total = {}, torch.zeros(len(examples), G, device=device)
     for name, rule in rewards.items():
         scores = [float(rule(text, example)) for text, example in zip(texts, examples_of_rows)]
         parts[name] = torch.tensor(scores, device=device).view(-1, G)
-    none = torch.zeros(len(examples), G, device=device)
-    total = sum((weights.get(name, 1.0) * scores for name, scores in parts.items()), none)  # (N, G)
+        total += weights.get(name, 1.0) * parts[name]  # (N, G)
 
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(G)  # (B,)
-    prompts_of_rows = [prompt for prompt in prompts for _ in range(G)]
-    rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts_of_rows, completions)]
+    prompts = [prompt for prompt in prompts for _ in range(G)]  # of rows
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
+    rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts, completions)]
     rows = pad_sequence(rows, batch_first=True).to(device)  # (B, T+1)
     target = torch.arange(1, rows.shape[1], device=device)  # by length, not by value: any id may be real
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
@@ -375,13 +364,12 @@ class TrainState:
 def rollout_metrics(r: Rollout, history, config):
     """What tells a healthy run from a sick one: of the groups that were kept, and the means over the updates."""
     tokens = r.mask.sum().clamp(min=1)
-    spread = r.rewards.amax(1) - r.rewards.amin(1)
     metrics = {
         "reward": r.rewards.mean().item(),
-        "length": r.lengths.float().mean().item(),
+        "length": r.lengths.float().mean().item(), "tokens": int(r.lengths.sum()),
         "unfinished": 1 - r.finished.float().mean().item(),
         "group_std": r.rewards.std(1).mean().item(),
-        "no_signal": (spread <= 1e-6).float().mean().item(),  # share of groups whose rewards are all equal
+        "no_signal": (r.rewards.amax(1) - r.rewards.amin(1) <= 1e-6).float().mean().item(),  # groups of equal rewards
         "entropy": -(r.old_logprobs.sum() / tokens).item(),   # the mean of -log p over samples estimates it
         "sampler_gap": ((r.sampled_logprobs - r.old_logprobs).abs().sum() / tokens).item()}  # healthy below 0.01
     if config.old_logprobs == "sampler":  # then the first update's forward pass tells: the weights had not moved
@@ -389,8 +377,7 @@ def rollout_metrics(r: Rollout, history, config):
     metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
     finite = [update for update in history if not update["skipped"] and not update["overflow"]] or history[:1]
     metrics |= {name: sum(update[name] for update in finite) / len(finite) for name in finite[0]}
-    metrics |= {name: sum(update[name] for update in history) for name in ("skipped", "overflow")}
-    return metrics | {"tokens": int(r.lengths.sum())}
+    return metrics | {name: sum(update[name] for update in history) for name in ("skipped", "overflow")}
 
 
 def train(model, examples, *, encode, decode, generate, end_ids, rewards, config, weights=None, select=draw_once,

@@ -23,8 +23,9 @@ from tokenizer import Tokenizer
 
 
 def parse():
-    parser = Parser(description="Sample a teacher's verified traces and train a student on them. --on-policy: train it "
-                                "on its own samples, with grpo.py's options (--on-policy --help).")
+    parser = Parser(description="Sample a teacher's verified traces and train a student on them.")
+    parser.add_argument("--on-policy", action="store_true", help="train it on its own samples instead, as the teacher "
+                        "judges their tokens; with grpo.py's options: --on-policy --help")
     parser.add_argument("--teacher", required=True, help="model directory")
     parser.add_argument("--student", required=True, help="model directory; the student keeps its own tokenizer")
     parser.add_argument("--data", required=True, help=PROBLEMS)

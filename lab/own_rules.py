@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 METRICS = ("reward", "length", "unfinished", "group_std", "no_signal", "entropy", "sampler_gap", "kl", "clip_fraction",
-           "ratio", "drift", "k1", "loss", "grad_norm", "skipped", "overflow", "tokens", "step", "samples", "discarded",
+           "ratio", "drift", "loss", "grad_norm", "skipped", "overflow", "tokens", "step", "samples", "discarded",
            "seconds", "sampling_seconds", "peak_bytes", "value_loss", "explained_variance", "prm_loss", "prm_accuracy")
 
 

@@ -117,9 +117,8 @@ def test_kl_divergence_is_k3():
     assert kl_divergence(a, b)[0].tolist() == pytest.approx(by_hand)
 
 
-def test_k1_is_the_log_ratio_and_k2_half_its_square():
+def test_k2_is_half_the_square_of_the_log_ratio():
     a, b = torch.tensor([[-1., -2., -3.]]), torch.tensor([[-1.5, -2., -0.5]])
-    assert kl_divergence(a, b, "k1").tolist() == [[0.5, 0, -2.5]]
     assert kl_divergence(a, b, "k2").tolist() == [[0.125, 0, 3.125]]
 
 
@@ -447,13 +446,12 @@ def test_each_method_is_finite_in_value_and_gradient_at_any_log_ratio(method, kl
 
 
 @pytest.mark.parametrize("kl", ["k2", "k3"])
-def test_the_metrics_hold_the_kl_of_the_loss_and_the_unbiased_k1_over_sampled_tokens(kl):
+def test_the_metrics_hold_the_kl_of_the_loss_over_sampled_tokens(kl):
     for seed in range(3):
         logprobs, old, ref, advantages, mask = ragged(seed)
         tensors = (torch.tensor(x, dtype=torch.float64) for x in (logprobs, old, ref, advantages, mask))
         metrics = policy_loss(*tensors, kl=kl)[1]
         d = [ref[i][t] - logprobs[i][t] for i in range(len(mask)) for t in range(len(mask[0])) if mask[i][t]]
-        assert metrics["k1"] == pytest.approx(-sum(d) / len(d))
         assert metrics["kl"] == pytest.approx(sum(x * x / 2 if kl == "k2" else math.exp(x) - x - 1 for x in d) / len(d))
 
 
@@ -615,16 +613,6 @@ def test_the_expected_gradient_of_k3_is_that_of_the_reversed_kl_and_of_k2_that_o
     reversed_kl, forward_kl = kl_gradients(policy, reference)
     torch.testing.assert_close(ours, reversed_kl if kl == "k3" else forward_kl)
     assert (reversed_kl - forward_kl).abs().max() > 0.01 and ours.abs().max() > 0.01
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_expected_gradient_of_k1_is_zero_though_its_value_is_the_kl_without_bias(seed):
-    policy, reference = TinyPolicy(seed), TinyPolicy(seed + 100)
-    probabilities = policy.logprobs().sum(1).exp().detach()
-    logprobs, ref = policy.logprobs(), reference.logprobs().detach()
-    expected = probabilities @ (kl_divergence(logprobs, ref, "k1") * MASK).sum(1)
-    assert expected.item() == pytest.approx((probabilities * (probabilities / ref.sum(1).exp()).log()).sum().item())
-    assert expected.item() > 0.01 and torch.autograd.grad(expected, policy.logits)[0].abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -1216,7 +1204,7 @@ def test_an_estimator_that_needs_a_reference_gets_one_without_a_kl_in_the_loss(t
     same, same_history, seen, states = run_with(True)
     assert all(ref is not None and ref.abs().sum() > 0 for ref in seen) and all(states)
     assert (
-        torch.equal(weights, same) and history == same_history and all(m["kl"] == 0 and "k1" not in m for m in history)
+        torch.equal(weights, same) and history == same_history and all(m["kl"] == 0 for m in history)
     )
 
 
