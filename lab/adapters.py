@@ -1,6 +1,7 @@
 """Directories with LoRA's adapters in PEFT's format: written beside a merged model, and merged where one is read.
 
     load_model(dir, device, dtype)     # as model.load; `dir` may hold an adapter of PEFT's, whose base is at hand
+    open_model(dir, dtype, ...)        # and its tokenizer, both checked
     save_adapters(model, base, dir)    # adapter_config.json and adapter_model.safetensors, which `peft` opens
 
 Our fused matrices (qkv_proj, gate_up_proj) are several in these files: one A serves all parts, and B has their rows.
@@ -13,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lab.architectures import is_deepseek, load
-from lab.check_adapter import CONFIG, PREFIX, WEIGHTS, directories, scale_of
+from lab.check_adapter import CONFIG, PREFIX, WEIGHTS, base_directory, directories, scale_of
+from lab.check_input import check_directory
 from lab.check_model import read_json
+from lab.layers import fast_layers
 from model import hf_tensors
+from tokenizer import Tokenizer
 from variants.lora import adapters
 
 
@@ -28,6 +32,15 @@ def load_model(dir, device=None, dtype=None):
             raise ValueError(f"{Path(adapter) / CONFIG}: an adapter of a deepseek_v3 is not supported")
         add_peft(model, adapter)
     return model
+
+
+def open_model(dir, dtype=None, device=None, template=None):
+    """(model, tokenizer) of a directory, which is checked before anything is loaded."""
+    base = base_directory(dir)
+    check_directory(base, template)
+    tokenizer = Tokenizer(base, template)
+    tokenizer.template  # a chat template that is not known is refused before anything is loaded
+    return fast_layers(load_model(dir, device, dtype)), tokenizer
 
 
 @torch.no_grad()

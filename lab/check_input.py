@@ -17,8 +17,9 @@ from lab.check_tokenizer import check_tokenizer
 KINDS, LANGUAGES = ("reasoning", "general", "safety"), ("en", "zh")
 
 
-def check_directory(dir, template=None):
-    """A directory with a model and a tokenizer that fit one another. template: as Tokenizer(dir, template) takes it.
+def check_directory(dir, template=None, head="ForCausalLM"):
+    """A directory with a model and a tokenizer that fit one another. template: as Tokenizer(dir, template) takes it;
+    head: check_model's.
 
     Raises ValueError with the file and the field.
     """
@@ -26,7 +27,7 @@ def check_directory(dir, template=None):
         raise ValueError(f"{dir} holds an adapter and no model: a training of ours leaves the merged one in the folder "
                          "above; another's is merged by lab/adapters.py's load_model, for model.py's save to write")
     check_tokenizer(dir, template)
-    check_model(dir)
+    check_model(dir, head)
     path = Path(dir) / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     config = json.loads((Path(dir) / "config.json").read_text(encoding="utf-8"))

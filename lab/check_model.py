@@ -24,11 +24,12 @@ MOST_EXPERTS = 2 ** 16  # of all layers
 LONGEST_MESSAGE = 500
 
 
-def check_model(dir):
-    """Raises ValueError for what is not a whole model of one of ARCHITECTURES."""
+def check_model(dir, head="ForCausalLM"):
+    """Raises ValueError for what is not a whole model of one of ARCHITECTURES; head: "ForSequenceClassification" for a
+    reward model of these kinds."""
     dir = Path(dir)
     with naming_file(dir / "config.json") as path:
-        config = read_fields(path)
+        config = read_fields(path) | {"head": head}
         check_fields(config)
         expected, past = tensor_shapes(config), f"model.layers.{config['num_hidden_layers']}."
     source, paths = weight_files(dir)
@@ -165,8 +166,11 @@ def check_features(config):
     architectures = config.get("architectures", list(ARCHITECTURES.values()))
     rope = config["rope"]
     activation = config.get("hidden_act", "silu")
-    if ARCHITECTURES.get(kind) not in architectures:
-        raise unsupported(f"model_type {kind!r} with architectures {architectures}")
+    head = config.get("head", "ForCausalLM")
+    if ARCHITECTURES.get(kind, "").replace("ForCausalLM", head) not in architectures:
+        raise unsupported(f"model_type {kind!r} with architectures {architectures}", head)
+    if head == "ForSequenceClassification" and len(config.get("id2label", "LABEL_0 LABEL_1".split())) != 1:
+        raise ValueError(f"id2label {config.get('id2label')} are not one label: a reward is one number")
     if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(value, dict) for value in rope.values()):
         raise unsupported(f"rope_parameters {rope}")
     if config.get("use_sliding_window") or set(config.get("layer_types", [])) - {"full_attention"}:
@@ -185,8 +189,8 @@ def check_features(config):
         raise unsupported(f"hidden_act {activation!r}")
 
 
-def unsupported(what):
-    *dense, deepseek = ARCHITECTURES.values()
+def unsupported(what, head="ForCausalLM"):
+    *dense, deepseek = (name.replace("ForCausalLM", head) for name in ARCHITECTURES.values())
     return ValueError(f"{what} is not supported, only dense {', '.join(dense)}, and {deepseek}")
 
 
@@ -226,7 +230,9 @@ def tensor_shapes(c):
     """{name: shape} of the tensors that the files must hold."""
     shapes = {"model.embed_tokens.weight": [c["vocab_size"], c["hidden_size"]],
               "model.norm.weight": [c["hidden_size"]]}
-    if not c["tie_word_embeddings"]:
+    if c.get("head") == "ForSequenceClassification":
+        shapes["score.weight"] = [1, c["hidden_size"]]
+    elif not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = [c["vocab_size"], c["hidden_size"]]
     for i in range(c["num_hidden_layers"]):
         layer = deepseek_layer(c, i) if is_deepseek(c) else dense_layer(c)

@@ -9,6 +9,7 @@ import torch
 
 from data.problems import read_rows
 from evaluate import EvalConfig, complete
+from lab.adapters import open_model
 from lab.check_adapter import base_directory
 from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
@@ -16,7 +17,7 @@ from lab.command import Parser, add_memory, add_saving, add_template, fields_of,
 from lab.graphs import generate
 from lab.asking import decoder, to_learn, with_room
 from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
-                         in_its_language, open_model, open_to_train, read_problem_set, reinforce, rules, save_trained)
+                         in_its_language, open_to_train, read_problem_set, reinforce, rules, save_trained)
 from rewards import TAGS
 from sft import SFTConfig, adamw, tokenize, train
 from tokenizer import Tokenizer

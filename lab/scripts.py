@@ -11,7 +11,7 @@ import rewards
 from data.math_answers import READERS, read_both, read_end
 from data.problems import read_problems, read_rows
 from lab import records, watch
-from lab.adapters import load_model, save_adapters
+from lab.adapters import open_model, save_adapters
 from lab.architectures import read_config, save
 from lab.asking import decoder, to_learn, with_room
 from lab.check_adapter import base_directory
@@ -20,7 +20,8 @@ from lab.checkpoint import FiniteGuard, print_flush, save_directory
 from lab.command import (Parser, add_compile, add_foretelling, add_going_on, add_memory, add_saving, add_template,
                          fast_dtype, fields_of, new_directory, saving, tell_of_unused_gpu)
 from lab.graphs import generate
-from lab.layers import fast_layers, replace
+from lab.judges import models_among, select_with
+from lab.layers import replace
 from lab.lots import in_lots
 from lab.memory import Memory, report
 from lab.own_rules import chosen_rules, chosen_weights
@@ -30,6 +31,7 @@ from model import Transformer
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
+from variants.reward_model import draw_once
 
 FOR_PROBLEM_SETS = 512  # new tokens: GSM8K's outputs have medians of 248-315
 PROBLEMS = "JSONL, JSON or CSV: GSM8K, MATH, Countdown, or rows {prompt, answer} (data/problems.py, data/forms.py)"
@@ -87,15 +89,6 @@ def choose_max_new_tokens(args, examples, config_class):
 def encoder(tokenizer):
     """encode(example) -> the ids of its prompt"""
     return lambda example: tokenizer.encode_prompt(example["prompt"])
-
-
-def open_model(dir, dtype=None, device=None, template=None):
-    """(model, tokenizer) of a directory, which is checked before anything is loaded."""
-    base = base_directory(dir)
-    check_directory(base, template)
-    tokenizer = Tokenizer(base, template)
-    tokenizer.template  # a chat template that is not known is refused before anything is loaded
-    return fast_layers(load_model(dir, device, dtype)), tokenizer
 
 
 def open_to_train(dir, args, seed):
@@ -159,7 +152,8 @@ def parse_reinforce(description, config_class, estimator_config, defaults, leave
     parser.add_argument("--out", required=True, help="where the trained model goes")
     parser.add_argument("--rewards", nargs="+", default=["accuracy", "format"], metavar="NAME",
                         help=f"of {', '.join(rules())}; or FILE.py:NAME, a function (completion, example) -> float of "
-                             "your own, whose file is run; default: accuracy format")
+                             "your own, whose file is run; or reward_model:DIR (variants/reward_model.py); default: "
+                             "accuracy format")
     parser.add_argument("--reward-weights", nargs="+", type=float, metavar="WEIGHT",
                         help="one for each of --rewards; 0 only logs it; default: 1 each")
     parser.add_argument("--config", choices=PUBLISHED | METHODS,
@@ -192,8 +186,10 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
     leave_out = () if make_optimizer else ("offload_optimizer",)
     parser, args = parse_reinforce(description, config_class, estimator_config, defaults, leave_out, on_policy)
     with parser.one_line_errors(args.out):
-        chosen = chosen_rules(args.rewards, rules())
-        weights = dict.fromkeys(chosen, 0.0) if on_policy else chosen_weights(chosen, args.reward_weights)
+        models, asked = models_among(args.rewards), chosen_weights(args.rewards, args.reward_weights)
+        names = [name for name in args.rewards if name not in models]
+        chosen = chosen_rules(names, rules())
+        weights = {rule: 0.0 if on_policy else asked.get(name, 1.0) for rule, name in zip(chosen, names)}
         examples = read_problem_set(args.data, args)
         choose_max_new_tokens(args, examples, config_class)
         config, dapo = fields_of(args, config_class), fields_of(args, DAPOConfig)
@@ -211,6 +207,10 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         keep = getattr(in_place.get("advantage_estimator"), "keep", None)
         if keep is not None or dapo != DAPOConfig():
             in_place["select"] = DAPO(dapo, config.max_new_tokens, keep).select
+        if models:
+            of_models = {dir: asked.get(name, 1.0) for name, dir in models.items()}
+            device = next(model.parameters()).device
+            in_place["select"] = select_with(of_models, device, config.dtype, in_place.get("select", draw_once))
         print("the loss says nothing here: its value is about 0 while it learns (a group's advantages sum to 0); "
               "watch the reward, KL, clip fraction, entropy and gradient norm", flush=True)
         with saving(out, args) as checkpointer:

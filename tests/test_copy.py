@@ -21,6 +21,7 @@ ALLOWED = {  # beside the standard library
     "variants/dapo": {"torch"}, "variants/rope_scaling": {"torch"}, "variants/configs": set(),
     "variants/lora": {"torch"}, "variants/offload": {"torch"}, "variants/deepseek_v3": {"torch"},
     "variants/v3_pretraining": {"torch"}, "variants/v3_weights": {"torch", "safetensors"},
+    "variants/reward_model": {"torch"},
     "lab/checkpoint": {"torch", "safetensors", "numpy"}}
 CONCEPTS = [*ALLOWED]
 FOLDERS = ("variants", "lab", "data")
@@ -117,6 +118,21 @@ EXAMPLES = {
         cache = net.new_cache(torch.zeros(1, dtype=torch.long))
         steps = [net(tokens[:, t:t + 1], cache=cache) for t in range(3)]
         assert torch.allclose(torch.cat(steps, dim=1), net(tokens), atol=1e-5)
+    """,
+    "variants/reward_model": TOY + """
+        from types import SimpleNamespace
+        import reward_model
+        class Body(torch.nn.Module):
+            config = SimpleNamespace(hidden_size=8)
+            def __init__(self):
+                super().__init__()
+                self.hidden = torch.nn.Embedding(8, 8)
+        torch.manual_seed(0)
+        judge, pairs = reward_model.RewardModel(Body()), [([1, 2, 7], [1, 2, 6]), ([5, 7], [5, 6])] * 50
+        done = reward_model.train(judge, pairs, reward_model.RewardConfig(lr=0.1, batch_rows=10, dtype="float32"))
+        assert done["accuracy"] == 1 and done["loss"] < 0.1, done
+        good, bad = reward_model.score(judge, [[3, 7], [3, 6]], "float32")
+        assert good > bad
     """,
     "variants/v3_weights": """
         import torch

@@ -1,0 +1,183 @@
+"""Reward models for RL-2: the policy's architecture with a scalar head, trained on preferences [R1 v1 2.3.4; v2 3.1].
+
+helpful  pairwise: of two answers to a prompt the better one scores higher [Bradley-Terry]; reads the final summary
+safe     point-wise: a response is safe or it is not; reads all of it, the thinking included
+
+Rules stay for what can be checked, since a trained judge can be deceived. In grpo.train a Judge stands where dynamic
+sampling does, and scores a rollout's outputs in batches:
+
+    python -m variants.reward_model --model DIR --data FILE --out DIR     # rows: data/preferences.py
+    grpo.train(..., select=Judge([Judged("helpful", model, encode)]).select)
+
+Shapes: B rows of right-padded ids, T positions, D hidden size; N prompts, G outputs of each.
+"""
+
+import math
+import random
+import time
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    lr: float = 3e-4             # R1: 6e-6
+    epochs: int = 1              # R1: 1
+    batch_rows: int = 64         # pairs, or labelled responses, of one update. R1: 256
+    warmup: float = 0.05         # part of the steps
+    micro_batch_rows: int = 16   # of one forward pass; changes memory and speed alone
+    grad_clip: float = 1.0
+    dtype: str = "bfloat16"      # of the forward pass
+    seed: int = 0
+
+
+class RewardModel(nn.Module):
+    """A transformer with hidden(ids) -> (B, T, D), and one number read from the state of each row's last token."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+        self.score = nn.Linear(transformer.config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.score.weight)  # at first all are equal
+
+    def forward(self, ids, ends):
+        """ids (B, T), ends (B,): the tokens of each row -> (B,), in float32. 0 is the middle; a sigmoid makes a
+        probability of it."""
+        states = self.transformer.hidden(ids)                                  # (B, T, D)
+        last = states[torch.arange(len(ids), device=ids.device), ends - 1]     # (B, D)
+        return self.score(last)[:, 0].float()
+
+
+def pairwise_loss(chosen, rejected):
+    """-log sigmoid(r_chosen - r_rejected), the mean over pairs [R1 v2 3.1, Bradley-Terry]. (B,), (B,) -> scalar"""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def pointwise_loss(scores, is_safe):
+    """-log of the probability of each label, the mean over responses. (B,), (B,) of 0 and 1 -> scalar"""
+    return F.binary_cross_entropy_with_logits(scores, is_safe)
+
+
+def scores_of(model, rows, dtype):
+    """Scores (B,) of rows, lists of ids."""
+    device = model.score.weight.device
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    ends = torch.tensor([len(row) for row in rows], device=device)
+    with torch.autocast(device.type, getattr(torch, dtype), dtype != "float32", cache_enabled=False):
+        return model(ids, ends)
+
+
+@torch.no_grad()
+def score(model, rows, dtype, batch_tokens=16384):
+    """Scores (len(rows),) on the CPU, in batches of at most so many padded tokens."""
+    scores = torch.empty(len(rows))
+    left = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first
+    while left:
+        count = max(1, batch_tokens // len(rows[left[0]]))
+        batch, left = left[:count], left[count:]
+        scores[batch] = scores_of(model, [rows[i] for i in batch], dtype).cpu()
+    return scores
+
+
+def loss_of(model, rows, dtype):
+    """Of pairs (chosen, rejected) of ids, or of (ids, label); and how many the model has right."""
+    first, second = zip(*rows)
+    if isinstance(second[0], list):
+        chosen, rejected = scores_of(model, first + second, dtype).chunk(2)
+        return pairwise_loss(chosen, rejected), (chosen > rejected).sum().item()
+    scores = scores_of(model, first, dtype)
+    labels = torch.tensor(second, dtype=torch.float32, device=scores.device)
+    return pointwise_loss(scores, labels), ((scores > 0) == (labels > 0.5)).sum().item()
+
+
+def train(model, rows, config: RewardConfig, log=None, save=None, resume=None):
+    """Trains a RewardModel in place on pairs (chosen ids, rejected ids) or on (ids, 1 or 0); returns the last metrics.
+
+    log(metrics) comes after each step, save(model=..., optimizer=..., step=...) too; resume(model=..., optimizer=...)
+    puts such a state back and returns {"step": ...}. A step whose gradient is not finite is skipped.
+    """
+    c, metrics, step = config, {}, 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    steps_an_epoch = math.ceil(len(rows) / c.batch_rows)
+    steps = c.epochs * steps_an_epoch
+    if resume is not None:
+        step = resume(model=model, optimizer=optimizer)["step"]
+    model.train()
+    while step < steps:
+        started = time.time()
+        epoch, number = divmod(step, steps_an_epoch)
+        order = list(range(len(rows)))
+        random.Random(f"{c.seed} {epoch}").shuffle(order)
+        batch = [rows[i] for i in order[number * c.batch_rows:(number + 1) * c.batch_rows]]
+        total, right = 0.0, 0
+        for i in range(0, len(batch), c.micro_batch_rows):
+            part = batch[i:i + c.micro_batch_rows]
+            loss, correct = loss_of(model, part, c.dtype)
+            (loss * len(part) / len(batch)).backward()
+            total, right = total + loss.item() * len(part) / len(batch), right + correct
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
+        optimizer.param_groups[0]["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup * steps))
+        is_finite = math.isfinite(total + grad_norm)
+        if is_finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        metrics = {"step": step, "steps": steps, "loss": total, "accuracy": right / len(batch), "grad_norm": grad_norm,
+                   "skipped": float(not is_finite), "seconds": time.time() - started}
+        if log is not None:
+            log(metrics)
+        if save is not None:
+            save(model=model, optimizer=optimizer, step=step)
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------- in reinforcement learning
+
+@dataclass
+class Judged:
+    """One model's part of the reward: weight * sigmoid(score), where it applies; 0 elsewhere."""
+    name: str
+    model: RewardModel
+    encode: Callable    # (example, completion) -> the ids that the model reads: of the summary, or of all
+    weight: float = 1.0
+    applies: Callable = lambda example: True  # whether it judges the outputs for this prompt
+
+
+def draw_once(draw, prompts, count):
+    return draw([next(prompts) for _ in range(count)]), 0
+
+
+class Judge:
+    """Its method is what grpo.train takes: select=Judge(...).select. `select`: dynamic sampling within, of dapo.py."""
+
+    def __init__(self, judged, dtype="bfloat16", select=draw_once):
+        self.judged, self.dtype, self.inner = judged, dtype, select
+
+    def select(self, draw, prompts, count):
+        return self.inner(lambda examples: self.judge(draw(examples)), prompts, count)
+
+    def judge(self, r):
+        """The rollout with the models' scores among its rewards and their parts."""
+        G = r.rewards.shape[1]
+        for judged in self.judged:
+            chosen = [i for i, _ in enumerate(r.texts) if judged.applies(r.examples[i // G])]
+            scores = torch.zeros(len(r.texts))
+            if chosen:
+                rows = [judged.encode(r.examples[i // G], r.texts[i]) for i in chosen]
+                scores[chosen] = score(judged.model, rows, self.dtype).sigmoid()
+            r.parts[judged.name] = scores.view(-1, G).to(r.rewards.device)
+            r.rewards = r.rewards + judged.weight * r.parts[judged.name]
+        return r
+
+
+def main():
+    from lab.reward_script import run  # here, so that the rest imports without the project
+    run(RewardConfig, RewardModel, train, score)
+
+
+if __name__ == "__main__":
+    main()
