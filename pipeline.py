@@ -6,6 +6,7 @@
     python pipeline.py --ablations            # also what some of the claims need in addition
     python pipeline.py --from dev2            # re-runs this stage and the later ones
     python pipeline.py --compare              # GRPO, its relatives, PPO and PRIME side by side
+    python pipeline.py --preferences model    # also RL-2 with reward models, and for too long
     python pipeline.py --architecture deepseek-v3    # from a base of the kind that R1 was trained from
     python pipeline.py --base DIR --train FILE --test FILE    # on a checkpoint and a problem set of your own
 
@@ -23,7 +24,7 @@ import lab  # noqa: F401  before torch is imported: it sets how long a waiting t
 import distill
 from data import world
 from grpo import GRPOConfig
-from lab import ablations, checkpoint, compare, measure
+from lab import ablations, checkpoint, compare, measure, preferences
 from lab.arguments import chosen_stages, memory_of, parse_arguments, preset_of
 from lab.command import device_of
 from lab.run import Run, Stage, machine
@@ -130,7 +131,7 @@ WITH_LANGUAGE = ACCURACY_AND_FORMAT | {"language_consistency": 1.0}             
 ALL_RULES = WITH_LANGUAGE | {"helpfulness": 1.0, "harmlessness": 1.0}               # v2 eq. 8-10
 
 
-def stage_table(source):
+def stage_table(source, with_models=False):
     """{name: Stage}, in order: title, the stage it starts from, by what, the paper's section, the function below.
 
     dev1, dev2 and dev3 are the paper's names of the intermediate models.
@@ -154,7 +155,10 @@ def stage_table(source):
                                      needs="traces"),
             f"control_{name}": Stage(f"Control, {name}", small, "GRPO alone", "R1 v1 4.1", control),
         }
-    return source.adapt(table | ablations.stages(ACCURACY_AND_FORMAT))
+    table |= ablations.stages(ACCURACY_AND_FORMAT)
+    if with_models:
+        table |= preferences.stages(WITH_LANGUAGE)
+    return source.adapt(table)
 
 
 def recipe(run, ablations):
@@ -162,12 +166,13 @@ def recipe(run, ablations):
     for line in run.source.left_out(run.chosen):
         print(line, flush=True)
     for name in run.chosen:
-        if name == "traces":
+        if name in ("traces", "judges"):
             run.make_data(name)
         else:
             run.make_stage(name)
     run.begin("")  # no stage is being made from here on: extra measurements
     measure.extras(run, ablations)
+    preferences.extras(run)
     run.write()
 
 
@@ -262,7 +267,7 @@ def open_run(args, device):
         pretrain = replace(preset.pretrain, lr=preset.deepseek_lr)
         preset = replace(preset, model=deepseek_sizes(**preset.model), pretrain=pretrain)
     source, preset = open_source(args, preset)
-    table = stage_table(source)
+    table = stage_table(source, args.preferences == "model")
     chosen = chosen_stages(args, table, source)
     rewards = {"zero": ACCURACY_AND_FORMAT, "dev2": WITH_LANGUAGE, "r1": ALL_RULES}
     return Run(args.out, args.preset, preset, args.seed, device, source, table, chosen, rewards, args.command,

@@ -66,5 +66,15 @@ def save(model, dir, tokenizer=None):
     (v3_weights if is_deepseek(model) else dense).save(model, dir, tokenizer)
 
 
+def transformer_of(config):
+    """With random weights, of a Config."""
+    file = deepseek_v3 if isinstance(config, deepseek_v3.Config) else dense
+    return file.Transformer(config, scaled_frequencies)
+
+
+def hf_tensors(model):
+    return (v3_weights if is_deepseek(model) else dense).hf_tensors(model)
+
+
 def read_config(dir):
     return v3_weights.read_config(dir, deepseek_v3.Config) if holds_deepseek(dir) else dense.read_config(dir)

@@ -25,6 +25,7 @@ SIZES = {  # option: (field of the preset, what it counts)
     "trace_samples": ("trace_samples", "traces sampled of each of them"),
     "test_problems": ("test", "problems of the test, at most"),
 }
+PREFERENCES = ("judges", "r1_model", "r1_long")  # stages that --preferences model adds
 OWN_ONLY = ("train", "test_file", "prompt_field", "answer_field", "general", "student", "template", "lora",
             "offload_optimizer")  # with --base
 WRITTEN = {"from_stage": "from", "test_file": "test"}  # options whose name differs from their argument's
@@ -45,6 +46,9 @@ def make_parser(presets):
     parser.add_argument("--from", dest="from_stage", metavar="STAGE",
                         help="re-run this stage and the later ones; after a stop the same command resumes")
     parser.add_argument("--ablations", action="store_true", help="also what some claims need beside the recipe")
+    parser.add_argument("--preferences", choices=("rules", "model"), default="rules",
+                        help="model: also RL-2 with reward models in place of the rules of helpfulness and "
+                             "harmlessness, as it is and for too long")
     parser.add_argument("--compare", action="store_true", help="GRPO, its relatives, PPO and PRIME side by side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
@@ -105,6 +109,8 @@ def parse_arguments(presets):
 def check_own(parser, args):
     if args.preset is not None:
         parser.error(f"--preset {args.preset} is of the mini-world: it does not go with --base")
+    if args.preferences != "rules":
+        parser.error("--preferences is of the mini-world: grpo.py takes a reward model of your own")
     if args.architecture != "dense":
         parser.error("--architecture is of the mini-world: with --base the directory says what it is")
     if not args.train or not args.test_file:
@@ -197,6 +203,7 @@ def named_stages(names, table, source, ablations):
         return list(table)
     if names is None:
         wanted = ["base", "zero", "dev1", "dev2", "traces", "dev3", "r1", "students"]
+        wanted += [name for name in PREFERENCES if name in table]
         wanted += [f"control_{name}" for name in source.default_controls]
     else:
         wanted = names.split(",")

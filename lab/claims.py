@@ -66,7 +66,7 @@ def make_claims(values, difference, best=None, lengths=None):
     values = Values(values)
     claims = claims_of_zero(values, lengths or {}) + claims_of_the_recipe(values)
     claims += claims_of_students(values, best or {}) + claims_of_votes(values)
-    claims += claims_of_budgets(values) + claims_of_reflection(values)
+    claims += claims_of_budgets(values) + claims_of_reflection(values) + claims_of_preferences(values)
     return [row_of(claim, difference) for claim in claims if all(map(is_measured, claim.parts))]
 
 
@@ -164,6 +164,19 @@ def claims_of_reflection(values):
     return [Claim("13", "reflection grows during RL (checks an output, of searches; base -> zero)", "R1 v2 C.2",
                   "reflective words 5 to 7 times", [values.part("base", "zero", "checks")], unit="checks",
                   detail=", ".join(counts))]
+
+
+def claims_of_preferences(values):
+    short, long, paths = "judged_r1_model", "judged_r1_long", []
+    for metric, what in (("model_helpful", "the model's score"), ("helpfulness", "by the rule")):
+        figures = [f"{stage} {values.percent(f'judged_{stage}', metric):.0f}"
+                   for stage in ("dev3", "r1_model", "r1_long")]
+        paths.append(f"{what}: {', '.join(figures)}")
+    return [Claim("14", "trained on preferences for long, their model's score goes on rising while helpfulness falls",
+                  "R1 v2 fig. 6", "reward up, performance down",
+                  [values.part(short, long, "model_helpful"),
+                   values.part(long, short, "helpfulness", says="helpfulness by the rule, lost:")],
+                  detail="; ".join(paths))]
 
 
 def claims_of_the_recipe(values):

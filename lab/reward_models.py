@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import model as dense
 import rewards
-from lab.architectures import read_config, save
+from lab.architectures import hf_tensors, read_config, save, transformer_of
 from lab.check_input import check_directory
 from lab.checkpoint import save_directory
 from lab.layers import fast_layers
@@ -57,11 +56,11 @@ def load_reward_model(RewardModel, dir, device, dtype):
     """(model, tokenizer, reads) of a directory, a stranger's too, which is checked before anything is loaded."""
     check_directory(dir, head=HEAD)
     config = replace(read_config(dir), tie_word_embeddings=True)  # there is no lm_head
-    model = RewardModel(dense.Transformer(config))
+    model = RewardModel(transformer_of(config))
     tensors = {}
     for shard in sorted(Path(dir).glob("model*.safetensors")):
         tensors |= load_file(shard)
-    for name, rows in dense.hf_tensors(model.transformer).items():
+    for name, rows in hf_tensors(model.transformer).items():
         rows.copy_(tensors[name])
     model.score.weight.copy_(tensors["score.weight"])
     fast_layers(model.transformer.to(device))

@@ -12,7 +12,6 @@ import torch
 from data.forms import numbered_rows
 from lab import records
 from lab.adapters import open_model
-from lab.architectures import is_deepseek
 from lab.checkpoint import print_flush
 from lab.command import Parser, add_saving, add_template, fields_of, new_directory, saving
 from lab.reward_models import encoder, save_reward_model, summary
@@ -45,7 +44,7 @@ def has_texts(row, *names):
 
 def run(RewardConfig, RewardModel, train, score):
     parser = Parser(description="Train a reward model on preferences.")
-    parser.add_argument("--model", required=True, help="directory of the model that it starts from: a dense one")
+    parser.add_argument("--model", required=True, help="directory of the model that it starts from")
     parser.add_argument("--data", required=True, help='JSONL, JSON or CSV: rows {"prompt", "chosen", "rejected"} or '
                                                       '{"prompt", "response", "safe"}')
     parser.add_argument("--out", required=True, help="where the reward model goes")
@@ -56,8 +55,6 @@ def run(RewardConfig, RewardModel, train, score):
     with parser.one_line_errors(args.out):
         config = fields_of(args, RewardConfig)
         transformer, tokenizer = open_model(args.model, torch.float32, template=args.template)
-        if is_deepseek(transformer):
-            raise ValueError(f"{args.model}: reward models of a deepseek_v3 are not supported")
         rows = read_preferences(args.data, encoder(tokenizer))
         out, held_out = new_directory(args.out), rows[9::10]
         rows = [row for i, row in enumerate(rows) if i % 10 != 9]

@@ -217,6 +217,8 @@ class Run:
             return ("model.py",)
         if self.stages[name].by.startswith("pretraining"):
             return PRETRAINING_CODE
+        if self.stages[name].needs == "judges" or name == "judges":
+            return (*CODE, "variants/reward_model.py", "data/preferences.py")
         small_cards = {"variants/lora.py": self.memory.lora, "variants/offload.py": self.memory.offload_optimizer}
         return (*CODE, *(file for file, is_used in small_cards.items() if is_used))
 
@@ -224,7 +226,7 @@ class Run:
         """As make_stage, for a stage without a model: its function writes files and returns what to record of them."""
         done = checkpoint.finished(self.out / name)
         if done is None:
-            self.begin(name)
+            self.begin(name, self.code_behind(name))
             made = self.stages[name].make(self)
             self.end()
             done = self.stages[name].about() | made | {**self.cost, "code": self.code}

@@ -98,14 +98,14 @@ class MiniWorld:
     def general_examples(self):
         return world.general_sft(self.seed, self.preset.trace_prompts)
 
-    def rl2_prompts(self):
+    def rl2_prompts(self, general_from=None, rollouts=None):
         """RL-2's prompts: problems first; late, of every 4 one is a problem, one general, two unsafe.
 
-        R1 v2 B.5: in the last 400 of 1,700 steps.
+        R1 v2 B.5: in the last 400 of 1,700 steps. The arguments stand in place of the preset's.
         """
         config = self.preset.rl2
-        total = config.rollouts * config.prompts_per_rollout
-        late = round(self.preset.rl2_general_from * total)
+        total = (rollouts or config.rollouts) * config.prompts_per_rollout
+        late = round((self.preset.rl2_general_from if general_from is None else general_from) * total)
         pools = {
             "reasoning": itertools.cycle(self.problems[::-1]),
             "general": iter(world.requests(self.seed, "train", total, "general")),

@@ -157,3 +157,15 @@ def test_random_pairs_are_right_as_often_as_counting_all_pairs_says(source):
         right = sum(abs(a - b) == int(example["answer"]) for a in first for b in second)
         chances.append(1 - (1 - right / (len(first) * len(second))) ** 16)
     assert values["random_pass@16"].tolist() == pytest.approx(chances)
+
+
+@pytest.mark.parametrize("score, rule, verdict", [
+    ((0.55, 0.62), (0.9, 0.4), "holds"), ((0.55, 0.62), (0.4, 0.9), "contradicted"),
+    ((0.62, 0.55), (0.9, 0.4), "contradicted"), ((0.55, 0.62), (0.9, 0.9), "unsettled")])
+def test_claim_14_holds_where_the_models_score_rises_and_helpfulness_by_the_rule_falls(score, rule, verdict):
+    values = {f"judged_{stage}": {"model_helpful": np.full(20, score[i]), "helpfulness": np.full(20, rule[i])}
+              for i, stage in enumerate(("r1_model", "r1_long"))}
+    made = row(claims.make_claims(values, paired_bootstrap), "14")
+    assert made["verdict"] == verdict and made["ours"] == pytest.approx(100 * (score[1] - score[0]))
+    assert "helpfulness by the rule, lost" in made["detail"]
+    assert f"r1_model {100 * score[0]:.0f}, r1_long {100 * score[1]:.0f}" in made["detail"]

@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,9 +15,10 @@ import model as dense
 from data import preferences, world
 from forked import run_forked
 from lab.check_input import check_directory
+from lab.checkpoint import STATE
 from lab.reward_models import HEAD, load_reward_model, save_reward_model, summary
 from lab.reward_script import measure, read_preferences, wilson
-from runs import make, write
+from runs import call, make, write
 from sevens import train_on_sevens
 from tokenizer import Tokenizer
 from variants import reward_model as rm
@@ -266,3 +268,27 @@ def test_grpos_script_takes_a_reward_model_beside_a_rule(files, tmp_path):
     args[args.index(f"reward_model:{tmp_path / 'judge'}")] = f"reward_model:{files / 'qwen3'}"
     ended = run_forked(grpo.main, argv=["grpo.py", *map(str, args[:5]), str(tmp_path / "b"), *map(str, args[6:])])
     assert ended.status == 2 and "ForSequenceClassification" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- in the recipe
+
+def test_rl2_with_reward_models_is_added_to_a_run_and_judges_are_measured(copy_of_run):
+    args = ["--preset", "smoke", "--preferences", "model", "--stages", "judges,r1_model,r1_long", "--out", copy_of_run,
+            "--device", "cpu"]
+    ended = call(copy_of_run.parent, args)
+    assert ended.status == 0, ended.stderr
+    stages = json.loads((copy_of_run / "results.json").read_text())["stages"]
+    judges = stages["judges"]["judges"]
+    assert all(0 <= judges[kind]["low"] <= judges[kind]["accuracy"] <= 1 for kind in ("helpful", "safe"))
+    for name, rollouts in (("r1_model", 2), ("r1_long", 6)):
+        rows = [json.loads(line) for line in (copy_of_run / name / "metrics.jsonl").read_text().splitlines()]
+        assert len(rows) == rollouts and all("model_helpful" in row and "model_safe" in row for row in rows)
+    assert all(0 < row["model_helpful"] + row["model_safe"] for row in rows)  # from the first rollout on
+    judged = np.load(copy_of_run / "extras" / "judged_r1_long.npz")
+    assert judged["model_helpful"].shape == judged["helpfulness"].shape
+    assert not (copy_of_run / "judges" / "helpful" / STATE).exists()
+
+
+def test_preferences_by_model_are_of_the_mini_world(tmp_path):
+    ended = call(tmp_path, ["--base", "b", "--train", "t", "--test", "t", "--preferences", "model"])
+    assert ended.status == 2 and "--preferences is of the mini-world" in ended.stderr
