@@ -31,7 +31,8 @@ import pipeline  # noqa: E402
 import sft  # noqa: E402
 from lab import checkpoint  # noqa: E402
 from lab.architectures import active_parameters, cache_bytes, is_deepseek, load, new_model  # noqa: E402
-from lab.figures import chart  # noqa: E402
+from lab.elements import el  # noqa: E402
+from lab.figures import panel, picture  # noqa: E402
 from lab.graphs import generate  # noqa: E402
 from lab.layers import fast_layers  # noqa: E402
 from variants.v3_pretraining import Objective  # noqa: E402
@@ -135,10 +136,11 @@ def write_table(seeds, out, results):
     rows = []
     for of_bias, without in zip(*(rows_of(out / f"{arm}-{seeds[0]}" / "base", "metrics.jsonl")
                                   for arm in ("v3", "no_bias"))):
-        rows.append({"step": of_bias["step"], "with the bias": of_bias["busiest_expert"],
-                     "without": without["busiest_expert"]})
-    svg = chart("The busiest expert's load over the mean", ["with the bias", "without"], [1], rows, 480, 220)
-    (results / "busiest_expert.svg").write_text(str(svg))
+        rows.append({"step": of_bias["step"], "with": of_bias["busiest_expert"], "without": without["busiest_expert"]})
+    lines = [("with the bias", "with", ""), ("without it", "without", "")]
+    title = "The busiest expert's load, % of the mean"
+    drawn = el("g", panel(rows, title, 100, [100], lines, "updates"), transform="translate(14,14)")
+    (results / "busiest_expert.svg").write_text(str(picture(drawn, 430, 330, title)))
 
 
 def cell(name, runs):
