@@ -1,7 +1,7 @@
 """Rejection sampling, and distillation: a student trained on a teacher's verified traces.
 
 Rejection sampling [R1 v1 2.3.3, v2 B.3.3]: many samples a prompt; the correct, one-language, readable, distinct ones
-stay. Their rows train SFT-2 (from the base again) and the students [v2 B.4.3], both by plain SFT:
+stay. They are the data of R1's second SFT (of the base again) and of the students [v2 B.4.3]:
 
   1. sample n completions of each prompt from the teacher
   2. a completion falls to the first filter that it does not pass; at most `keep` per prompt pass them all
@@ -92,21 +92,22 @@ def distill(student, traces, general, encode, train, ratio=3, seed=0):
 class OnPolicy:
     """In place of grpo.train's group advantages: A_t = log pi_teacher - log pi_student of each token that was sampled.
 
-    The policy gradient with these is, in expectation over the token, that of the reverse KL of student to teacher at
-    this prefix, which stays as it is: no token is credited for what comes after it. Teacher and student share a
-    tokenizer. score(model, rollout) -> (B, T), log-probabilities of the rollout's tokens: grpo.all_logprobs.
+    Their policy gradient is, in expectation over the token, minus the gradient of KL(student || teacher) at a fixed
+    prefix: no token is credited for what comes after it. Teacher and student share a tokenizer.
+    logprobs_of(model, rollout) -> (B, T), without gradients: of the rollout's tokens (grpo.all_logprobs).
     """
 
-    def __init__(self, teacher, score):
-        self.teacher, self.score = teacher, score
+    def __init__(self, teacher, logprobs_of):
+        self.teacher, self.logprobs_of = teacher, logprobs_of
 
     def advantages(self, rollout):
-        advantages = (self.score(self.teacher, rollout) - rollout.old_logprobs) * rollout.mask  # (B, T)
-        self.reverse_kl = -(advantages.sum() / rollout.mask.sum()).item()  # nats a token, at the student's prefixes
-        return advantages
+        gap = self.logprobs_of(self.teacher, rollout) - rollout.old_logprobs
+        gap = gap.masked_fill(~rollout.mask, 0)                     # (B, T); padding may hold anything
+        self.reverse_kl = -(gap.sum() / rollout.mask.sum()).item()  # nats a token, at the student's prefixes
+        return gap
 
     def learn(self, rollout, rows):
-        return {"reverse_kl": self.reverse_kl}
+        return {"reverse_kl": self.reverse_kl}  # nothing here learns: metrics alone
 
 
 def main():

@@ -8,7 +8,7 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-The loss is about 0 while it learns (a group's advantages sum to 0): watch reward, KL, clip fraction, entropy and
+By default the loss stays near 0 (a group's advantages sum to 0): watch reward, KL, clip fraction, entropy and
 gradient norm. A truncated completion keeps reward and gradient (variants/dapo.py can penalise or mask it).
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
@@ -45,17 +45,17 @@ class GRPOConfig:
     warmup: int = 20               # updates; not published
     temperature: float = 1.0       # R1-Zero and R1's first RL stage: 1; its second: 0.7
     max_new_tokens: int = 160
-    scale: str = "group"           # whose std divides the advantages. Lite PPO: "batch"; Dr. GRPO: "none"
+    scale: str = "group"           # advantages are divided by its std. Lite PPO: "batch"; Dr. GRPO: "none", not at all
     leave_one_out: bool = False    # RLOO: True, with scale "none"
     clip_low: float = 0.2          # ratio >= 1 - clip_low. R1: eps = 10, which is no lower clip
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: one ratio per sequence, the geometric mean of its tokens'
     detach_ratio: bool = False     # CISPO: the clipped ratio is a constant weight on A log pi
-    stale_limit: float = 0.0       # above 0, DeepSeek-V3.2: no sequence with A < 0 and a mean log pi_old/pi above it
+    stale_limit: float = 0.0       # DeepSeek-V3.2, above 0: drop sequences with A < 0 and mean log(pi_old/pi) above it
     mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     kl: str = "k3"                 # eq. 4; or "k2"
-    weigh_kl: bool = False         # DeepSeek-V3.2: the KL times pi/pi_old
+    weigh_kl: bool = False         # DeepSeek-V3.2, with k3: the KL times pi/pi_old
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     old_logprobs: str = "trainer"  # pi_old's come from a forward pass, or, one pass cheaper, from the "sampler"
     importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
@@ -92,7 +92,7 @@ def group_advantages(rewards, scale="group", leave_one_out=False):
 
 
 def token_logprobs(logits, ids, temperature=1.0):
-    """Log-probability of each id under softmax(logits / temperature), from which a rollout samples without top-p or
+    """Log-probability of each id under softmax(logits / temperature), which rollouts sample from, without top-p or
     top-k. logits (..., V), ids (...) -> (...)"""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
@@ -117,19 +117,19 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL]. Its relatives: variants/configs.py.
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
-    policy, the policy that sampled, and the reference; mask is 1 on sampled tokens, the end token included.
+    policy, pi_old (detached), and the reference; mask is 1 on sampled tokens, the end token included.
     advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: the whole update's count, if this is one of
     its micro-batches, of sequences, tokens, or a constant budget of tokens, by `mean`; by default this batch's own.
-    Returns the scalar loss and metrics as means over this batch's tokens; "drift": of |log pi / pi_old|.
+    Returns the scalar loss and metrics as means over this batch's tokens; "drift": |log(pi / pi_old)|.
     """
-    def clean(x):  # padding may hold anything, even inf, and inf * 0 is NaN
+    def zero_padding(x):  # it may hold anything, even inf, and inf * 0 is NaN
         return x if x is None else torch.where(mask > 0, x, 0)
 
     lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    logprobs, old_logprobs, ref_logprobs, advantages = map(clean, (logprobs, old_logprobs, ref_logprobs, advantages))
-    token_log_ratio = logprobs - old_logprobs
-    log_ratio = token_log_ratio
+    tensors = logprobs, old_logprobs, ref_logprobs, advantages
+    logprobs, old_logprobs, ref_logprobs, advantages = map(zero_padding, tensors)
+    log_ratio = token_log_ratio = logprobs - old_logprobs
     if sequence_ratio:
         log_ratio = (token_log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
     ratio = torch.exp(log_ratio.clamp(-20, 20))  # finite under any drift
@@ -145,7 +145,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
     if weigh_kl:
-        penalty = penalty * ratio  # DeepSeek-V3.2: then k3's gradient is that of KL(pi || pi_ref), off-policy too
+        penalty = penalty * ratio  # then k3's gradient is that of KL(pi || pi_ref), off-policy too
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]

@@ -109,6 +109,8 @@ def check_rl(c) -> None:
     if c.importance_cap and c.old_logprobs == "sampler":
         raise ValueError(f"importance_cap {c.importance_cap} compares sampler and trainer: "
                          "it needs old_logprobs trainer")
+    if c.weigh_kl and c.kl != "k3":
+        raise ValueError(f"weigh_kl goes with kl k3: with {c.kl} it would be the gradient of no KL")
 
 
 def check_length_buffer(dapo, c) -> None:

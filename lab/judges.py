@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lab.reward_models import encoder, load_reward_model, summary
-from variants.reward_model import Judge, Judged, RewardModel
+from variants.reward_model import Judge, RewardModel, Term
 
 NAMED = "reward_model:"  # and a directory
 
@@ -17,11 +17,11 @@ def models_among(names):
 
 def select_with(weights, device, dtype, select):
     """grpo.train's select, with the scores of these directories' models; weights: {dir: weight}."""
-    judged = []
+    terms = []
     for dir, weight in weights.items():
         model, tokenizer, reads = load_reward_model(RewardModel, dir, device, getattr(torch, dtype))
-        judged.append(Judged(f"model_{Path(dir).name}", model, reader(tokenizer, reads), weight=weight))
-    return Judge(judged, dtype, select).select
+        terms.append(Term(f"model_{Path(dir).name}", model, reader(tokenizer, reads), weight=weight))
+    return Judge(terms, dtype, select).select
 
 
 def reader(tokenizer, reads):

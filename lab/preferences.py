@@ -1,7 +1,7 @@
 """RL-2 with reward models in place of the rules for preferences (--preferences model), beside R1, from the same Dev3.
 
 judges    two reward models of Dev3's shape, trained on the mini-world's preferences (data/preferences.py)
-r1_model  RL-2 as it is, with their scores where R1 has the rules of helpfulness and harmlessness, which are only logged
+r1_model  RL-2 as it is, with their scores where R1 has the rules of helpfulness and harmlessness (only logged here)
 r1_long   preferences from the first rollout on, three times as long: what R1 avoids [R1 v2 B.5, fig. 6]
 """
 
@@ -13,13 +13,13 @@ import torch
 import rewards
 from data import preferences
 from lab import checkpoint, measure
-from lab.judges import Judge, Judged, RewardModel, reader
+from lab.judges import Judge, RewardModel, Term, reader
 from lab.reward_models import encoder, load_reward_model, save_reward_model, summary
 from lab.reward_script import measure as measure_judge
 from lab.run import Stage
 from variants.reward_model import RewardConfig, score, train
 
-HELD_OUT = 400  # preferences; as many as there are problems to train on
+HELD_OUT = 400  # test preferences of each kind; to train on, as many as the preset has problems
 LONG = 3  # times RL-2's rollouts
 READS = {"helpful": "summary", "safe": "response"}
 
@@ -60,6 +60,7 @@ def train_judges(run):
                 train(model, rows, config, save=save, resume=resume)
             save_reward_model(model, run.tokenizer, reads, dir)
         checkpoint.drop(dir)
+        # charged here, so that a stage that was stopped in between is too
         tokens = sum(len(ids) for row in rows for ids in row if isinstance(ids, list))
         run.spend(run.model("dev3"), trained=config.epochs * tokens)
         model, _, _ = load_reward_model(RewardModel, dir, run.device, torch.float32)
@@ -78,11 +79,11 @@ def judges_of(run):
     def is_request(example):
         return example["kind"] != "reasoning"
 
-    judged = []
+    terms = []
     for kind, applies in (("helpful", asks_for_a_reply), ("safe", is_request)):
         model, tokenizer, reads = load_reward_model(RewardModel, run.out / "judges" / kind, run.device, torch.float32)
-        judged.append(Judged(f"model_{kind}", model, reader(tokenizer, reads), applies=applies))
-    return judged
+        terms.append(Term(f"model_{kind}", model, reader(tokenizer, reads), applies=applies))
+    return terms
 
 
 # ------------------------------------------------------------------------------------------- RL-2

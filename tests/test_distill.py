@@ -196,6 +196,14 @@ def test_its_gradient_is_that_of_the_reverse_kl_a_token_with_prefixes_held_fixed
     assert sampled.item() == pytest.approx(exact.item(), abs=1e-6)
 
 
+def test_what_stands_in_the_padding_does_not_count():
+    mask = torch.tensor([[True, True, False]])
+    rollout = SimpleNamespace(mask=mask, old_logprobs=torch.tensor([[-1.0, -2.0, 0.0]]))
+    estimator = OnPolicy(None, lambda model, rollout: torch.tensor([[-0.5, -4.0, -float("inf")]]))
+    assert estimator.advantages(rollout).tolist() == [[0.5, -2.0, 0.0]]
+    assert estimator.learn(rollout, [0]) == {"reverse_kl": 0.75}
+
+
 def test_without_a_rule_the_student_comes_to_the_teachers_distribution():
     student, teacher = Table(0).float(), Table(1).float()
     student.config = SimpleNamespace()

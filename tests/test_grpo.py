@@ -1262,6 +1262,8 @@ def test_a_rollout_without_any_signal_leaves_the_policy_where_it_is(tiny):
         ({"clip_high": -0.1}, "clip_high -0.1"),
         ({"dtype": "int4"}, "int4"),
         ({"importance_cap": 2.0, "old_logprobs": "sampler"}, "importance_cap 2.0 compares sampler and trainer"),
+        ({"weigh_kl": True, "kl": "k2"}, "weigh_kl goes with kl k3"), ({"stale_limit": -1.0}, "stale_limit -1"),
+        ({"scale": "Batch"}, "scale 'Batch'"),
     ],
 )
 def test_a_setting_out_of_range_is_one_line_that_names_it(fields, culprit):

@@ -224,7 +224,7 @@ def test_no_held_out_request_is_among_the_preferences_of_training():
 
 def test_a_judge_adds_its_weighted_probability_where_it_applies_and_logs_it():
     model = tiny()
-    judge = rm.Judge([rm.Judged("kind", model, lambda example, text: [1, len(text) - 1], weight=0.5,
+    judge = rm.Judge([rm.Term("kind", model, lambda example, text: [1, len(text) - 1], weight=0.5,
                                 applies=lambda example: example["kind"] == "general")], dtype="float32")
     r = SimpleNamespace(examples=[{"kind": "general"}, {"kind": "reasoning"}], texts=["aa", "bbbb", "c", "ddd"],
                         rewards=torch.tensor([[1.0, 0.0], [0.5, 0.5]]), parts={})
@@ -242,7 +242,7 @@ def test_reinforcement_raises_the_models_score():
     good, bad = ([[*torch.randint(1, 16, (4,)).tolist(), last] for _ in range(200)] for last in (7, 6))
     judge_model = rm.RewardModel(dense.Transformer(config).init_weights())
     rm.train(judge_model, list(zip(good, bad)), rm.RewardConfig(lr=1e-2, batch_rows=16, dtype="float32", epochs=2))
-    judge = rm.Judge([rm.Judged("model", judge_model, lambda example, text: [1, *map(int, text.split())])],
+    judge = rm.Judge([rm.Term("model", judge_model, lambda example, text: [1, *map(int, text.split())])],
                      dtype="float32")
     settings = grpo.GRPOConfig(rollouts=12, prompts_per_rollout=3, group_size=16, minibatches=2, max_new_tokens=4,
                                lr=0.01, warmup=1, dtype="float32", beta=0.0)

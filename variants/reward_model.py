@@ -7,7 +7,7 @@ Rules stay for what can be checked, since a trained judge can be deceived. In gr
 sampling does, and scores a rollout's outputs in batches:
 
     python -m variants.reward_model --model DIR --data FILE --out DIR     # rows: data/preferences.py
-    grpo.train(..., select=Judge([Judged("helpful", model, encode)]).select)
+    grpo.train(..., select=Judge([Term("helpful", model, encode)]).select)
 
 Shapes: B rows of right-padded ids, T positions, D hidden size; N prompts, G outputs of each.
 """
@@ -42,18 +42,18 @@ class RewardModel(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.score = nn.Linear(transformer.config.hidden_size, 1, bias=False)
-        nn.init.zeros_(self.score.weight)  # at first all are equal
+        nn.init.zeros_(self.score.weight)
 
     def forward(self, ids, ends):
-        """ids (B, T), ends (B,): the tokens of each row -> (B,), in float32. 0 is the middle; a sigmoid makes a
-        probability of it."""
+        """ids (B, T), ends (B,): the tokens of each row -> scores (B,), whose sigmoid is a probability."""
         states = self.transformer.hidden(ids)                                  # (B, T, D)
         last = states[torch.arange(len(ids), device=ids.device), ends - 1]     # (B, D)
-        return self.score(last)[:, 0].float()
+        with torch.autocast(ids.device.type, enabled=False):  # in half precision near scores would be equal
+            return self.score(last.to(self.score.weight.dtype))[:, 0]
 
 
 def pairwise_loss(chosen, rejected):
-    """-log sigmoid(r_chosen - r_rejected), the mean over pairs [R1 v2 3.1, Bradley-Terry]. (B,), (B,) -> scalar"""
+    """-log sigmoid(r_chosen - r_rejected), the mean over pairs [R1 v2 3.1, Bradley-Terry]. (pairs,) twice -> scalar"""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
@@ -84,14 +84,14 @@ def score(model, rows, dtype, batch_tokens=16384):
 
 
 def loss_of(model, rows, dtype):
-    """Of pairs (chosen, rejected) of ids, or of (ids, label); and how many the model has right."""
+    """Of pairs (chosen, rejected) of ids, or of (ids, label); and how many the model has right, a tie being wrong."""
     first, second = zip(*rows)
-    if isinstance(second[0], list):
-        chosen, rejected = scores_of(model, first + second, dtype).chunk(2)
-        return pairwise_loss(chosen, rejected), (chosen > rejected).sum().item()
-    scores = scores_of(model, first, dtype)
-    labels = torch.tensor(second, dtype=torch.float32, device=scores.device)
-    return pointwise_loss(scores, labels), ((scores > 0) == (labels > 0.5)).sum().item()
+    if isinstance(second[0], (int, float)):
+        scores = scores_of(model, first, dtype)
+        labels = torch.tensor(second, dtype=torch.float32, device=scores.device)
+        return pointwise_loss(scores, labels), ((scores > 0) == (labels > 0.5)).sum().item()
+    chosen, rejected = scores_of(model, first + second, dtype).chunk(2)
+    return pairwise_loss(chosen, rejected), (chosen > rejected).sum().item()
 
 
 def train(model, rows, config: RewardConfig, log=None, save=None, resume=None):
@@ -132,13 +132,14 @@ def train(model, rows, config: RewardConfig, log=None, save=None, resume=None):
             log(metrics)
         if save is not None:
             save(model=model, optimizer=optimizer, step=step)
+    model.eval()
     return metrics
 
 
 # ------------------------------------------------------------------------------------------- in reinforcement learning
 
 @dataclass
-class Judged:
+class Term:
     """One model's part of the reward: weight * sigmoid(score), where it applies; 0 elsewhere."""
     name: str
     model: RewardModel
@@ -148,14 +149,15 @@ class Judged:
 
 
 def draw_once(draw, prompts, count):
+    """(a Rollout, how many prompts were left out)"""
     return draw([next(prompts) for _ in range(count)]), 0
 
 
 class Judge:
-    """Its method is what grpo.train takes: select=Judge(...).select. `select`: dynamic sampling within, of dapo.py."""
+    """Its method is what grpo.train takes: select=Judge(...).select. inner: dapo.py's, which selects by these too."""
 
-    def __init__(self, judged, dtype="bfloat16", select=draw_once):
-        self.judged, self.dtype, self.inner = judged, dtype, select
+    def __init__(self, terms, dtype="bfloat16", inner=draw_once):
+        self.terms, self.dtype, self.inner = terms, dtype, inner
 
     def select(self, draw, prompts, count):
         return self.inner(lambda examples: self.judge(draw(examples)), prompts, count)
@@ -163,14 +165,14 @@ class Judge:
     def judge(self, r):
         """The rollout with the models' scores among its rewards and their parts."""
         G = r.rewards.shape[1]
-        for judged in self.judged:
-            chosen = [i for i, _ in enumerate(r.texts) if judged.applies(r.examples[i // G])]
-            scores = torch.zeros(len(r.texts))
-            if chosen:
-                rows = [judged.encode(r.examples[i // G], r.texts[i]) for i in chosen]
-                scores[chosen] = score(judged.model, rows, self.dtype).sigmoid()
-            r.parts[judged.name] = scores.view(-1, G).to(r.rewards.device)
-            r.rewards = r.rewards + judged.weight * r.parts[judged.name]
+        for term in self.terms:
+            applies = [i for i, _ in enumerate(r.texts) if term.applies(r.examples[i // G])]
+            probabilities = torch.zeros(len(r.texts))
+            if applies:
+                rows = [term.encode(r.examples[i // G], r.texts[i]) for i in applies]
+                probabilities[applies] = score(term.model, rows, self.dtype).sigmoid()
+            r.parts[term.name] = probabilities.view(-1, G).to(r.rewards.device)
+            r.rewards = r.rewards + term.weight * r.parts[term.name]
         return r
 
 
