@@ -46,8 +46,9 @@ ARMS = {  # name: (title, options, stages)
     "v3": ("V3", V3, "base,zero"),
     "wide": ("dense, as large as V3", [], "base,zero"),
     "one_token": ("V3 without the second token", V3, "base"),
-    "no_bias": ("V3 without the bias", V3, "base"),  # of the first seed alone
+    "no_bias": ("V3 without the bias", V3, "base"),
 }
+FEWER_SEEDS = {"one_token": 2, "no_bias": 1}
 LAST = 200  # updates of a base whose mean loss is shown: each document is read once, so it is of unseen ones
 
 
@@ -72,7 +73,7 @@ def without_second_token(sizes, generator):
 
 
 def arms_of(seed, seeds):
-    return [arm for arm in ARMS if arm != "no_bias" or seed == seeds[0]]
+    return [arm for arm in ARMS if seed in seeds[:FEWER_SEEDS.get(arm, len(seeds))]]
 
 
 def train_all(seeds, out, jobs):
