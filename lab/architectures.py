@@ -6,7 +6,6 @@
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,15 +42,10 @@ def cache_bytes(model):
     return sum(kept.nbytes for kept in vars(cache).values() if torch.is_tensor(kept) and kept.dim() > 1) / columns
 
 
-def loader_of(dir):
-    """model.load, or what loads a DeepSeek-V3 with the same arguments."""
-    if holds_deepseek(dir):
-        return partial(v3_weights.load, Config=deepseek_v3.Config, Transformer=deepseek_v3.Transformer)
-    return dense.load
-
-
 def load(dir, device=None, dtype=None):
-    return loader_of(dir)(dir, device=device, dtype=dtype, rope=scaled_frequencies)
+    if holds_deepseek(dir):
+        return v3_weights.load(dir, deepseek_v3.Config, deepseek_v3.Transformer, device, dtype, rope=scaled_frequencies)
+    return dense.load(dir, device, dtype, rope=scaled_frequencies)
 
 
 def new_model(sizes, generator):

@@ -191,8 +191,10 @@ class CUDAExperts(SortedExperts):
 
     def of_sorted(self, x, expert):
         product = getattr(F, "grouped_mm", None)  # from torch 2.10 on
-        is_possible = x.dtype == torch.bfloat16 and x.shape[1] % 8 == self.down_proj.shape[2] % 8 == 0
-        if product is None or not is_possible or torch.cuda.get_device_capability(x.device) < (9, 0):
+        is_aligned = x.shape[1] % 8 == 0 and self.down_proj.shape[2] % 8 == 0
+        if product is None or x.dtype != torch.bfloat16 or not is_aligned:
+            return super().of_sorted(x, expert)
+        if torch.cuda.get_device_capability(x.device) < (9, 0):
             return super().of_sorted(x, expert)
         numbers = torch.arange(len(self.down_proj), device=x.device)
         ends = (expert <= numbers[:, None]).sum(1, dtype=torch.int32)  # (E,) where each expert's rows end

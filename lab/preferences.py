@@ -60,10 +60,10 @@ def train_judges(run):
                 train(model, rows, config, save=save, resume=resume)
             save_reward_model(model, run.tokenizer, reads, dir)
         checkpoint.drop(dir)
+        model, _, _ = load_reward_model(RewardModel, dir, run.device, torch.float32)
         # charged here, so that a stage that was stopped in between is too
         tokens = sum(len(ids) for row in rows for ids in row if isinstance(ids, list))
-        run.spend(run.model("dev3"), trained=config.epochs * tokens)
-        model, _, _ = load_reward_model(RewardModel, dir, run.device, torch.float32)
+        run.spend(model.transformer, trained=config.epochs * tokens)
         figures = measure_judge(model, rows_of(run, kind, "test"), score, dtype)
         print(f"{'judge, ' + kind:16} {figures['accuracy']:.1%} of held-out preferences [{figures['low']:.1%}, "
               f"{figures['high']:.1%}], calibration error {figures['calibration']:.3f}", flush=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewards
-from lab.architectures import hf_tensors, read_config, save, transformer_of
+from lab.architectures import hf_tensors, is_deepseek, read_config, save, transformer_of
 from lab.check_input import check_directory
 from lab.checkpoint import save_directory
 from lab.layers import fast_layers
@@ -65,4 +65,8 @@ def load_reward_model(RewardModel, dir, device, dtype):
     model.score.weight.copy_(tensors["score.weight"])
     fast_layers(model.transformer.to(device))
     reads = json.loads((Path(dir) / "config.json").read_text(encoding="utf-8")).get("reads", "summary")
-    return model.to(device, dtype).eval().requires_grad_(False), Tokenizer(dir), reads
+    model.to(device, dtype)
+    if is_deepseek(model.transformer):
+        for router in model.transformer.routers():
+            router.float()
+    return model.eval().requires_grad_(False), Tokenizer(dir), reads

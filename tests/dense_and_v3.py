@@ -2,7 +2,7 @@
 
     python tests/dense_and_v3.py --seeds 100 101 102 --out runs/dense_and_v3   # two at a time, one thread each
     python tests/dense_and_v3.py --seeds 100 101 102 --out runs/dense_and_v3 --only-table
-    python tests/dense_and_v3.py --speeds                                          # alone on the machine
+    python tests/dense_and_v3.py --speeds --threads 2                              # alone on the machine
 
 Called again, it resumes. The table and the curve of the busiest expert go to results/dense_and_v3.
 """
@@ -154,9 +154,9 @@ def cell(name, runs):
 
 # ------------------------------------------------------------------------------------------- speeds
 
-def speeds(repeats=5):
-    """Tokens a second of an update of pretraining and of sampling, one thread: medians, the models taking turns."""
-    torch.set_num_threads(1)
+def speeds(threads, repeats=5):
+    """Tokens a second of an update of pretraining and of sampling: medians, the models taking turns."""
+    torch.set_num_threads(threads)
     kinds = {"dense": DENSE, "V3": V3_SIZES, "V3 without the second token": V3_SIZES, "dense, as large": WIDE}
     models, taken = {}, {name: ([], []) for name in kinds}
     for name, sizes in kinds.items():
@@ -203,12 +203,13 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only-table", action="store_true")
     parser.add_argument("--speeds", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return train(*args.one)
     if args.speeds:
-        return speeds()
+        return speeds(args.threads)
     if not args.only_table and train_all(args.seeds, args.out, args.jobs):
         sys.exit(1)
     write_table(args.seeds, args.out, args.results)

@@ -79,8 +79,8 @@ def rope_frequencies(c: Config):
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention: the keys and values of all heads are made from one latent, which is all that a cache
-    needs. RoPE cannot pass through that matrix, so that a key of its own, for all heads, is rotated [V3 2.1.1]."""
+    """Multi-head latent attention: a cache keeps one latent, from which the keys and values of all heads are made. RoPE
+    cannot pass through that matrix: one more key, shared by the heads, is rotated and kept beside it [V3 2.1.1]."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         cached = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)             # (B, 1, T, dc + dr)
         if cache is not None:
             cached = cache.update(layer, cached)                                      # (B, 1, S, dc + dr)
-        form = self.absorbed if cache is not None and T == 1 else self.plain  # one query pays for no keys of all heads
+        form = self.absorbed if cache is not None and T == 1 else self.plain  # one query needs no keys of each head
         y = form(q_nope, q_rope, cached, mask)                                        # (B, H, T, dv)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         W_k, W_v = self.kv_b_proj.weight.unflatten(0, (self.heads, dn + dv)).split((dn, dv), dim=1)  # (H, dn or dv, dc)
         q_latent = torch.einsum("bhtn,hnl->bthl", q_nope, W_k)                                  # (B, 1, H, dc)
         q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)
-        y = self.attend(q, cached, cached[..., :dc], mask)  # (B, 1, H, dc): the heads are rows, as positions are else
+        y = self.attend(q, cached, cached[..., :dc], mask)  # (B, 1, H, dc): heads stand where plain has positions
         return torch.einsum("bthl,hvl->bhtv", y, W_v)
 
     def attend(self, q, k, v, mask):

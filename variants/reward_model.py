@@ -49,7 +49,7 @@ class RewardModel(nn.Module):
         states = self.transformer.hidden(ids)                                  # (B, T, D)
         last = states[torch.arange(len(ids), device=ids.device), ends - 1]     # (B, D)
         with torch.autocast(ids.device.type, enabled=False):  # in half precision near scores would be equal
-            return self.score(last.to(self.score.weight.dtype))[:, 0]
+            return F.linear(last.float(), self.score.weight.float())[:, 0]
 
 
 def pairwise_loss(chosen, rejected):

@@ -159,7 +159,9 @@ class Objective:
         """Adds each router's load, how many of the tokens went to each expert, to the step's."""
         loads = [(chosen.flatten() == torch.arange(experts, device=chosen.device)[:, None]).sum(1).float()
                  for chosen in choices]
-        self.loads = [sum(pair) for pair in zip(self.loads, loads)] or loads
+        if self.loads:
+            loads = [before + load for before, load in zip(self.loads, loads)]
+        self.loads = loads
 
     def after_step(self, model):
         """Balances; returns the step's mean losses without their weights, and the busiest expert's load."""
