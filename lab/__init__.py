@@ -27,5 +27,5 @@ def wait_patiently():
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # by default kernels of 1,024 shapes stay in memory
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")  # by default kernels of 1,024 shapes stay in memory
 wait_patiently()

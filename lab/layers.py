@@ -4,7 +4,7 @@
     recompute(model)
 
 On a CPU torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and
-in bfloat16 its backward pass is five times slower than in float32. Autograd's RMSNorm passes over its input twice as
+in bfloat16 its backward pass is five times slower than in float32. Each new shape of a product costs a kernel. Autograd's RMSNorm passes over its input twice as
 often as the gradient by hand. A group shares a long prompt (lab/prompts.py); a GPU computes whole rows faster, and
 needs no copy of keys and values for each query head.
 
@@ -26,13 +26,19 @@ def fast_layers(model):
     """The model, with the attention and norms of its device."""
     if next(model.parameters()).device.type == "cpu":
         replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer,
-                        deepseek_v3.Attention: CPULatentAttention, deepseek_v3.RMSNorm: CPURMSNorm,
-                        deepseek_v3.Experts: CPUExperts})
+                        torch.nn.Linear: CPULinear, deepseek_v3.Attention: CPULatentAttention,
+                        deepseek_v3.RMSNorm: CPURMSNorm, deepseek_v3.Experts: CPUExperts})
     else:
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)
         replace(model, {Attention: CUDAAttention, RMSNorm: CUDARMSNorm, deepseek_v3.RMSNorm: CUDARMSNorm,
                         deepseek_v3.Experts: CUDAExperts})
+    return model
+
+
+def plain_products(model):
+    """The model, whose linear layers are torch's own again: variants/lora.py takes no others."""
+    replace(model, {CPULinear: torch.nn.Linear})
     return model
 
 
@@ -131,8 +137,9 @@ def attend(q, k, v, mask, scale=None):
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
     q = q * (scale or d ** -0.5)
     q = q.reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
-    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
-    weights = scores.add_(mask).softmax(-1)
+    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S).add_(mask)
+    with torch.autocast("cpu", enabled=False):  # it would write scores and weights in float32; the sum is one anyway
+        weights = scores.softmax(-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
 
 
@@ -170,14 +177,12 @@ class SortedExperts(deepseek_v3.Experts):
 
 
 class CPUExperts(SortedExperts):
-    """All experts in one product, each with as many rows as the busiest one: threads share it better than small ones.
-    Its rows are rounded up, since in half precision a CPU makes a kernel for each new shape, which takes longer."""
+    """All experts in one product, each with as many rows as the busiest one: threads share it better than small ones."""
 
     def of_sorted(self, x, expert):
         E, expert = len(self.down_proj), expert.sort().values
         counts = expert.bincount(minlength=E)
-        rows = counts.max().item()
-        rows += -rows % (8 if rows <= 64 else 64)
+        rows = rounded(counts.max().item())
         first = counts.cumsum(0) - counts                                          # (E,) each expert's first row of x
         place = expert * rows + torch.arange(len(x)) - first[expert]               # (len(x),) where it goes
         padded = x.new_zeros(E * rows, x.shape[1]).index_copy(0, place, x).view(E, rows, -1)
@@ -210,6 +215,23 @@ class FixedExperts(deepseek_v3.Experts):
         y = torch.einsum("nei,edi->ned", F.silu(gate) * up, self.down_proj)
         of_chosen = y.gather(1, chosen[:, :, None].expand(-1, -1, y.shape[-1]))  # (N, K, D)
         return (of_chosen * weights[:, :, None]).sum(1).to(y.dtype)
+
+
+# ------------------------------------------------------------------------------------------- products
+
+def rounded(rows):
+    """In half precision a CPU makes a kernel for each new shape, which may take longer than the product itself: rows of
+    zeros bring the shapes down to a few."""
+    return rows + -rows % (8 if rows <= 64 else 64)
+
+
+class CPULinear(torch.nn.Linear):
+    def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        more = rounded(rows) - rows
+        if more == 0:
+            return super().forward(x)
+        return super().forward(F.pad(x.reshape(rows, -1), (0, 0, 0, more)))[:rows].view(*x.shape[:-1], -1)
 
 
 # ------------------------------------------------------------------------------------------- norm

@@ -10,7 +10,7 @@ import torch
 
 from lab.adapters import add_adapters_of, load_model
 from lab.architectures import is_deepseek
-from lab.layers import recompute
+from lab.layers import plain_products, recompute
 from variants.lora import add_adapters
 from variants.offload import send_weights, step_on_cpu
 
@@ -27,7 +27,8 @@ class Trainee:
             raise ValueError(f"lora {memory.lora} is above the model's hidden_size {model.config.hidden_size}: "
                              "adapters would be larger than the matrices")
         if memory.lora:
-            add_adapters(model, memory.lora, memory.lora_alpha, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            add_adapters(plain_products(model), memory.lora, memory.lora_alpha, generator=generator)
         if memory.offload_optimizer:
             self.masters = self.load()
 

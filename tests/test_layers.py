@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lab.layers import CPUAttention, CPURMSNorm, attend, fast_layers, recompute, rms_norm
+from lab.layers import CPUAttention, CPULinear, CPURMSNorm, attend, fast_layers, recompute, rms_norm
 from model import Attention, KVCache, RMSNorm, generate
 from test_model import tiny
 
@@ -48,6 +48,33 @@ def test_the_fast_layers_decode_what_the_models_own_decode(kind):
     for columns in (batch, batch[:, :1]):
         a, b = plain(columns, cache=cache), fast(columns, cache=other)
         torch.testing.assert_close(a[:, -1], b[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (64,), (65,), (3, 50), (2, 3, 40), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_product_of_few_shapes_has_the_values_and_gradients_of_the_plain_one(rows, dtype):
+    g = torch.Generator().manual_seed(0)
+    plain = torch.nn.Linear(8, 5).to(dtype)
+    fast = fast_layers(torch.nn.Sequential(copy.deepcopy(plain)))
+    assert isinstance(fast[0], CPULinear)
+    x = torch.randn(*rows, 8, generator=g).to(dtype).requires_grad_()
+    outside = torch.randn(*rows, 5, generator=g).to(dtype)
+    results = []
+    for model in (plain, fast):
+        y = model(x)
+        results.append((y, *torch.autograd.grad((y * outside).sum(), [x, *model.parameters()])))
+    tolerance = {} if dtype == torch.float64 else {"atol": 0.1, "rtol": 2e-2}  # bf16 adds up in another order
+    for expected, ours in zip(*results):
+        torch.testing.assert_close(ours, expected, **tolerance)
+
+
+def test_products_of_a_thousand_numbers_of_rows_have_few_shapes(monkeypatch):
+    shapes, linear = set(), torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *more: (shapes.add(x.shape), linear(x, *more))[1])
+    layer = fast_layers(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    for rows in range(1, 1000):
+        assert layer(torch.zeros(rows, 4)).shape == (rows, 4)
+    assert len(shapes) == 23  # 8, 16, ... 64, then 128, 192, ... 1024
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])

@@ -15,7 +15,7 @@ from lab import checkpoint
 from lab.adapters import load_model, save_adapters
 from lab.check_adapter import base_directory
 from lab.graphs import Decoder
-from lab.layers import fast_layers, recompute
+from lab.layers import fast_layers, plain_products, recompute
 from lab.memory import Memory
 from lab.trainee import Trainee
 from model import Config, Transformer, generate, hf_tensors, load, save
@@ -217,7 +217,7 @@ def run(model, config=CONFIG, **more):
 
 @pytest.mark.parametrize("estimator", [None, PPO, PRIME])
 def test_sampler_trainer_reference_and_critic_have_one_base_and_their_own_adapters(estimator):
-    model, seen = add_adapters(fast_layers(tiny(torch.bfloat16)), 2), []
+    model, seen = add_adapters(plain_products(fast_layers(tiny(torch.bfloat16))), 2), []
 
     def spy(sampler, *args, **settings):
         seen.append(sampler)
@@ -238,7 +238,7 @@ def test_sampler_trainer_reference_and_critic_have_one_base_and_their_own_adapte
 
 
 def test_the_reference_is_the_model_with_its_adapters_off_to_the_last_bit():
-    model, references = add_adapters(fast_layers(tiny(torch.bfloat16)), 2), []
+    model, references = add_adapters(plain_products(fast_layers(tiny(torch.bfloat16))), 2), []
     rows = run(model, save=lambda **parts: references.append(parts["reference"]))
     r = rows[-1][1]  # its reference log-probabilities were of the base, though the adapters had moved by then
     assert all(part.lora_B.abs().max() > 0 for part in adapters(model).values())
