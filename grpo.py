@@ -8,8 +8,8 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-By default the loss stays near 0 (a group's advantages sum to 0): watch reward, KL, clip fraction, entropy and
-gradient norm. A truncated completion keeps reward and gradient (variants/dapo.py can penalise or mask it).
+The loss stays near 0, as a group's mean advantage does: watch reward, KL, clip fraction, entropy and gradient norm. A
+truncated completion keeps reward and gradient (variants/dapo.py can penalise or mask it).
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
 
@@ -44,21 +44,21 @@ class GRPOConfig:
     lr: float = 1e-4               # R1: 3e-6 at 671B
     warmup: int = 20               # updates; not published
     temperature: float = 1.0       # R1-Zero and R1's first RL stage: 1; its second: 0.7
+    top_p: float = 1.0             # below 1, DeepSeek-V3.2: the loss's softmax too is over the ids that top-p kept
     max_new_tokens: int = 160
-    scale: str = "group"           # advantages are divided by its std. Lite PPO: "batch"; Dr. GRPO: "none", not at all
+    scale: str = "group"           # whose std divides advantages. Lite PPO: "batch"; Dr. GRPO: "none", not divided
     leave_one_out: bool = False    # RLOO: True, with scale "none"
     clip_low: float = 0.2          # ratio >= 1 - clip_low. R1: eps = 10, which is no lower clip
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: one ratio per sequence, the geometric mean of its tokens'
     detach_ratio: bool = False     # CISPO: the clipped ratio is a constant weight on A log pi
-    stale_limit: float = 0.0       # DeepSeek-V3.2, above 0: drop sequences with A < 0 and mean log(pi_old/pi) above it
+    stale_limit: float = 0.0       # DeepSeek-V3.2, above 0: no A where A < 0 and the row's mean log(pi_old/pi) > it
     mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
-    kl: str = "k3"                 # eq. 4; or "k2"
-    weigh_kl: bool = False         # DeepSeek-V3.2, with k3: the KL times pi/pi_old
+    weigh_kl: bool = False         # DeepSeek-V3.2: the KL times pi/pi_old
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     old_logprobs: str = "trainer"  # pi_old's come from a forward pass, or, one pass cheaper, from the "sampler"
-    importance_cap: float = 0.0    # above 0: truncated importance weights min(pi_old / pi_sampler, cap)
+    importance_cap: float = 0.0    # above 0: each token's A is times min(pi_old / pi_sampler, cap)
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
     offload_reference: bool = False  # keep it in the CPU's memory except while it scores
@@ -67,7 +67,7 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):  # a misspelled choice would be computed as another; ranges: lab/check_input.py
-        choices = {"mean": ("sequence", "token", "constant"), "kl": ("k2", "k3"), "scale": ("group", "batch", "none"),
+        choices = {"mean": ("sequence", "token", "constant"), "scale": ("group", "batch", "none"),
                    "dtype": ("float32", "bfloat16", "float16"), "old_logprobs": ("trainer", "sampler")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -91,35 +91,33 @@ def group_advantages(rewards, scale="group", leave_one_out=False):
     return advantages / (std + 1e-4)
 
 
-def token_logprobs(logits, ids, temperature=1.0):
-    """Log-probability of each id under softmax(logits / temperature), which rollouts sample from, without top-p or
-    top-k. logits (..., V), ids (...) -> (...)"""
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
-    return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
+def token_logprobs(logits, ids, temperature=1.0, kept=None):
+    """Log-probability of each id under softmax(logits / temperature). logits (..., V), ids (...) -> (...)
 
-
-def kl_divergence(logprobs, ref_logprobs, estimator="k3"):
-    """An estimate of the KL between policy and reference, per token. (B, T), (B, T) -> (B, T)
-
-    k3  pi_ref/pi - log(pi_ref/pi) - 1, never negative [DeepSeekMath eq. 4]; as a loss it descends KL(pi_ref || pi)
-    k2  log(pi_ref/pi)^2 / 2, never negative; as a loss it descends KL(pi || pi_ref)
+    kept (..., C): the softmax is over these ids alone, which top-p kept, filled up with -1.
     """
-    log_ratio = ref_logprobs - logprobs
-    if estimator == "k2":
-        return log_ratio.square() / 2
-    log_ratio = log_ratio.clamp(max=10)  # exp stays finite; beyond that the gradient is 0
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    if kept is None:
+        return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
+    of_kept = logits.gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -math.inf)
+    return logits.gather(-1, ids[..., None])[..., 0] - of_kept.logsumexp(-1)
+
+
+def kl_divergence(logprobs, ref_logprobs):
+    """An estimate of KL(policy || reference), per token: pi_ref/pi - log(pi_ref/pi) - 1, never negative [DeepSeekMath
+    eq. 4]. As a loss, on-policy, it descends KL(reference || policy). (B, T), (B, T) -> (B, T)"""
+    log_ratio = (ref_logprobs - logprobs).clamp(max=10)  # exp stays finite; beyond that the gradient is 0
     return torch.exp(log_ratio) - log_ratio - 1
 
 
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2,
-                sequence_ratio=False, detach_ratio=False, stale_limit=0.0, mean="sequence", beta=0.001, kl="k3",
-                weigh_kl=False, normaliser=None):
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2, mean="sequence",
+                sequence_ratio=False, detach_ratio=False, stale_limit=0.0, beta=0.001, weigh_kl=False, normaliser=None):
     """DeepSeekMath eq. 3, negated: -mean[min(ratio A, clip(ratio) A) - beta KL]. Its relatives: variants/configs.py.
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, pi_old (detached), and the reference; mask is 1 on sampled tokens, the end token included.
-    advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: the whole update's count, if this is one of
-    its micro-batches, of sequences, tokens, or a constant budget of tokens, by `mean`; by default this batch's own.
+    advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: divides the summed loss; for a micro-batch the
+    whole update's count, by `mean`, of sequences, of tokens, or a constant budget; by default this batch's own.
     Returns the scalar loss and metrics as means over this batch's tokens; "drift": |log(pi / pi_old)|.
     """
     def zero_padding(x):  # it may hold anything, even inf, and inf * 0 is NaN
@@ -143,9 +141,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     if stale_limit:
         is_stale = -token_log_ratio.sum(1) / lengths > stale_limit  # (B,), DeepSeek-V3.2's off-policy mask
         objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)
-    penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs, kl)
+    penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs)
     if weigh_kl:
-        penalty = penalty * ratio  # then k3's gradient is that of KL(pi || pi_ref), off-policy too
+        penalty = penalty * torch.exp(token_log_ratio.clamp(-20, 20))  # its gradient is then that of KL(pi || pi_ref)
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
@@ -171,6 +169,7 @@ class Rollout:
     sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
+    kept: list                 # with top_p: kept[row][i] (C,), the ids that its i-th sampled token was drawn from
     old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, from where config.old_logprobs says
     ref_logprobs: torch.Tensor | None = None  # (B, T) under the reference, where there is one
 
@@ -179,8 +178,9 @@ class Rollout:
 def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weights, config, generator):
     """config.group_size completions of each example, sampled and judged. Arguments as in `train`."""
     G, prompts = config.group_size, [encode(example) for example in examples]
-    ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens,
-                                      temperature=config.temperature, end_ids=end_ids, generator=generator)
+    top_p = dict(top_p=config.top_p, kept=[]) if config.top_p < 1 else {}  # generate fills `kept`
+    ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens, end_ids=end_ids,
+                                      temperature=config.temperature, generator=generator, **top_p)
     device = ids.device
     completions = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
     texts = [decode(completion) for completion in completions]
@@ -205,7 +205,8 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     return Rollout(
         examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
         finished=torch.isin(last_tokens, torch.tensor(list(end_ids), device=device)),
-        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total)
+        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total,
+        kept=top_p.get("kept", []))
 
 
 def draw_once(draw, prompts, count):
@@ -240,29 +241,31 @@ def logprobs_of(model, r: Rollout, rows, config, prompts=None):
     ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
+    kept = [candidates for row in rows for candidates in r.kept[row]] if r.kept else []
+    kept = pad_sequence(kept, batch_first=True, padding_value=-1) if kept else None  # (n, C)
     # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
     with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
         if prompts is not None:
             states = prompts.hidden(r, rows)  # (n, D)
-            logprobs = head_logprobs(model, states, targets, config.temperature)
+            logprobs = head_logprobs(model, states, targets, config.temperature, kept)
         elif hasattr(model, "hidden") and hasattr(model, "head"):
             states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
-            logprobs = head_logprobs(model, states, targets, config.temperature)
+            logprobs = head_logprobs(model, states, targets, config.temperature, kept)
         else:
             logits = model(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)         # (n, V)
-            logprobs = token_logprobs(logits, targets, config.temperature)
+            logprobs = token_logprobs(logits, targets, config.temperature, kept)
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
 
 
-def head_logprobs(model, states, targets, temperature):
+def head_logprobs(model, states, targets, temperature, kept):
     """token_logprobs of model.head(states), in pieces of LOGITS_AT_ONCE: a large vocabulary's (n, V) would not fit."""
-    def score(states, targets):
-        return token_logprobs(model.head(states), targets, temperature)
+    def score(states, targets, kept=None):
+        return token_logprobs(model.head(states), targets, temperature, kept)
 
     rows = LOGITS_AT_ONCE // model.config.vocab_size
     if len(targets) <= rows:
-        return score(states, targets)
-    pieces = zip(states.split(rows), targets.split(rows))
+        return score(states, targets, kept)
+    pieces = zip(*(x.split(rows) for x in (states, targets, kept) if x is not None))
     return torch.cat([checkpoint(score, *piece, use_reentrant=False) for piece in pieces])  # computed again in backward
 
 
@@ -290,7 +293,7 @@ def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.
             logprobs, r.old_logprobs[batch, :t], r.ref_logprobs[batch, :t] if c.beta else None,
             advantages[batch, :t], r.mask[batch, :t], clip_low=c.clip_low, clip_high=c.clip_high,
             sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio, stale_limit=c.stale_limit, mean=c.mean,
-            beta=c.beta, kl=c.kl, weigh_kl=c.weigh_kl, normaliser=normaliser)
+            beta=c.beta, weigh_kl=c.weigh_kl, normaliser=normaliser)
         scaler.scale(loss).backward()
         share = int(r.mask[batch].sum()) / tokens
         for name, value in means.items():
@@ -344,8 +347,7 @@ class TrainState:
     def learn_from(self, r: Rollout, advantages):
         """The metrics of each update on the rollout; a completion is in one mini-batch per inner epoch."""
         c, counters, history = self.config, self.counters, []
-        if advantages.dim() == 1:  # one per completion: the same at each of its tokens
-            advantages = advantages[:, None].expand(r.mask.shape)
+        advantages = advantages.reshape(len(r.texts), -1).expand(r.mask.shape)  # (B,) or (B, T) -> (B, T)
         if c.importance_cap:
             advantages = advantages * torch.exp(r.old_logprobs - r.sampled_logprobs).clamp(max=c.importance_cap)
         for _ in range(c.inner_epochs):
@@ -365,10 +367,8 @@ def rollout_metrics(r: Rollout, history, config):
     """What tells a healthy run from a sick one: of the groups that were kept, and the means over the updates."""
     tokens = r.mask.sum().clamp(min=1)
     metrics = {
-        "reward": r.rewards.mean().item(),
-        "length": r.lengths.float().mean().item(), "tokens": int(r.lengths.sum()),
-        "unfinished": 1 - r.finished.float().mean().item(),
-        "group_std": r.rewards.std(1).mean().item(),
+        "reward": r.rewards.mean().item(), "length": r.lengths.float().mean().item(), "tokens": int(r.lengths.sum()),
+        "unfinished": 1 - r.finished.float().mean().item(), "group_std": r.rewards.std(1).mean().item(),
         "no_signal": (r.rewards.amax(1) - r.rewards.amin(1) <= 1e-6).float().mean().item(),  # groups of equal rewards
         "entropy": -(r.old_logprobs.sum() / tokens).item(),   # the mean of -log p over samples estimates it
         "sampler_gap": ((r.sampled_logprobs - r.old_logprobs).abs().sum() / tokens).item()}  # healthy below 0.01
@@ -389,6 +389,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model with weights in
     config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
     under softmax(logits / temperature), no top-p or top-k; a completion ends at its first of end_ids, which counts.
+    With config.top_p below 1 it also gets top_p, for its log-probabilities too, and a list, as model.generate's kept.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; 0 only logs the rule.
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
@@ -428,7 +429,6 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         # 5: the reference follows
         if state.reference is not None and counters["step"] % c.reference_every == 0:
             state.reference.load_state_dict(model.state_dict())
-
         metrics = rollout_metrics(r, history, c) | {
             "step": counters["step"], "samples": counters["samples"], "discarded": unused,
             "seconds": time.time() - started, "sampling_seconds": sampling_seconds}

@@ -274,6 +274,13 @@ def sample(logits, temperature, top_p, generator):
     return token[:, 0], p.gather(1, drawn)[:, 0].log()
 
 
+def kept_tokens(logits, temperature, top_p):
+    """The ids that `sample` draws from: logits (B, V) -> B tensors (1 to V,)."""
+    p, tokens = nucleus(logits, temperature, top_p)
+    tokens = torch.arange(p.shape[1], device=p.device).expand(p.shape) if tokens is None else tokens
+    return tokens[p > 0].split((p > 0).sum(-1).tolist())
+
+
 def prefill(model, prompts):
     """Logits (N, V) after each prompt, and a cache that holds the prompts, left-padded."""
     device = model.embed_tokens.weight.device
@@ -289,12 +296,14 @@ def prefill(model, prompts):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None):
+def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None,
+             kept=None):
     """n samples of each prompt.
 
     prompts: N lists of token ids. A row stops at the first token of end_ids, which counts, or where its context ends.
     Temperature 0 is greedy. Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after the
     row's end; lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens, in the distribution they came from.
+    kept: a list, which gets a list for each row, with the ids that top_p kept for each of its tokens, (1 to V,).
     """
     logits, cache = prefill(model, prompts)  # (N, V)
     device = logits.device
@@ -309,9 +318,14 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     ends = torch.tensor(list(end_ids), device=device)
     active = torch.arange(len(rows), device=device)  # which result row each row of the batch belongs to
     done = torch.zeros_like(active, dtype=torch.bool)
+    if kept is not None:
+        kept += (kept_of_rows := [[] for _ in rows])
     for t in range(steps):
         # draw a token for each row of the batch
         token, logprob = sample(logits, temperature, top_p, generator)
+        if kept is not None:
+            for row, tokens in zip(active[~done].tolist(), kept_tokens(logits[~done], temperature, top_p)):
+                kept_of_rows[row].append(tokens)
         ids[active, t] = token.masked_fill(done, 0)
         logprobs[active, t] = logprob.masked_fill(done, 0)
         lengths[active] += ~done

@@ -57,6 +57,7 @@ rl_config = partial(GRPOConfig, scale="none", old_logprobs="sampler", validate_e
 
 def rl_stages(**settings):
     stages = {name: rl_config(**settings) for name in ("zero", "control", "rl1")}
+    stages["on_policy"] = rl_config(beta=0.0, **settings)
     return stages | {"rl2": rl_config(temperature=0.7, **settings)}
 
 
@@ -89,6 +90,7 @@ class Preset:
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
     zero: GRPOConfig = rl_config(rollouts=36, lr=1.5e-4, max_new_tokens=200)
     control: GRPOConfig = rl_config(rollouts=52, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
+    on_policy: GRPOConfig = rl_config(rollouts=47, lr=1e-3, beta=0.0, max_new_tokens=200)  # as many samples as traces
     rl1: GRPOConfig = rl_config(rollouts=24, lr=2e-4, max_new_tokens=200)
     rl2: GRPOConfig = rl_config(rollouts=28, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
@@ -114,7 +116,8 @@ PRESETS = {
         deepseek_lr=1e-3,
         cold=SFTConfig(lr=2e-4, epochs=3, batch_tokens=2048, micro_batch_rows=128),
         sft2=SFTConfig(lr=1e-3, epochs=3, batch_tokens=4096, micro_batch_rows=128),
-        zero=gpu_rl(rollouts=45), control=gpu_rl(lr=1e-4), rl1=gpu_rl(), rl2=gpu_rl(temperature=0.7)),
+        zero=gpu_rl(rollouts=45), control=gpu_rl(lr=1e-4), on_policy=gpu_rl(lr=1e-4, beta=0.0), rl1=gpu_rl(),
+        rl2=gpu_rl(temperature=0.7)),
     # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
     # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
     "own": Preset(
@@ -155,7 +158,7 @@ def stage_table(source, with_models=False):
                                      needs="traces"),
             f"control_{name}": Stage(f"Control, {name}", small, "GRPO alone", "R1 v1 4.1", control),
         }
-    table |= ablations.stages(ACCURACY_AND_FORMAT)
+    table |= ablations.stages(ACCURACY_AND_FORMAT, source.students)
     if with_models:
         table |= preferences.stages(WITH_LANGUAGE)
     return source.adapt(table)

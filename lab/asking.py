@@ -50,6 +50,11 @@ def to_learn(row, template):
     return {**row, "completion": completion.removeprefix("<think>").lstrip("\n")}
 
 
+def same_ids(tokenizer, other):
+    """Whether an id is the same token to both: only then can one model judge the tokens of another."""
+    return all(tokenizer.spec.get(part) == other.spec.get(part) for part in ("model", "added_tokens"))
+
+
 # ------------------------------------------------------------------------------------------- the room for an answer
 
 def with_room(examples, encode, context, max_new_tokens, name):

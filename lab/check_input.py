@@ -109,8 +109,8 @@ def check_rl(c) -> None:
     if c.importance_cap and c.old_logprobs == "sampler":
         raise ValueError(f"importance_cap {c.importance_cap} compares sampler and trainer: "
                          "it needs old_logprobs trainer")
-    if c.weigh_kl and c.kl != "k3":
-        raise ValueError(f"weigh_kl goes with kl k3: with {c.kl} it would be the gradient of no KL")
+    if not 0 < c.top_p <= 1:
+        raise ValueError(f"top_p {c.top_p} is not above 0 and at most 1")
 
 
 def check_length_buffer(dapo, c) -> None:

@@ -15,7 +15,7 @@ from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
 from lab.command import Parser, add_memory, add_saving, add_template, fields_of, new_directory, saving
 from lab.graphs import generate
-from lab.asking import decoder, to_learn, with_room
+from lab.asking import decoder, same_ids, to_learn, with_room
 from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
                          in_its_language, open_to_train, read_problem_set, reinforce, rules, save_trained)
 from rewards import TAGS
@@ -65,8 +65,7 @@ def check_same_tokenizer(teacher, student):
     """Raises ValueError where an id may stand for another token: its probability would be of something else."""
     for dir in (teacher, student):
         check_directory(base_directory(dir))
-    theirs, ours = (Tokenizer(base_directory(dir)) for dir in (teacher, student))
-    if any(theirs.spec.get(part) != ours.spec.get(part) for part in ("model", "added_tokens")):
+    if not same_ids(*(Tokenizer(base_directory(dir)) for dir in (teacher, student))):
         raise ValueError(f"{teacher} and {student} have different tokenizers: the teacher cannot judge the student's "
                          "tokens; without --on-policy it can")
 

@@ -24,7 +24,7 @@ from data import world
 from data.problems import read_rows
 from lab import checkpoint
 from lab.architectures import read_config
-from lab.asking import with_room
+from lab.asking import same_ids, with_room
 from lab.check_adapter import base_directory
 from lab.check_input import check_directory
 from lab.scripts import encoder, in_its_language, read_problem_set
@@ -202,7 +202,11 @@ class OwnModel:
             changes["dev3"] = {"by": "SFT on traces"}
         for name, dir in self.directories.items():
             changes[name] = {"starts_from": "", "by": f"own model: {Path(dir).resolve()}", "paper": ""}
-        return table | {name: replace(table[name], **change) for name, change in changes.items()}
+        table = table | {name: replace(table[name], **change) for name, change in changes.items()}
+        for name in self.students:
+            if not same_ids(self.tokenizers["base"], self.tokenizers[f"base_{name}"]):
+                del table[f"on_policy_{name}"]  # r1 cannot judge the tokens of another tokenizer
+        return table
 
     def is_given(self, stage):
         return stage in self.directories

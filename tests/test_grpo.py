@@ -117,11 +117,6 @@ def test_kl_divergence_is_k3():
     assert kl_divergence(a, b)[0].tolist() == pytest.approx(by_hand)
 
 
-def test_k2_is_half_the_square_of_the_log_ratio():
-    a, b = torch.tensor([[-1., -2., -3.]]), torch.tensor([[-1.5, -2., -0.5]])
-    assert kl_divergence(a, b, "k2").tolist() == [[0.125, 0, 3.125]]
-
-
 def test_below_a_log_ratio_of_ten_k3_is_not_clamped_and_above_it_has_no_gradient():
     logprobs = torch.tensor([[0., 0., 0., 0.]], dtype=torch.float64, requires_grad=True)
     kl = kl_divergence(logprobs, torch.tensor([[-50., 9.9, 10.1, 50.]], dtype=torch.float64))
@@ -274,9 +269,6 @@ def method_by_hand(method, logprobs, old, ref, advantages, mask, weights, beta, 
                     gradient[i][u] -= share * w * slope / len(tokens)
             else:
                 gradient[i][t] -= share * w * slope
-            if kl == "k2":
-                total += share * beta * (logprobs[i][t] - ref[i][t]) ** 2 / 2
-                gradient[i][t] += share * beta * (logprobs[i][t] - ref[i][t])
             if kl == "k3":
                 over = math.exp(ref[i][t]) / math.exp(logprobs[i][t])  # pi_ref / pi
                 total += share * beta * (over - math.log(over) - 1)
@@ -315,7 +307,7 @@ def drifted(seed):
 
 @pytest.mark.parametrize("importance", [False, True], ids=["", "importance"])
 @pytest.mark.parametrize("per_token", [False, True], ids=["", "per_token"])
-@pytest.mark.parametrize("kl", [None, "k2", "k3"])
+@pytest.mark.parametrize("kl", [None, "k3"])
 @pytest.mark.parametrize("method", METHODS)
 def test_value_and_gradient_of_each_method_are_those_of_its_formula_by_hand(method, kl, per_token, importance):
     for seed in range(5):
@@ -332,7 +324,7 @@ def test_value_and_gradient_of_each_method_are_those_of_its_formula_by_hand(meth
         weights = [[rng.choice([0, .5, 1, 3]) if importance else 1.0 for _ in range(T)] for _ in range(B)]
         tensors = [torch.tensor(x, dtype=torch.float64) for x in (logprobs, old, ref)]
         tensors[0].requires_grad_()
-        settings = METHODS[method] | (dict(kl=kl, beta=0.3) if kl else {})
+        settings = METHODS[method] | (dict(beta=0.3) if kl else {})
         advantages = torch.tensor(spread, dtype=torch.float64) if per_token else once
         if importance:
             advantages = torch.tensor(spread, dtype=torch.float64) * torch.tensor(weights, dtype=torch.float64)
@@ -427,9 +419,9 @@ def test_on_policy_the_ratio_of_every_method_is_one_and_its_gradient_is_the_adva
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kl", ["k2", "k3"])
+@pytest.mark.parametrize("weigh_kl", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_is_finite_in_value_and_gradient_at_any_log_ratio(method, kl, dtype):
+def test_each_method_is_finite_in_value_and_gradient_at_any_log_ratio(method, weigh_kl, dtype):
     for old, ref, advantage in itertools.product((-1000., 0., 1000.), (-1000., 0., 1000.), (-2., 2.)):
         logprobs = torch.full((2, 3), -1.0, dtype=dtype, requires_grad=True)
         loss, metrics = policy_loss(
@@ -438,21 +430,20 @@ def test_each_method_is_finite_in_value_and_gradient_at_any_log_ratio(method, kl
             logprobs.detach() - ref,
             torch.full((2,), advantage, dtype=dtype),
             torch.tensor([[1, 1, 0], [1, 0, 0]]),
-            **METHODS[method] | dict(kl=kl, beta=1.0),
+            **METHODS[method] | dict(weigh_kl=weigh_kl, beta=1.0),
         )
         loss.backward()
         assert loss.isfinite() and all(map(math.isfinite, metrics.values()))
         assert logprobs.grad.isfinite().all() and logprobs.grad.float().square().sum().isfinite()
 
 
-@pytest.mark.parametrize("kl", ["k2", "k3"])
-def test_the_metrics_hold_the_kl_of_the_loss_over_sampled_tokens(kl):
+def test_the_metrics_hold_the_kl_of_the_loss_over_sampled_tokens():
     for seed in range(3):
         logprobs, old, ref, advantages, mask = ragged(seed)
         tensors = (torch.tensor(x, dtype=torch.float64) for x in (logprobs, old, ref, advantages, mask))
-        metrics = policy_loss(*tensors, kl=kl)[1]
+        metrics = policy_loss(*tensors)[1]
         d = [ref[i][t] - logprobs[i][t] for i in range(len(mask)) for t in range(len(mask[0])) if mask[i][t]]
-        assert metrics["kl"] == pytest.approx(sum(x * x / 2 if kl == "k2" else math.exp(x) - x - 1 for x in d) / len(d))
+        assert metrics["kl"] == pytest.approx(sum(math.exp(x) - x - 1 for x in d) / len(d))
 
 
 def test_the_token_mean_weighs_a_long_completion_more_and_the_sequence_mean_does_not():
@@ -473,7 +464,7 @@ def test_one_advantage_a_completion_is_that_advantage_at_each_of_its_tokens():
 
 @pytest.mark.parametrize("settings", [{}, {"mean": "token"}, {"mean": "constant"}, {"sequence_ratio": True},
                                       {"detach_ratio": True}, {"sequence_ratio": True, "detach_ratio": True},
-                                      {"kl": "k2"}], ids=str)
+                                      {"weigh_kl": True}], ids=str)
 @pytest.mark.parametrize("rubbish", [7.0, -1e30, math.inf, -math.inf, math.nan])
 def test_what_stands_in_the_padding_changes_neither_loss_nor_gradient_nor_metrics(rubbish, settings):
     *tensors, mask = (torch.tensor(x, dtype=torch.float64) for x in ragged(5, per_token=True))
@@ -604,14 +595,14 @@ def kl_gradients(policy, reference):
             for kl in (q.exp() * (q - p), p.exp() * (p - q))]
 
 
-@pytest.mark.parametrize("kl", ["k3", "k2"])
+@pytest.mark.parametrize("weigh_kl", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_expected_gradient_of_k3_is_that_of_the_reversed_kl_and_of_k2_that_of_the_forward_kl(seed, kl):
+def test_the_expected_gradient_of_the_kl_is_that_of_the_reversed_kl_and_weighed_that_of_the_forward_kl(seed, weigh_kl):
     policy, reference = TinyPolicy(seed), TinyPolicy(seed + 100)
     ours = expected_gradient(policy, policy.logprobs().sum(1).exp().detach(), torch.zeros(7, dtype=torch.float64),
-                             reference.logprobs().detach(), beta=1.0, mean="token", kl=kl)
+                             reference.logprobs().detach(), beta=1.0, mean="token", weigh_kl=weigh_kl)
     reversed_kl, forward_kl = kl_gradients(policy, reference)
-    torch.testing.assert_close(ours, reversed_kl if kl == "k3" else forward_kl)
+    torch.testing.assert_close(ours, forward_kl if weigh_kl else reversed_kl)
     assert (reversed_kl - forward_kl).abs().max() > 0.01 and ours.abs().max() > 0.01
 
 
@@ -716,7 +707,7 @@ def test_an_end_id_in_the_prompt_is_not_trained_and_a_sampled_padding_id_is():
     assert change[0].abs().sum() == 0 and change[1].argmax() == 0 and change[2, [0, END]].min() > 0
 
 
-@pytest.mark.parametrize("switches", [{}, {"sequence_ratio": True}, {"detach_ratio": True}, {"kl": "k2"}], ids=str)
+@pytest.mark.parametrize("switches", [{}, {"sequence_ratio": True}, {"detach_ratio": True}, {"weigh_kl": True}], ids=str)
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("per_token", [False, True], ids=["", "per_token"])
 def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, mean, per_token, switches):
@@ -749,11 +740,11 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batches(tiny, mean, per
 
 @pytest.mark.parametrize("switches", [
     {}, {"clip_low": 0.01}, {"clip_high": 0.01}, {"sequence_ratio": True}, {"detach_ratio": True}, {"mean": "token"},
-    {"mean": "constant"}, {"beta": 3.0}, {"kl": "k2"}], ids=str)
+    {"mean": "constant"}, {"beta": 3.0}, {"weigh_kl": True}], ids=str)
 def test_each_switch_of_the_config_reaches_the_loss(tiny, switches):
     """An update is the gradient of policy_loss with these switches on the whole forward pass; each matters."""
     defaults = dict(
-        clip_low=0.1, clip_high=0.4, sequence_ratio=False, detach_ratio=False, mean="sequence", beta=0.5, kl="k3"
+        clip_low=0.1, clip_high=0.4, sequence_ratio=False, detach_ratio=False, mean="sequence", beta=0.5
     )
     r = roll(sharp(tiny, 1), small(group_size=6), [[1, 2], [4, 5, 6, 7, 8]], model_module.generate, end_ids=MANY_ENDS)
     noise = torch.Generator().manual_seed(0)
@@ -1026,7 +1017,7 @@ def test_updates_are_split_among_mini_batches_so_that_each_completion_is_in_one(
 
 
 def test_a_cut_sampler_cannot_be_configured():
-    for field in ("top_p", "top_k", "min_p"):
+    for field in ("top_k", "min_p"):  # top_p, whose sets the loss keeps, can: tests/test_top_p.py
         with pytest.raises(TypeError):
             GRPOConfig(**{field: 0.9})
 
@@ -1262,7 +1253,8 @@ def test_a_rollout_without_any_signal_leaves_the_policy_where_it_is(tiny):
         ({"clip_high": -0.1}, "clip_high -0.1"),
         ({"dtype": "int4"}, "int4"),
         ({"importance_cap": 2.0, "old_logprobs": "sampler"}, "importance_cap 2.0 compares sampler and trainer"),
-        ({"weigh_kl": True, "kl": "k2"}, "weigh_kl goes with kl k3"), ({"stale_limit": -1.0}, "stale_limit -1"),
+        ({"top_p": 0.0}, "top_p 0.0 is not above 0 and at most 1"), ({"top_p": 1.5}, "top_p 1.5"), ({"top_p": math.nan}, "top_p nan"),
+        ({"stale_limit": -1.0}, "stale_limit -1"),
         ({"scale": "Batch"}, "scale 'Batch'"),
     ],
 )

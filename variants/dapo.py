@@ -81,6 +81,7 @@ class DAPO:
         if self.config.mask_cut:
             r.mask = r.mask & r.finished[:, None]
             r.sampled_logprobs = torch.where(r.mask, r.sampled_logprobs, 0)
+            r.kept = [kept if ended else [] for kept, ended in zip(r.kept, r.finished.tolist())]
         return r
 
 
@@ -100,5 +101,6 @@ def together(groups):
         ids=rows_of("ids"), mask=rows_of("mask", 1), sampled_logprobs=rows_of("sampled_logprobs", 1),
         ends=[r.ends[row] for r, row in rows], lengths=torch.stack([r.lengths[row] for r, row in rows]),
         finished=torch.stack([r.finished[row] for r, row in rows]),
+        kept=[r.kept[row] for r, row in rows] if first.kept else [],
         parts={name: torch.stack([r.parts[name][i] for r, i in groups]) for name in first.parts},
         rewards=torch.stack([r.rewards[i] for r, i in groups]))
