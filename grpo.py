@@ -22,7 +22,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -55,7 +55,7 @@ class GRPOConfig:
     stale_limit: float = 0.0       # DeepSeek-V3.2, above 0: no A where A < 0 and the row's mean log(pi_old/pi) > it
     mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
-    weigh_kl: bool = False         # DeepSeek-V3.2: the KL times pi/pi_old
+    weigh_kl: bool = False         # DeepSeek-V3.2: the KL times the ratio
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     old_logprobs: str = "trainer"  # pi_old's come from a forward pass, or, one pass cheaper, from the "sampler"
     importance_cap: float = 0.0    # above 0: each token's A is times min(pi_old / pi_sampler, cap)
@@ -143,7 +143,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs)
     if weigh_kl:
-        penalty = penalty * torch.exp(token_log_ratio.clamp(-20, 20))  # its gradient is then that of KL(pi || pi_ref)
+        penalty = penalty * ratio  # then its gradient is that of KL(pi || pi_ref), off pi_old too
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
@@ -169,9 +169,9 @@ class Rollout:
     sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
-    kept: list                 # with top_p: kept[row][i] (C,), the ids that its i-th sampled token was drawn from
     old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, from where config.old_logprobs says
     ref_logprobs: torch.Tensor | None = None  # (B, T) under the reference, where there is one
+    kept: list = field(default_factory=list)  # with top_p: kept[row][i] (C,), what the row's token i was drawn from
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ def test_its_gradient_is_that_of_the_reverse_kl_a_token_with_prefixes_held_fixed
     config = SimpleNamespace(dtype="float32", temperature=1.0, micro_batch_tokens=64)
     completions = list(itertools.product(range(3), repeat=2))
     ids = torch.tensor([[0, *completion] for completion in completions])
-    rollout = SimpleNamespace(ids=ids, mask=torch.ones(9, 2).bool(), ends=[3] * 9)
+    rollout = SimpleNamespace(ids=ids, mask=torch.ones(9, 2).bool(), ends=[3] * 9, kept=[])
     with torch.no_grad():
         rollout.old_logprobs = grpo.all_logprobs(student, rollout, config).double()
         of_teacher = teacher(ids[:, :-1]).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2's keep-sampling-mask: with top-p, policy and pi_old are one distribution, over what the sampler kept."""
+"""DeepSeek-V3.2's keep-sampling-mask: with top-p, policy and pi_old are one distribution over what was kept."""
 
 import itertools
 from dataclasses import replace
@@ -18,8 +18,8 @@ ENDS = (3, 5, 7)
 
 
 def config_of(**fields):
-    return GRPOConfig(**dict(rollouts=2, prompts_per_rollout=3, group_size=4, minibatches=2, lr=1e-2, warmup=1, top_p=0.8,
-                             max_new_tokens=8, dtype="float32", beta=0.1) | fields)
+    return GRPOConfig(**dict(rollouts=2, prompts_per_rollout=3, group_size=4, minibatches=2, lr=1e-2, warmup=1,
+                             top_p=0.8, max_new_tokens=8, dtype="float32", beta=0.1) | fields)
 
 
 def roll(model, config, generate=model_module.generate, prompts=([1, 2], [4, 6, 8, 9, 11], [12])):
