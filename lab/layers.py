@@ -5,8 +5,8 @@
 
 On a CPU torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and
 in bfloat16 its backward pass is five times slower than in float32. Each new shape of a product costs a kernel.
-Autograd's RMSNorm passes over its input twice as often as the gradient by hand. A group shares a long prompt (lab/prompts.py); a GPU computes whole rows faster, and
-needs no copy of keys and values for each query head.
+Autograd's RMSNorm passes over its input twice as often as the gradient by hand. A group shares a long prompt
+(lab/prompts.py); a GPU computes whole rows faster, and needs no copy of keys and values for each query head.
 
 Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size.
 """
@@ -177,7 +177,7 @@ class SortedExperts(deepseek_v3.Experts):
 
 
 class CPUExperts(SortedExperts):
-    """All experts in one product, each with as many rows as the busiest one: threads share it better than many."""
+    """All experts in one product, each with the busiest one's rows: threads share it better than small ones."""
 
     def of_sorted(self, x, expert):
         E, expert = len(self.down_proj), expert.sort().values
