@@ -82,7 +82,7 @@ def judges_of(run):
     terms = []
     for kind, applies in (("helpful", asks_for_a_reply), ("safe", is_request)):
         model, tokenizer, reads = load_reward_model(RewardModel, run.out / "judges" / kind, run.device, torch.float32)
-        terms.append(Term(f"model_{kind}", model, reader(tokenizer, reads), applies=applies))
+        terms.append(Term(f"model_{kind}", model, reader(tokenizer, reads), kind == "safe", applies=applies))
     return terms
 
 

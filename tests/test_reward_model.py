@@ -222,15 +222,17 @@ def test_no_held_out_request_is_among_the_preferences_of_training():
 
 # ------------------------------------------------------------------------------------------- in reinforcement learning
 
-def test_a_judge_adds_its_weighted_probability_where_it_applies_and_logs_it():
+@pytest.mark.parametrize("is_probability", [False, True])
+def test_a_judge_adds_its_weighted_score_or_probability_where_it_applies_and_logs_it(is_probability):
     model = tiny()
-    judge = rm.Judge([rm.Term("kind", model, lambda example, text: [1, len(text) - 1], weight=0.5,
-                                applies=lambda example: example["kind"] == "general")], dtype="float32")
+    judge = rm.Judge([rm.Term("kind", model, lambda example, text: [1, len(text) - 1], is_probability, weight=0.5,
+                              applies=lambda example: example["kind"] == "general")], dtype="float32")
     r = SimpleNamespace(examples=[{"kind": "general"}, {"kind": "reasoning"}], texts=["aa", "bbbb", "c", "ddd"],
                         rewards=torch.tensor([[1.0, 0.0], [0.5, 0.5]]), parts={})
     prompts = iter([1, 2])
     got, unused = judge.select(lambda examples: r, prompts, 2)
-    expected = rm.score(model, [[1, 1], [1, 3]], "float32").sigmoid()
+    expected = rm.score(model, [[1, 1], [1, 3]], "float32")
+    expected = 1 / (1 + (-expected).exp()) if is_probability else expected
     assert unused == 0 and torch.allclose(got.parts["kind"], torch.stack([expected, torch.zeros(2)]))
     assert torch.allclose(got.rewards, torch.tensor([[1.0, 0.0], [0.5, 0.5]]) + 0.5 * got.parts["kind"])
 
@@ -247,7 +249,7 @@ def test_reinforcement_raises_the_models_score():
     settings = grpo.GRPOConfig(rollouts=12, prompts_per_rollout=3, group_size=16, minibatches=2, max_new_tokens=4,
                                lr=0.01, warmup=1, dtype="float32", beta=0.0)
     history = train_on_sevens(policy, settings, rewards={}, select=judge.select)
-    assert history[0]["model"] < 0.9 and history[-1]["model"] > 0.97
+    assert history[-1]["model"] > history[0]["model"] + 1  # the odds that it is better, e times as high
     assert all(metrics["reward"] == pytest.approx(metrics["model"]) for metrics in history)
 
 

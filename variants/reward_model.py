@@ -140,10 +140,12 @@ def train(model, rows, config: RewardConfig, log=None, save=None, resume=None):
 
 @dataclass
 class Term:
-    """One model's part of the reward: weight * sigmoid(score), where it applies; 0 elsewhere."""
+    """One model's part of the reward: weight * score, where it applies; 0 elsewhere. A pairwise model's score counts as
+    it is, since differences of scores are log-odds; a point-wise one's as a probability."""
     name: str
     model: RewardModel
     encode: Callable    # (example, completion) -> the ids that the model reads: of the summary, or of all
+    is_probability: bool = False  # sigmoid(score) in its place
     weight: float = 1.0
     applies: Callable = lambda example: True  # whether it judges the outputs for this prompt
 
@@ -167,11 +169,13 @@ class Judge:
         G = r.rewards.shape[1]
         for term in self.terms:
             applies = [i for i, _ in enumerate(r.texts) if term.applies(r.examples[i // G])]
-            probabilities = torch.zeros(len(r.texts))
+            scores = torch.zeros(len(r.texts))
             if applies:
                 rows = [term.encode(r.examples[i // G], r.texts[i]) for i in applies]
-                probabilities[applies] = score(term.model, rows, self.dtype).sigmoid()
-            r.parts[term.name] = probabilities.view(-1, G).to(r.rewards.device)
+                scores[applies] = score(term.model, rows, self.dtype)
+                if term.is_probability:
+                    scores[applies] = scores[applies].sigmoid()
+            r.parts[term.name] = scores.view(-1, G).to(r.rewards.device)
             r.rewards = r.rewards + term.weight * r.parts[term.name]
         return r
 
