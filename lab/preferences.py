@@ -49,7 +49,7 @@ def rows_of(run, kind, split):
 def train_judges(run):
     """Writes judges/helpful and judges/safe; returns how good they are on preferences about held-out requests."""
     found, dtype = {}, run.preset.zero.dtype
-    config = RewardConfig(lr=1e-3, dtype=dtype, seed=run.seed)
+    config = RewardConfig(lr=1e-3, epochs=3, dtype=dtype, seed=run.seed)
     for kind, reads in READS.items():
         dir = run.out / "judges" / kind
         rows = rows_of(run, kind, "train")

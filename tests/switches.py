@@ -1,6 +1,6 @@
 """What came after R1, one switch at a time: R1-Zero from one base a seed, with 4 and with 16 updates a rollout.
 
-    python tests/switches.py --seeds 100 101 102 --jobs 2    # resumes; 100 core-minutes
+    python tests/switches.py --seeds 100 101 102 --jobs 2    # resumes; an hour and a half
     python tests/switches.py --only-table
 
 The plain arm is GRPO as DeepSeekMath gives it; each other arm changes one setting. Bases are trained where they are
@@ -37,7 +37,7 @@ ARMS = {  # name: (title, settings of GRPOConfig)
     "mask_cut": ("cut outputs left out (DAPO)", {}),
 }
 UPDATES = (4, 16)
-PLAIN = dict(rollouts=24, scale="group", beta=0.04, lr=3e-4)
+PLAIN = dict(rollouts=20, scale="group", beta=0.04, lr=3e-4)
 MEASURED = dict(test=256, hard=64, requests=8)  # problems: what is compared is pass@1 and pass@16 of the first
 
 
