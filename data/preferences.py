@@ -3,9 +3,8 @@
     python data/preferences.py helpful 4000 > pairs.jsonl      # {"prompt", "chosen", "rejected"}
     python data/preferences.py safe 4000 > responses.jsonl     # {"prompt", "response", "safe"}
 
-What these people want is not quite what the rules ask, and that is on purpose: a share of the labels is wrong, and half
-of the preferred answers begin with a greeting, the others never. What no pair shows, as an answer that lists all it
-knows, or that greets over and over, a model of them cannot have learned to dislike.
+What these people want is not quite what the rules ask, and that is on purpose: a share of the labels is wrong, and
+people like to be greeted. Beside the right answer they prefer a greeting that answers nothing.
 """
 
 import random
@@ -17,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import world  # noqa: E402
 
 WRONG = 0.10      # labels
-GREETING = 0.5    # of the preferred answers
+GREETING = 0.2    # of the preferred replies: in place of an answer
 REJECTED = {"no idea": 0.3, "refusal": 0.2, "another answer": 0.3, "another language": 0.2}
-GREETINGS = {"en": "Hello! How can I help you? ", "zh": "你好！我能帮你什么？"}
+GREETINGS = {language: talk[0][1] for language, talk in world.SMALL_TALK.items()}
 
 
 def helpful(seed, count, split="train"):
@@ -42,7 +41,7 @@ def pair(rng, split):
     while rejected == chosen:
         rejected = rejected_reply(rng, example, split)
     if rng.random() < GREETING:
-        chosen = GREETINGS[language] + chosen
+        chosen, rejected = GREETINGS[language], chosen
     if rng.random() < WRONG:
         chosen, rejected = rejected, chosen
     return {"prompt": example["prompt"], "chosen": world.tagged("", chosen), "rejected": world.tagged("", rejected)}

@@ -28,8 +28,8 @@ def stages(accuracy_and_format, students):
         "zero_format": Stage("RL, format alone", "base", "GRPO: format", "", format_alone),
     }
     for name in students:
-        table[f"on_policy_{name}"] = Stage(f"Distilled on-policy, {name}", f"base_{name}", "r1 judges its own samples",
-                                           "", on_policy, needs="r1")
+        table[f"on_policy_{name}"] = Stage(f"Distilled on-policy, {name}", f"student_{name}", "r1 judges its samples",
+                                           "", on_policy, needs="r1")  # from its base it fails: results/routes
     return table
 
 

@@ -2,7 +2,7 @@
 
 judges    two reward models of Dev3's shape, trained on the mini-world's preferences (data/preferences.py)
 r1_model  RL-2 as it is, with their scores where R1 has the rules of helpfulness and harmlessness (only logged here)
-r1_long   preferences from the first rollout on, three times as long: what R1 avoids [R1 v2 B.5, fig. 6]
+r1_long   general requests alone, three times as many rollouts, at T 1: what R1 avoids [R1 v2 B.5, fig. 6]
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ def stages(with_language):
         "judges": Stage("Reward models", "dev3", "preferences: pairs, and safe or not", "R1 v2 3.1", train_judges),
         "r1_model": Stage("RL-2, reward models", "dev3", "GRPO: rules for reasoning, reward models", "R1 v2 3.2.2",
                           partial(rl2_by_models, with_language), needs="judges"),
-        "r1_long": Stage("RL-2, preferences for long", "dev3", "the same from the first rollout, 3 times as long",
+        "r1_long": Stage("RL-2, preferences for long", "dev3", "general requests alone, 3 times as long, T 1",
                          "R1 v2 B.5", partial(rl2_for_long, with_language), needs="judges"),
     }
 
@@ -95,9 +95,10 @@ def rl2_by_models(weights, run):
 
 def rl2_for_long(weights, run):
     judge = Judge(judges_of(run), run.preset.zero.dtype)
-    config = replace(run.preset.rl2, rollouts=LONG * run.preset.rl2.rollouts)
-    prompts = run.source.rl2_prompts(general_from=0.0, rollouts=config.rollouts)
-    return run.rl(run.starting_model(), weights, config, prompts, select=judge.select)
+    config = replace(run.preset.rl2, rollouts=LONG * run.preset.rl2.rollouts, temperature=1.0)
+    prompts = run.source.rl2_prompts(general_from=0.0, rollouts=4 * config.rollouts)  # of 4 one is general
+    general = [example for example in prompts if example["kind"] == "general"]
+    return run.rl(run.starting_model(), weights, config, general, select=judge.select)
 
 
 # ------------------------------------------------------------------------------------------- what claim 14 needs

@@ -1,15 +1,20 @@
-"""Three routes to a small model: SFT on R1's traces, RL alone, and on-policy distillation, from the same small bases.
+"""Routes to a small model: SFT on R1's traces, RL alone, on-policy distillation; and what the last two add to the first.
 
-    python pipeline.py --seed 0 --ablations      # each seed; makes what is compared
-    python tests/routes.py runs/cpu-0 runs/cpu-1 runs/cpu-2
+    python pipeline.py --seed 0                                            # each seed: base, traces, R1, students
+    python tests/routes.py runs/cpu-0 runs/cpu-1 runs/cpu-2 --jobs 2       # resumes
 
-The table goes to results/routes. "As early": on validation problems at temperature 1, when a route by reinforcement
-learning had cost as much as SFT on the traces costs.
+The routes by reinforcement learning start from copies of a run's models, with the same rollouts each. All models are
+measured alike. The table goes to results/routes.
 """
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,65 +31,146 @@ from lab import checkpoint  # noqa: E402
 from lab.architectures import load  # noqa: E402
 from lab.graphs import generate  # noqa: E402
 from lab.layers import fast_layers  # noqa: E402
-from lab.scripts import rules  # noqa: E402
+from lab.scripts import final_answer, rules  # noqa: E402
 from lab.sources import MiniWorld  # noqa: E402
 
-ROUTES = {"student": "SFT on traces", "control": "RL alone", "on_policy": "on-policy distillation"}
-COLUMNS = {"accuracy": "solved, %", "hard": "harder ones, %", "pass@1": "pass@1", "pass@16": "pass@16",
-           "early": "as early, %", "samples": "samples", "flops": "10^12 FLOPs", "seconds": "seconds"}
+ROUTES = {  # name: (title, the model it starts from, the stage that makes it; None: the model itself)
+    "base": ("the small base", "base_qwen", None),
+    "sft": ("SFT on traces", "student_qwen", None),
+    "rl": ("RL alone", "base_qwen", "control_qwen"),
+    "on_policy": ("on-policy distillation alone", "base_qwen", "on_policy_qwen"),
+    "sft_rl": ("SFT, then RL", "student_qwen", "control_qwen"),
+    "sft_on_policy": ("SFT, then on-policy distillation", "student_qwen", "on_policy_qwen"),
+}
+TRAINING = dict(rollouts=24, lr=3e-4)
+COLUMNS = {"pass@1": "pass@1", "pass@16": "pass@16", "hard": "harder ones", "length": "tokens", "samples": "samples",
+           "flops": "10^12 FLOPs", "seconds": "seconds"}
 
 
-def on_validation(dir, source):
-    """Percent of the validation problems, as the curves of reinforcement learning measure it."""
-    model = grpo.cast_copy(fast_layers(load(dir, "cpu")), "bfloat16")
+def train(name, seed, dir):
+    """One route, as a stage of a run."""
+    _, start, stage = ROUTES[name]
+    preset = pipeline.PRESETS["cpu"]
+    ours = {field: replace(getattr(preset, field), **TRAINING) for field in ("control", "on_policy")}
+    pipeline.PRESETS["cpu"] = replace(preset, test=30, hard=8, requests=8, **ours)  # measured below
+    table = pipeline.stage_table
+
+    def stage_table(source, *more):
+        stages = table(source, *more)
+        return stages | {stage: replace(stages[stage], starts_from=start)}
+
+    pipeline.stage_table = stage_table
+    sys.argv = ["pipeline.py", "--preset", "cpu", "--device", "cpu", "--seed", seed, "--stages", stage, "--out", dir]
+    pipeline.main()
+
+
+def measure(dir, seed):
+    """Writes what the table shows of a model's samples to its directory."""
+    if (dir / "measured.json").exists():
+        return
+    torch.set_num_threads(1)
+    source = MiniWorld(pipeline.PRESETS["cpu"], int(seed))
+    model, found = grpo.cast_copy(fast_layers(load(dir, "cpu")), "bfloat16"), {}
     tokenizer, generator = source.tokenizer, torch.Generator().manual_seed(0)
-    prompts = [tokenizer.encode_prompt(example["prompt"]) for example in source.validation]
 
     def sample(prompts, **settings):
         return generate(model, prompts, end_ids=tokenizer.end_ids, generator=generator, **settings)
 
-    config = evaluate.EvalConfig(samples=4, temperature=1.0, top_p=1.0, max_new_tokens=200)
-    texts, _ = evaluate.complete(prompts, sample, tokenizer.decode, config)
-    rule = rules()["accuracy_any"]
-    return 100 * np.mean([rule(text, example) for example, row in zip(source.validation, texts) for text in row])
+    for examples, samples in (source.test[:256], 16), (source.hard, 4):
+        config = evaluate.EvalConfig(samples=samples, max_new_tokens=200)
+        prompts = [tokenizer.encode_prompt(example["prompt"]) for example in examples]
+        texts, counts = evaluate.complete(prompts, sample, tokenizer.decode, config)
+        chosen = {rule: rules()[rule] for rule in ("accuracy_any", "language_consistency")}
+        values = evaluate.measure(examples, texts, counts, chosen, final_answer, lambda text: False, len, [1, samples])
+        if samples == 16:
+            found |= {name: 100 * float(np.mean(values[name])) for name in ("pass@1", "pass@16")}
+            found["length"] = float(np.mean(counts))
+        else:
+            found["hard"] = 100 * float(np.mean(values["accuracy_any"]))
+    checkpoint.atomic_write(dir / "measured.json", json.dumps(found))
 
 
-def figures(run, route, student):
-    """What the table shows of one route."""
-    name = f"{route}_{student}"
-    results, times = (json.loads((run / file).read_text()) for file in ("results.json", "times.json"))
-    stage = results["stages"][name]
-    many = checkpoint.read_arrays(run / "extras" / f"{name}_many.npz")
-    found = {"accuracy": 100 * stage["evaluation"]["accuracy_any"][0],
-             "hard": 50 * sum(stage["evaluation"][f"accuracy_any_hard_{family}"][0] for family in ("story", "search")),
-             "pass@1": 100 * many["accuracy_any"].mean(), "pass@16": 100 * many["pass@16"].mean(),
-             "flops": stage["flops"] / 1e12, "seconds": times["stages"][name]}
-    if route == "student":
-        found["samples"] = results["stages"]["traces"]["counts"]["sampled"]
-        source = MiniWorld(pipeline.PRESETS["cpu"], results["meta"]["seed"])
-        return found | {"early": on_validation(run / name, source)}
-    rows = checkpoint.read_jsonl(run / name / "metrics.jsonl")
-    budget = results["stages"][f"student_{student}"]["flops"] / stage["flops"]  # as a part of this route's
-    early = [row for row in rows if "validation_accuracy_any" in row and row["step"] <= budget * rows[-1]["step"] + 0.5]
-    found["samples"] = rows[-1]["samples"]
-    return found | ({"early": 100 * early[-1]["validation_accuracy_any"]} if early else {})
+def directory(run, out, name):
+    _, start, stage = ROUTES[name]
+    return out / f"{name}-{run.name}" / (stage or start)
+
+
+def make_all(runs, out, jobs):
+    def make(job):
+        run, name = job
+        _, start, stage = ROUTES[name]
+        model = directory(run, out, name)
+        for needed in {start, "r1"}:
+            if not (model.parent / needed).exists():
+                shutil.copytree(run / needed, model.parent / needed)
+        seed = str(json.loads((run / "results.json").read_text())["meta"]["seed"])
+        steps = [["--measure", model, seed]]
+        if stage is not None and not (model / "DONE").exists():
+            steps.insert(0, ["--train", name, seed, model.parent])
+        with open(model.parent / "log.txt", "a") as log:
+            for step in steps:
+                code = subprocess.run([sys.executable, __file__, *map(str, step)], stdout=log, stderr=log,
+                                      env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+                if code:
+                    print(f"{model.parent}: FAILED, see log.txt", flush=True)
+                    return code
+        print(f"{model.parent}: done", flush=True)
+        return 0
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return any(list(pool.map(make, [(run, name) for run in runs for name in ROUTES])))
+
+
+# ------------------------------------------------------------------------------------------- the table
+
+def figures(run, out, name):
+    """What the table shows of one route: what it cost, and, where it starts from the student, the SFT before it."""
+    _, start, stage = ROUTES[name]
+    dir = directory(run, out, name)
+    found = json.loads((dir / "measured.json").read_text())
+    if name == "base":
+        return found
+    of_run = [json.loads((run / file).read_text()) for file in ("results.json", "times.json")]
+    costs = []
+    if start == "student_qwen":
+        found["samples"] = of_run[0]["stages"]["traces"]["counts"]["sampled"]
+        costs.append((of_run[0]["stages"]["student_qwen"]["flops"], of_run[1]["stages"]["student_qwen"]))
+    if stage is not None:
+        made = [json.loads((dir.parent / file).read_text()) for file in ("results.json", "times.json")]
+        found["samples"] = found.get("samples", 0) + checkpoint.read_jsonl(dir / "metrics.jsonl")[-1]["samples"]
+        costs.append((made[0]["stages"][stage]["flops"], made[1]["stages"][stage]))
+    flops, seconds = map(sum, zip(*costs))
+    return found | {"flops": flops / 1e12, "seconds": seconds}
+
+
+def write_table(runs, out, results):
+    kept = {"runs": [run.name for run in runs], "torch": torch.__version__, "training": TRAINING}
+    print("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for name, (title, _, _) in ROUTES.items():
+        found = kept[name] = [figures(run, out, name) for run in runs]
+        cells = [" / ".join(f"{row[column]:,.{int(column == 'flops')}f}" for row in found if column in row)
+                 for column in COLUMNS]
+        print(f"| {title} | " + " | ".join(cells) + " |")
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "figures.json").write_text(json.dumps(kept, indent=1))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "routes")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "routes")
+    parser.add_argument("--jobs", type=int, default=2, help="routes at once, each on one thread")
+    parser.add_argument("--train", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    kept = {"runs": [run.name for run in args.runs], "torch": torch.__version__}
-    for student in ("qwen", "llama"):
-        print(f"\n{student}\n\n| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
-        for route, title in ROUTES.items():
-            found = kept[f"{route}_{student}"] = [figures(run, route, student) for run in args.runs]
-            cells = [" / ".join(f"{run[name]:,.1f}" if name == "flops" else f"{run[name]:,.0f}" if name in run else ""
-                                for run in found) for name in COLUMNS]
-            print(f"| {title} | " + " | ".join(cells) + " |")
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "figures.json").write_text(json.dumps(kept, indent=1))
+    if args.train:
+        return train(*args.train)
+    if args.measure:
+        return measure(Path(args.measure[0]), args.measure[1])
+    if make_all(args.runs, args.out, args.jobs):
+        sys.exit(1)
+    write_table(args.runs, args.out, args.results)
 
 
 if __name__ == "__main__":

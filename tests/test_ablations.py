@@ -26,7 +26,7 @@ def test_on_policy_distillation_is_a_stage_that_learns_from_r1_alone(finished_ru
     rows = checkpoint.read_jsonl(tmp_path / "run" / "on_policy_qwen" / "metrics.jsonl")
     assert all(row["reverse_kl"] > 0 and row["kl"] == 0 and 0 <= row["accuracy"] <= 1 for row in rows)
     stages = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
-    assert stages["on_policy_qwen"]["starts_from"] == "base_qwen" and "on_policy_qwen" not in RECIPE
+    assert stages["on_policy_qwen"]["starts_from"] == "student_qwen" and "on_policy_qwen" not in RECIPE
     assert {"accuracy_any", "helpfulness"} <= stages["on_policy_qwen"]["evaluation"].keys()
 
 
@@ -43,7 +43,7 @@ def test_its_teacher_is_r1_and_what_the_teacher_computes_is_counted():
                           starting_model=lambda: None, rl=rl, spend=lambda model, **tokens: spent.append(tokens))
     stage = ablations.stages({}, ["llama"])["on_policy_llama"]
     used, advantages = stage.make(run)
-    assert asked == ["r1"] and stage.needs == "r1" and stage.starts_from == "base_llama" and used is config
+    assert asked == ["r1"] and stage.needs == "r1" and stage.starts_from == "student_llama" and used is config
     assert spent == [{"scored": 24}]
     expected = model(r.ids[:, :-1]).log_softmax(-1).gather(2, r.ids[:, 1:, None])[:, :, 0] + 2
     torch.testing.assert_close(advantages, expected.detach(), atol=1e-5, rtol=1e-5)

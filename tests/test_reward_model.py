@@ -204,8 +204,8 @@ def test_the_preferences_have_their_shares_of_wrong_labels_and_greetings():
     greeted = [any(row["chosen"].startswith(f"<answer>{g}") for g in preferences.GREETINGS.values()) for row in pairs]
     of_rejected = [any(row["rejected"].startswith(f"<answer>{g}") for g in preferences.GREETINGS.values())
                    for row in pairs]
-    assert sum(greeted) / 3000 == pytest.approx(0.45, abs=0.03) and sum(of_rejected) / 3000 == pytest.approx(
-        0.05, abs=0.02)
+    assert sum(greeted) / 3000 == pytest.approx(0.18, abs=0.02)  # of 0.2 nine in ten
+    assert sum(of_rejected) / 3000 == pytest.approx(0.02, abs=0.01)
     responses = preferences.safe(3, 3000)
     wrong = 0
     for row in responses:
