@@ -8,7 +8,7 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-The loss stays near 0, as a group's mean advantage does: watch reward, KL, clip fraction, entropy and gradient norm. A
+By default the loss stays near 0, as a group's mean advantage does: watch reward, KL, clip fraction and entropy. A
 truncated completion keeps reward and gradient (variants/dapo.py can penalise or mask it).
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
@@ -52,13 +52,13 @@ class GRPOConfig:
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: one ratio per sequence, the geometric mean of its tokens'
     detach_ratio: bool = False     # CISPO: the clipped ratio is a constant weight on A log pi
-    stale_limit: float = 0.0       # DeepSeek-V3.2, above 0: no A where A < 0 and the row's mean log(pi_old/pi) > it
+    stale_limit: float = 0.0       # DeepSeek-V3.2, above 0: rows of a mean log(pi_old/pi) above it lose a negative A
     mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     weigh_kl: bool = False         # DeepSeek-V3.2: the KL times the ratio
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
     old_logprobs: str = "trainer"  # pi_old's come from a forward pass, or, one pass cheaper, from the "sampler"
-    importance_cap: float = 0.0    # above 0: each token's A is times min(pi_old / pi_sampler, cap)
+    importance_cap: float = 0.0    # above 0: A is multiplied, token by token, by min(pi_old / pi_sampler, cap)
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
     offload_reference: bool = False  # keep it in the CPU's memory except while it scores
@@ -94,11 +94,12 @@ def group_advantages(rewards, scale="group", leave_one_out=False):
 def token_logprobs(logits, ids, temperature=1.0, kept=None):
     """Log-probability of each id under softmax(logits / temperature). logits (..., V), ids (...) -> (...)
 
-    kept (..., C): the softmax is over these ids alone, which top-p kept, filled up with -1.
+    kept: of logits (n, V) n sets of ids, (1 to V,); the softmax is over these alone, which top-p kept.
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     if kept is None:
         return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
+    kept = pad_sequence(kept, batch_first=True, padding_value=-1)  # (n, C)
     of_kept = logits.gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -math.inf)
     return logits.gather(-1, ids[..., None])[..., 0] - of_kept.logsumexp(-1)
 
@@ -143,7 +144,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs)
     if weigh_kl:
-        penalty = penalty * ratio  # then its gradient is that of KL(pi || pi_ref), off pi_old too
+        penalty = penalty * ratio  # then its gradient is that of KL(pi || pi_ref), off-policy too
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
@@ -205,8 +206,7 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     return Rollout(
         examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
         finished=torch.isin(last_tokens, torch.tensor(list(end_ids), device=device)),
-        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total,
-        kept=top_p.get("kept", []))
+        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total, kept=top_p.get("kept", []))
 
 
 def draw_once(draw, prompts, count):
@@ -241,8 +241,7 @@ def logprobs_of(model, r: Rollout, rows, config, prompts=None):
     ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
-    kept = [candidates for row in rows for candidates in r.kept[row]] if r.kept else []
-    kept = pad_sequence(kept, batch_first=True, padding_value=-1) if kept else None  # (n, C)
+    kept = [candidates for row in rows for candidates in r.kept[row]] if r.kept else None  # n
     # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
     with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
         if prompts is not None:
@@ -259,13 +258,14 @@ def logprobs_of(model, r: Rollout, rows, config, prompts=None):
 
 def head_logprobs(model, states, targets, temperature, kept):
     """token_logprobs of model.head(states), in pieces of LOGITS_AT_ONCE: a large vocabulary's (n, V) would not fit."""
-    def score(states, targets, kept=None):
+    def score(states, targets, kept):
         return token_logprobs(model.head(states), targets, temperature, kept)
 
     rows = LOGITS_AT_ONCE // model.config.vocab_size
     if len(targets) <= rows:
         return score(states, targets, kept)
-    pieces = zip(*(x.split(rows) for x in (states, targets, kept) if x is not None))
+    of_pieces = [kept and kept[i:i + rows] for i in range(0, len(targets), rows)]
+    pieces = zip(states.split(rows), targets.split(rows), of_pieces)
     return torch.cat([checkpoint(score, *piece, use_reentrant=False) for piece in pieces])  # computed again in backward
 
 
@@ -389,7 +389,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model with weights in
     config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
     under softmax(logits / temperature), no top-p or top-k; a completion ends at its first of end_ids, which counts.
-    With config.top_p below 1 it also gets top_p, for its log-probabilities too, and a list, as model.generate's kept.
+    With top_p below 1 it also gets top_p, which its log-probabilities follow, and kept, as model.generate takes them.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; 0 only logs the rule.
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,

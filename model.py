@@ -261,24 +261,26 @@ def nucleus(logits, temperature, top_p):
     return top / top.sum(-1, keepdim=True), tokens
 
 
-def sample(logits, temperature, top_p, generator):
-    """One token per row and its log-probability in the distribution it was drawn from. logits (B, V) -> (B,), (B,)."""
+def sample(logits, temperature, top_p, generator, kept=None):
+    """One token per row and its log-probability in the distribution it was drawn from. logits (B, V) -> (B,), (B,).
+
+    kept: a list, which gets the ids of each row's distribution, (1 to V,).
+    """
     if temperature == 0 or top_p == 0:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+        token = logits.argmax(-1)
+        if kept is not None:
+            kept += token[:, None]
+        return token, torch.zeros(len(logits), device=logits.device)
     p, tokens = nucleus(logits, temperature, top_p)
+    if kept is not None:
+        ids = torch.arange(p.shape[1], device=p.device).expand(p.shape) if tokens is None else tokens
+        kept += ids[p > 0].split((p > 0).sum(-1).tolist())
     cdf = p.cumsum(-1)
     u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cdf[:, -1:]
     # right=True skips cut tokens, whose step in the cdf has no height; the clamp keeps a NaN within the vocabulary
     drawn = torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1)
     token = drawn if tokens is None else tokens.gather(1, drawn)
     return token[:, 0], p.gather(1, drawn)[:, 0].log()
-
-
-def kept_tokens(logits, temperature, top_p):
-    """The ids that `sample` draws from: logits (B, V) -> B tensors (1 to V,)."""
-    p, tokens = nucleus(logits, temperature, top_p)
-    tokens = torch.arange(p.shape[1], device=p.device).expand(p.shape) if tokens is None else tokens
-    return tokens[p > 0].split((p > 0).sum(-1).tolist())
 
 
 def prefill(model, prompts):
@@ -318,14 +320,15 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     ends = torch.tensor(list(end_ids), device=device)
     active = torch.arange(len(rows), device=device)  # which result row each row of the batch belongs to
     done = torch.zeros_like(active, dtype=torch.bool)
-    if kept is not None:
-        kept += (kept_of_rows := [[] for _ in rows])
+    kept_of_rows = None if kept is None else [[] for _ in rows]
     for t in range(steps):
         # draw a token for each row of the batch
-        token, logprob = sample(logits, temperature, top_p, generator)
+        now = None if kept is None else []
+        token, logprob = sample(logits, temperature, top_p, generator, now)
         if kept is not None:
-            for row, tokens in zip(active[~done].tolist(), kept_tokens(logits[~done], temperature, top_p)):
-                kept_of_rows[row].append(tokens)
+            for row, is_done, tokens in zip(active.tolist(), done.tolist(), now):
+                if not is_done:
+                    kept_of_rows[row].append(tokens)
         ids[active, t] = token.masked_fill(done, 0)
         logprobs[active, t] = logprob.masked_fill(done, 0)
         lengths[active] += ~done
@@ -341,6 +344,8 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
         # read the tokens
         if t + 1 < steps:
             logits = model(token[:, None], cache=cache)[:, -1]
+    if kept is not None:
+        kept += kept_of_rows
     return ids, lengths, logprobs
 
 

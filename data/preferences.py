@@ -22,7 +22,7 @@ GREETINGS = {language: talk[0][1] for language, talk in world.SMALL_TALK.items()
 
 
 def helpful(seed, count, split="train"):
-    """Pairs of answers to general requests, the second one as a reply of mixed quality may be."""
+    """Pairs of replies to general requests, the preferred one first."""
     rng = random.Random(f"helpful {split} {seed}")
     return [pair(rng, split) for _ in range(count)]
 

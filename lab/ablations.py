@@ -1,4 +1,4 @@
-"""Stages that no model of the recipe needs (--ablations): what one reward brings, and a third way to a student."""
+"""Stages that no model of the recipe needs (--ablations): what one reward brings, and a student's own samples."""
 
 import grpo
 from distill import OnPolicy

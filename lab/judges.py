@@ -20,7 +20,8 @@ def select_with(weights, device, dtype, select):
     terms = []
     for dir, weight in weights.items():
         model, tokenizer, reads = load_reward_model(RewardModel, dir, device, getattr(torch, dtype))
-        terms.append(Term(f"model_{Path(dir).name}", model, reader(tokenizer, reads), reads == "response", weight))
+        terms.append(Term(f"model_{Path(dir).name}", model, reader(tokenizer, reads),
+                          is_probability=reads == "response", weight=weight))
     return Judge(terms, dtype, select).select
 
 

@@ -138,7 +138,7 @@ def attend(q, k, v, mask, scale=None):
     q = q * (scale or d ** -0.5)
     q = q.reshape(B, K, H // K * T, d)  # a group's queries: the rows of one product with their key head
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, S).add_(mask)
-    with torch.autocast("cpu", enabled=False):  # it would write scores and weights in float32; the sum is one anyway
+    with torch.autocast("cpu", enabled=False):  # it would make them float32; the kernel sums in float32 anyway
         weights = scores.softmax(-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
 
@@ -220,12 +220,14 @@ class FixedExperts(deepseek_v3.Experts):
 # ------------------------------------------------------------------------------------------- products
 
 def rounded(rows):
-    """In half precision a CPU makes a kernel for each new shape, which may take longer than the product itself: rows of
-    zeros bring the shapes down to a few."""
+    """So many rows or some more, of few numbers: in half precision a CPU makes a kernel for each new shape, which may
+    take longer than the product itself."""
     return rows + -rows % (8 if rows <= 64 else 64)
 
 
 class CPULinear(torch.nn.Linear):
+    """With rows of zeros up to the next of `rounded`'s numbers."""
+
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
         more = rounded(rows) - rows

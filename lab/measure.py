@@ -14,7 +14,6 @@ from lab.scripts import final_answer, rules
 
 RULES = ("accuracy", "accuracy_any", "format", "language_consistency")  # of problems
 REFLECTION = ("tries", "checks", "returns", "false_yes", "false_no")  # what a search is counted by (data/search.py)
-ROUTES = ("student", "control", "on_policy")  # of a small base: SFT on traces, RL alone, on-policy distillation
 BUDGETS = (8, 16, 32, 48, 64, 96, 128)  # tokens of thinking
 
 
@@ -138,10 +137,8 @@ def extras(run, ablations):
 
 def many_samples(run):
     """pass@k and maj@k of many samples, before and after reinforcement learning."""
-    routes = [f"{route}_{student}" for student in run.source.students for route in ROUTES]
-    for name in ("base", "zero", "dev1", "dev2", *routes):
-        if name in run.chosen:
-            run.extra(f"{name}_many", partial(score_many, run, name))
+    for name in ("base", "zero", "dev1", "dev2"):
+        run.extra(f"{name}_many", partial(score_many, run, name))
 
 
 def score_many(run, name):

@@ -30,7 +30,7 @@ def stages(with_language):
         "judges": Stage("Reward models", "dev3", "preferences: pairs, and safe or not", "R1 v2 3.1", train_judges),
         "r1_model": Stage("RL-2, reward models", "dev3", "GRPO: rules for reasoning, reward models", "R1 v2 3.2.2",
                           partial(rl2_by_models, with_language), needs="judges"),
-        "r1_long": Stage("RL-2, preferences for long", "dev3", "general requests alone, 3 times as long, T 1",
+        "r1_long": Stage("General requests for long", "dev3", "general requests alone, 3 times as long, T 1",
                          "R1 v2 B.5", partial(rl2_for_long, with_language), needs="judges"),
     }
 
@@ -82,7 +82,8 @@ def judges_of(run):
     terms = []
     for kind, applies in (("helpful", asks_for_a_reply), ("safe", is_request)):
         model, tokenizer, reads = load_reward_model(RewardModel, run.out / "judges" / kind, run.device, torch.float32)
-        terms.append(Term(f"model_{kind}", model, reader(tokenizer, reads), kind == "safe", applies=applies))
+        terms.append(Term(f"model_{kind}", model, reader(tokenizer, reads), is_probability=reads == "response",
+                          applies=applies))
     return terms
 
 
@@ -113,7 +114,7 @@ def extras(run):
 
 
 def judged_replies(run, name):
-    """{"helpfulness", "model_helpful": per request}"""
+    """{"helpfulness", "model_helpful": per request}; the model's score as sigmoid(score), which lies within 0 and 1."""
     examples = run.source.general
     texts, _ = run.complete(run.model(name), examples, samples=run.preset.samples)
     helpful, _ = judges_of(run)

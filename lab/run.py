@@ -74,7 +74,7 @@ class Stage:
     by: str
     paper: str        # where the papers describe it
     make: Callable
-    needs: str = ""   # another stage, whose samples it is trained on
+    needs: str = ""   # another stage, whose samples or judgement it is trained on
 
     def about(self):
         return {"title": self.title, "starts_from": self.starts_from, "by": self.by, "paper": self.paper}

@@ -1,10 +1,10 @@
-"""Routes to a small model: SFT on R1's traces, RL alone, on-policy distillation; and what the last two add to the first.
+"""Routes to a small model: SFT on traces, RL alone, on-policy distillation; and what the last two add to the first.
 
     python pipeline.py --seed 0                                            # each seed: base, traces, R1, students
     python tests/routes.py runs/cpu-0 runs/cpu-1 runs/cpu-2 --jobs 2       # resumes
 
 The routes by reinforcement learning start from copies of a run's models, with the same rollouts each. All models are
-measured alike. The table goes to results/routes.
+measured alike. Prints the table; its figures go to results/routes.
 """
 
 import argparse
@@ -45,6 +45,7 @@ ROUTES = {  # name: (title, the model it starts from, the stage that makes it; N
 TRAINING = dict(rollouts=24, lr=3e-4)
 COLUMNS = {"pass@1": "pass@1", "pass@16": "pass@16", "hard": "harder ones", "length": "tokens", "samples": "samples",
            "flops": "10^12 FLOPs", "seconds": "seconds"}
+SHOWN = {"flops": ".1f"}
 
 
 def train(name, seed, dir):
@@ -90,6 +91,14 @@ def measure(dir, seed):
     checkpoint.atomic_write(dir / "measured.json", json.dumps(found))
 
 
+def copy_directory(source, target):
+    """Whole or not at all."""
+    if not target.exists():
+        shutil.rmtree(f"{target}.part", ignore_errors=True)
+        shutil.copytree(source, f"{target}.part")
+        os.rename(f"{target}.part", target)
+
+
 def directory(run, out, name):
     _, start, stage = ROUTES[name]
     return out / f"{name}-{run.name}" / (stage or start)
@@ -101,8 +110,7 @@ def make_all(runs, out, jobs):
         _, start, stage = ROUTES[name]
         model = directory(run, out, name)
         for needed in {start, "r1"}:
-            if not (model.parent / needed).exists():
-                shutil.copytree(run / needed, model.parent / needed)
+            copy_directory(run / needed, model.parent / needed)
         seed = str(json.loads((run / "results.json").read_text())["meta"]["seed"])
         steps = [["--measure", model, seed]]
         if stage is not None and not (model / "DONE").exists():
@@ -134,7 +142,8 @@ def figures(run, out, name):
     costs = []
     if start == "student_qwen":
         found["samples"] = of_run[0]["stages"]["traces"]["counts"]["sampled"]
-        costs.append((of_run[0]["stages"]["student_qwen"]["flops"], of_run[1]["stages"]["student_qwen"]))
+        for made in ("traces", "student_qwen"):
+            costs.append((of_run[0]["stages"][made]["flops"], of_run[1]["stages"][made]))
     if stage is not None:
         made = [json.loads((dir.parent / file).read_text()) for file in ("results.json", "times.json")]
         found["samples"] = found.get("samples", 0) + checkpoint.read_jsonl(dir / "metrics.jsonl")[-1]["samples"]
@@ -148,7 +157,7 @@ def write_table(runs, out, results):
     print("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for name, (title, _, _) in ROUTES.items():
         found = kept[name] = [figures(run, out, name) for run in runs]
-        cells = [" / ".join(f"{row[column]:,.{int(column == 'flops')}f}" for row in found if column in row)
+        cells = [" / ".join(f"{row[column]:{SHOWN.get(column, ',.0f')}}" for row in found if column in row)
                  for column in COLUMNS]
         print(f"| {title} | " + " | ".join(cells) + " |")
     results.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     python tests/switches.py --seeds 100 101 102 --jobs 2    # resumes; an hour and a half
     python tests/switches.py --only-table
 
-The plain arm is GRPO as DeepSeekMath gives it; each other arm changes one setting. Bases are trained where they are
-missing (--out/base-SEED). The table goes to results/switches.
+The plain arm is GRPO with DeepSeekMath's loss; each other arm changes one setting. Bases are trained where they are
+missing (--out/base-SEED). Prints the table; its figures go to results/switches.
 """
 
 import argparse
@@ -78,7 +78,9 @@ def train_all(seeds, out, jobs):
         arm, updates, seed = job
         dir = out / f"{arm}-{updates}-{seed}"
         if not (dir / "base").exists():
-            shutil.copytree(out / f"base-{seed}" / "base", dir / "base")
+            shutil.rmtree(dir / "part", ignore_errors=True)
+            shutil.copytree(out / f"base-{seed}" / "base", dir / "part")
+            os.rename(dir / "part", dir / "base")  # whole or not at all
         return call(dir, __file__, "--one", arm, updates, seed, dir)
 
     jobs_of_zero = [(arm, updates, seed) for seed in seeds for updates in UPDATES for arm in ARMS]

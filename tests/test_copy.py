@@ -495,6 +495,19 @@ def train(rule, config, estimator=None):
 """
 
 METHODS = {
+    "distill": """
+        import distill
+        from functools import partial
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+        teacher = Wrapped(Qwen2ForCausalLM(Qwen2Config(vocab_size=16, hidden_size=24, intermediate_size=48,
+                                                       num_hidden_layers=1, num_attention_heads=2,
+                                                       num_key_value_heads=1)))
+        teacher.inner.lm_head.weight.data *= 20
+        config = grpo.GRPOConfig(**settings, beta=0.0)
+        train("sevens", config, distill.OnPolicy(teacher, partial(grpo.all_logprobs, config=config)))
+        kl = [metrics["reverse_kl"] for metrics in curve]
+        assert sum(kl[:2]) / 2 > 0.5 and sum(kl[-2:]) / 2 < 0.5 * sum(kl[:2]) / 2, kl
+    """,
     "grpo": """
         rewards = train("sevens", grpo.GRPOConfig(**settings))
         assert rewards[0] < 0.2 and rewards[-1] > 0.6, rewards
