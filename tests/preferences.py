@@ -22,7 +22,7 @@ from lab.elements import el  # noqa: E402
 from lab.figures import panel, picture  # noqa: E402
 
 STAGES = {"dev3": "Dev3, before RL-2", "r1": "R1, by rules", "r1_model": "RL-2 with reward models",
-          "r1_long": "preferences alone, for long"}
+          "r1_long": "general requests alone, for long"}
 COLUMNS = {"accuracy": "problems solved, %", "helpful": "helpful by the rule, %", "model": "by the model, %",
            "harmless": "harmless, %", "refuses": "refuses look-alikes, %"}
 
