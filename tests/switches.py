@@ -103,8 +103,10 @@ COLUMNS = {"pass@1": ".0f", "pass@16": ".0f", "entropy": ".2f", "kl": ".3f", "dr
 
 
 def write_table(seeds, out, results):
-    found = {(arm, updates): [figures(out / f"{arm}-{updates}-{seed}") for seed in seeds]
-             for updates in UPDATES for arm in ARMS}
+    found = {}
+    for arm, updates in ((arm, updates) for updates in UPDATES for arm in ARMS):
+        dirs = {seed: out / f"{arm}-{updates}-{seed}" for seed in seeds}
+        found[arm, updates] = {seed: figures(dir) for seed, dir in dirs.items() if (dir / "zero" / "DONE").exists()}
     lines = []
     for updates in UPDATES:
         lines += ["", f"{updates} updates a rollout", "",
@@ -112,9 +114,9 @@ def write_table(seeds, out, results):
                   "|---" * (len(COLUMNS) + 3) + "|"]
         for arm, (title, _) in ARMS.items():
             runs, plain = found[arm, updates], found["plain", updates]
-            cells = [" / ".join(f"{run[name]:{style}}" for run in runs) for name, style in COLUMNS.items()]
+            cells = [" / ".join(f"{run[name]:{style}}" for run in runs.values()) for name, style in COLUMNS.items()]
             for name in ("pass@1", "pass@16"):
-                gaps = [run[name] - other[name] for run, other in zip(runs, plain)]
+                gaps = [run[name] - plain[seed][name] for seed, run in runs.items() if seed in plain]
                 cells.append("" if arm == "plain" else f"{statistics.mean(gaps):+.1f}")
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
