@@ -354,18 +354,19 @@ def test_the_weighed_k3_has_the_gradient_of_kl_pi_ref_off_policy_too_and_the_pla
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_a_stale_sequence_of_negative_advantage_teaches_nothing_but_its_kl(mean):
     """The limit is of the mean of log pi_old / pi over the sequence's own tokens; by hand."""
-    drift = [[0.9, -0.1, 7.0], [0.3, 0.0, 0.0], [0.9, 0.1, 0.0], [0.6, 7.0, 7.0], [-0.9, -0.1, 7.0]]  # log pi_old / pi
-    mask = [[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0]]
-    advantages = [-1.0, -1.0, 2.0, -0.5, -3.0]
-    stale = [True, False, False, True, False]
-    logprobs = torch.full((5, 3), -1.0, dtype=torch.float64, requires_grad=True)
-    ref = torch.full((5, 3), -1.5, dtype=torch.float64)
+    drift = [[0.9, -0.1, 7.0], [0.3, 0.2, 0.1], [0.9, 0.1, 0.0], [0.6, 7.0, 7.0], [-0.9, -0.1, 7.0],
+             [0.375, 7.0, 7.0]]  # log pi_old / pi
+    mask = [[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
+    advantages = [-1.0, -1.0, 2.0, -0.5, -3.0, -1.0]
+    stale = [True, False, False, True, False, False]  # the last is at the limit
+    logprobs = torch.full((6, 3), -1.0, dtype=torch.float64, requires_grad=True)
+    ref = torch.full((6, 3), -1.5, dtype=torch.float64)
     old = logprobs.detach() + torch.tensor(drift, dtype=torch.float64)
     loss, _ = policy_loss(logprobs, old, ref, torch.tensor(advantages), torch.tensor(mask), clip_low=9.0, clip_high=9.0,
-                          stale_limit=0.39, beta=0.5, mean=mean)
+                          stale_limit=0.375, beta=0.5, mean=mean)
     value, k3 = 0.0, math.exp(-0.5) + 0.5 - 1
-    for row in range(5):
-        share = 1 / 5 / sum(mask[row]) if mean == "sequence" else 1 / 10
+    for row in range(6):
+        share = 1 / 6 / sum(mask[row]) if mean == "sequence" else 1 / 11
         for t in range(sum(mask[row])):
             value += share * 0.5 * k3
             if not stale[row]:
@@ -373,8 +374,8 @@ def test_a_stale_sequence_of_negative_advantage_teaches_nothing_but_its_kl(mean)
     assert loss.item() == pytest.approx(value, rel=1e-12)
     loss.backward()
     of_kl = 0.5 * (1 - math.exp(-0.5))
-    assert logprobs.grad[0, 0].item() == pytest.approx(of_kl * (1 / 10))  # of both means: 2 of 10 tokens, 1 of 5 rows
-    assert logprobs.grad[1, 0].item() != pytest.approx(of_kl * (1 / 15 if mean == "sequence" else 1 / 10))
+    assert logprobs.grad[0, 0].item() == pytest.approx(of_kl * (1 / 12 if mean == "sequence" else 1 / 11))
+    assert logprobs.grad[1, 0].item() != pytest.approx(of_kl * (1 / 18 if mean == "sequence" else 1 / 11))
 
 
 def test_gspo_clips_whole_sequences_and_its_others_share_one_gradient():
