@@ -52,6 +52,24 @@ def test_scores_in_small_batches_come_back_in_order():
                           atol=1e-6)
 
 
+def test_the_score_of_a_model_in_half_precision_is_a_product_in_float32():
+    model, ids = tiny().to(torch.bfloat16), torch.randint(1, 16, (6, 9), generator=torch.Generator().manual_seed(0))
+    last = model.transformer.hidden(ids)[:, -1].double()
+    expected = (last @ model.score.weight.double().T)[:, 0]
+    scores = model(ids, torch.full((6,), 9))
+    assert scores.dtype == torch.float32 and expected.abs().max() > 0.1
+    torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_epoch_reads_every_row_once_in_an_order_of_its_own(monkeypatch):
+    read, loss_of = [], rm.loss_of
+    monkeypatch.setattr(rm, "loss_of", lambda model, rows, dtype: (read.extend(rows), loss_of(model, rows, dtype))[1])
+    rows = [([1, i], float(i % 2)) for i in range(2, 14)]
+    rm.train(tiny(), rows, rm.RewardConfig(epochs=2, batch_rows=5, micro_batch_rows=2, dtype="float32"))
+    first, second = read[:12], read[12:]
+    assert first != second and sorted(first) == sorted(second) == rows
+
+
 def test_the_pairwise_loss_is_the_mean_of_minus_log_sigmoid_of_the_margin():
     chosen, rejected = [1.0, -2.0, 0.5], [0.0, 1.0, 0.5]
     by_hand = [-math.log(1 / (1 + math.exp(b - a))) for a, b in zip(chosen, rejected)]
