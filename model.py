@@ -320,13 +320,15 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     ends = torch.tensor(list(end_ids), device=device)
     active = torch.arange(len(rows), device=device)  # which result row each row of the batch belongs to
     done = torch.zeros_like(active, dtype=torch.bool)
-    kept_of_rows = None if kept is None else [[] for _ in rows]
+    if kept is not None:
+        kept_of_rows = [[] for _ in rows]
+        kept += kept_of_rows
     for t in range(steps):
         # draw a token for each row of the batch
-        now = None if kept is None else []
-        token, logprob = sample(logits, temperature, top_p, generator, now)
+        kept_now = None if kept is None else []
+        token, logprob = sample(logits, temperature, top_p, generator, kept_now)
         if kept is not None:
-            for row, is_done, tokens in zip(active.tolist(), done.tolist(), now):
+            for row, is_done, tokens in zip(active.tolist(), done.tolist(), kept_now):
                 if not is_done:
                     kept_of_rows[row].append(tokens)
         ids[active, t] = token.masked_fill(done, 0)
@@ -344,8 +346,6 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
         # read the tokens
         if t + 1 < steps:
             logits = model(token[:, None], cache=cache)[:, -1]
-    if kept is not None:
-        kept += kept_of_rows
     return ids, lengths, logprobs
 
 

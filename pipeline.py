@@ -3,7 +3,7 @@
     python pipeline.py                        # the cpu or the gpu preset, by device: the whole recipe
     python pipeline.py --stages base,zero     # a taste of a few minutes: a base, and R1-Zero
     python pipeline.py --preset smoke         # everything in about 15 seconds, with models too small to learn
-    python pipeline.py --ablations            # also what some of the claims need in addition
+    python pipeline.py --ablations            # also stages beside the recipe, most of which a claim needs
     python pipeline.py --from dev2            # re-runs this stage and the later ones
     python pipeline.py --compare              # GRPO, its relatives, PPO and PRIME side by side
     python pipeline.py --preferences model    # also RL-2 with reward models, and for too long

@@ -173,11 +173,13 @@ def speeds(threads, repeats=5):
 
 
 def tokens_a_second_of_training(model):
-    """Rows as packed as the corpus is: documents of about 54 tokens."""
+    """Rows as packed as the corpus is: documents of about 54 tokens, another number of targets each time."""
     rows, length = 12, 160
     ids = torch.randint(1, 1000, (rows, length + 1))
     position = torch.arange(length).expand(rows, length)
-    batch = ids[:, :-1], position // 54 + 1, position % 54, ids[:, 1:]
+    targets = ids[:, 1:].clone()
+    targets[-1, torch.randint(length, ()):] = -100
+    batch = ids[:, :-1], position // 54 + 1, position % 54, targets
     loss_sum = Objective(cross_entropy=sft.CrossEntropy.apply).loss_sum if is_deepseek(model) else sft.loss_sum
     started = time.perf_counter()
     for _ in range(3):

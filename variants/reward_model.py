@@ -45,8 +45,8 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def forward(self, ids, ends):
-        """ids (B, T), ends (B,): the tokens of each row -> scores (B,), whose difference is a log-odds; of a point-wise
-        model each is."""
+        """ids (B, T), ends (B,): the tokens of each row -> scores (B,): log-odds of a point-wise model; of a pairwise
+        one their differences are."""
         states = self.transformer.hidden(ids)                                  # (B, T, D)
         last = states[torch.arange(len(ids), device=ids.device), ends - 1]     # (B, D)
         with torch.autocast(ids.device.type, enabled=False):  # in half precision near scores would be equal
