@@ -23,7 +23,7 @@ from variants import deepseek_v3
 
 
 def fast_layers(model):
-    """The model, with the attention and norms of its device."""
+    """The model, with the layers that its device computes fastest."""
     if next(model.parameters()).device.type == "cpu":
         replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer,
                         torch.nn.Linear: CPULinear, deepseek_v3.Attention: CPULatentAttention,
