@@ -72,7 +72,7 @@ def draw(runs, key, title, path):
     for run in runs:
         for row in curve(run, "r1_long", run.name):
             rows.setdefault(row["step"], {"step": row["step"]})[run.name] = row[f"{key} {run.name}"]
-    lines = [(run.name, run.name, "") for run in runs]
+    lines = [(f"{run.name}:", run.name, "") for run in runs]
     chart = panel([rows[step] for step in sorted(rows)], title, scale, [0], lines, apart=120)
     drawn = el("g", chart, transform="translate(14,14)")
     path.write_text(str(picture(drawn, 430, 330, title)))
