@@ -97,7 +97,7 @@ def token_logprobs(logits, ids, temperature=1.0, kept=None):
     kept: of logits (n, V) n sets of ids, (1 to V,); the softmax is over these alone, which top-p kept.
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
-    if kept is None:
+    if not kept:  # also where every row of a micro-batch is masked
         return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
     kept = pad_sequence(kept, batch_first=True, padding_value=-1)  # (n, C)
     of_kept = logits.gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -math.inf)
@@ -179,9 +179,9 @@ class Rollout:
 def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weights, config, generator):
     """config.group_size completions of each example, sampled and judged. Arguments as in `train`."""
     G, prompts = config.group_size, [encode(example) for example in examples]
-    top_p = dict(top_p=config.top_p, kept=[]) if config.top_p < 1 else {}  # generate fills `kept`
+    sampling = dict(top_p=config.top_p, kept=[]) if config.top_p < 1 else {}  # generate fills `kept`
     ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens, end_ids=end_ids,
-                                      temperature=config.temperature, generator=generator, **top_p)
+                                      temperature=config.temperature, generator=generator, **sampling)
     device = ids.device
     completions = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
     texts = [decode(completion) for completion in completions]
@@ -206,7 +206,7 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     return Rollout(
         examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
         finished=torch.isin(last_tokens, torch.tensor(list(end_ids), device=device)),
-        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total, kept=top_p.get("kept", []))
+        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total, kept=sampling.get("kept", []))
 
 
 def draw_once(draw, prompts, count):
@@ -241,7 +241,7 @@ def logprobs_of(model, r: Rollout, rows, config, prompts=None):
     ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
-    kept = [candidates for row in rows for candidates in r.kept[row]] if r.kept else None  # n
+    kept = [candidates for row in rows for candidates in r.kept[row]] if r.kept else None  # n sets
     # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
     with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
         if prompts is not None:

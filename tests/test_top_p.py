@@ -92,6 +92,14 @@ def test_masked_completions_and_groups_put_together_keep_each_token_with_its_set
     torch.testing.assert_close(grpo.all_logprobs(model, r, config), r.sampled_logprobs, atol=1e-5, rtol=0)
 
 
+def test_rows_of_which_all_were_cut_and_masked_have_no_log_probability():
+    model, config = tiny(), config_of(max_new_tokens=2)
+    r, _ = DAPO(DAPOConfig(mask_cut=True), 2).select(lambda examples: roll(model, config), itertools.cycle([[1]]), 3)
+    cut = [row for row, ended in enumerate(r.finished.tolist()) if not ended]
+    logprobs = grpo.logprobs_of(model, r, cut, config)
+    assert len(cut) > 2 and logprobs.shape[0] == len(cut) and not logprobs.any()
+
+
 def test_the_gradient_is_exactly_that_of_the_expected_reward_under_top_p_and_without_the_sets_it_is_another():
     """One token of five, of which top-p keeps some: everything enumerated."""
     logits = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
