@@ -27,9 +27,9 @@ def stages(accuracy_and_format, students):
         "zero_random": Stage("RL, random reward", "base", "GRPO: a coin", "", random_reward),
         "zero_format": Stage("RL, format alone", "base", "GRPO: format", "", format_alone),
     }
-    for name in students:
-        table[f"on_policy_{name}"] = Stage(f"Distilled on-policy, {name}", f"student_{name}", "r1 judges its samples",
-                                           "", on_policy, needs="r1")  # from its base it fails: results/routes
+    for name in students:  # on from what SFT on the traces has made: from the small base it fails (results/routes)
+        table[f"on_policy_{name}"] = Stage(f"On-policy, {name}", f"student_{name}", "GRPO: r1 judges each token", "",
+                                           on_policy, needs="r1")
     return table
 
 

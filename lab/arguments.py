@@ -45,7 +45,7 @@ def make_parser(presets):
                              "such as student_qwen; base,zero is a taste of a few minutes")
     parser.add_argument("--from", dest="from_stage", metavar="STAGE",
                         help="re-run this stage and the later ones; after a stop the same command resumes")
-    parser.add_argument("--ablations", action="store_true", help="also stages beside the recipe, most of which a claim needs")
+    parser.add_argument("--ablations", action="store_true", help="also stages beside the recipe; most are for a claim")
     parser.add_argument("--preferences", choices=("rules", "model"), default="rules",
                         help="model: also RL-2 with reward models in place of the rules of helpfulness and "
                              "harmlessness, as it is and for too long")
