@@ -38,22 +38,17 @@ def seeded():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
-    """Two processes share the tests of a whole session (halves.py)."""
+    """Two processes share the tests of a whole session (halves.py); pytest's own loop runs those of a few files."""
     if session.config.option.collectonly:
-        return (yield)
-    second = halves.split(session)
-    halves.start_shared_run(session)
-    try:
-        result = yield
-    except BaseException:
-        if second is not None:
-            second.stop()
-        raise
-    if second is not None:
-        second.pass_on()
-    return result
+        return None
+    if halves.can_be_shared(session):
+        halves.run(session)
+        return True
+    if halves.uses_shared_run(session.items):
+        halves.start_shared_run(session.config)
+    return None
 
 
 def pytest_unconfigure(config):
