@@ -8,8 +8,7 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
   4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-By default the loss stays near 0, as a group's mean advantage does: watch reward, KL, clip fraction and entropy. A
-truncated completion keeps reward and gradient (variants/dapo.py can penalise or mask it).
+By default the loss stays near 0, as a group's mean advantage does: watch reward, KL, clip fraction and entropy.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
 
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -66,13 +66,6 @@ class GRPOConfig:
     validate_every: int = 10       # rollouts; the script prints a sample then
     seed: int = 0
 
-    def __post_init__(self):  # a misspelled choice would be computed as another; ranges: lab/check_input.py
-        choices = {"mean": ("sequence", "token", "constant"), "scale": ("group", "batch", "none"),
-                   "dtype": ("float32", "bfloat16", "float16"), "old_logprobs": ("trainer", "sampler")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
-
 
 def group_advantages(rewards, scale="group", leave_one_out=False):
     """Outcome supervision: (r - mean) / std within each group [DeepSeekMath 4.1.2]. rewards (N, G) -> (N, G).
@@ -87,15 +80,13 @@ def group_advantages(rewards, scale="group", leave_one_out=False):
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
     if scale == "none":
         return advantages
-    std = rewards.std() if scale == "batch" else shifted.std(dim=1, keepdim=True)
+    std = {"group": shifted.std(dim=1, keepdim=True), "batch": rewards.std()}[scale]
     return advantages / (std + 1e-4)
 
 
 def token_logprobs(logits, ids, temperature=1.0, kept=None):
     """Log-probability of each id under softmax(logits / temperature). logits (..., V), ids (...) -> (...)
-
-    kept: of logits (n, V) n sets of ids, (1 to V,); the softmax is over these alone, which top-p kept.
-    """
+    kept: of logits (n, V) n sets of ids, (1 to V,); the softmax is over these alone, which top-p kept."""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     if not kept:  # also where every row of a micro-batch is masked
         return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
@@ -119,15 +110,12 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     policy, pi_old (detached), and the reference; mask is 1 on sampled tokens, the end token included.
     advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: divides the summed loss; for a micro-batch the
     whole update's count, by `mean`, of sequences, of tokens, or a constant budget; by default this batch's own.
-    Returns the scalar loss and metrics as means over this batch's tokens; "drift": |log(pi / pi_old)|.
+    Returns the loss and metrics, means over this batch's tokens; "drift": |log(pi / pi_old)|.
     """
-    def zero_padding(x):  # it may hold anything, even inf, and inf * 0 is NaN
-        return x if x is None else torch.where(mask > 0, x, 0)
-
     lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    tensors = logprobs, old_logprobs, ref_logprobs, advantages
-    logprobs, old_logprobs, ref_logprobs, advantages = map(zero_padding, tensors)
+    logprobs, old_logprobs, ref_logprobs, advantages = (  # padding may hold anything, even inf, and inf * 0 is NaN
+        x if x is None else torch.where(mask > 0, x, 0) for x in (logprobs, old_logprobs, ref_logprobs, advantages))
     log_ratio = token_log_ratio = logprobs - old_logprobs
     if sequence_ratio:
         log_ratio = (token_log_ratio.sum(1) / lengths)[:, None].expand(mask.shape)  # GSPO eq. 7
@@ -185,27 +173,24 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     device = ids.device
     completions = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
     texts = [decode(completion) for completion in completions]
-
-    # the reward: the weighted sum of what the rules say
-    examples_of_rows = [example for example in examples for _ in range(G)]
     parts, total = {}, torch.zeros(len(examples), G, device=device)
     for name, rule in rewards.items():
-        scores = [float(rule(text, example)) for text, example in zip(texts, examples_of_rows)]
-        parts[name] = torch.tensor(scores, device=device).view(-1, G)
+        scores = torch.zeros(len(texts))
+        for row in share(range(len(texts))):
+            scores[row] = rule(texts[row], examples[row // G])
+        parts[name] = scores.to(device).view(-1, G)
+        sum_over_processes(parts[name])
         total += weights.get(name, 1.0) * parts[name]  # (N, G)
-
-    prompts = [prompt for prompt in prompts for _ in range(G)]  # of rows
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-    rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts, completions)]
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(G)  # (B,)
+    rows = [torch.tensor([*prompts[i // G], *completion]) for i, completion in enumerate(completions)]
     rows = pad_sequence(rows, batch_first=True).to(device)  # (B, T+1)
     target = torch.arange(1, rows.shape[1], device=device)  # by length, not by value: any id may be real
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
     sampled_logprobs = torch.zeros(mask.shape, device=device)
     sampled_logprobs[mask] = logprobs[torch.arange(ids.shape[1], device=device) < lengths[:, None]].float()
-    last_tokens = ids.gather(1, lengths[:, None] - 1)[:, 0]
     return Rollout(
         examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
-        finished=torch.isin(last_tokens, torch.tensor(list(end_ids), device=device)),
+        finished=torch.isin(ids.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(list(end_ids), device=device)),
         sampled_logprobs=sampled_logprobs, parts=parts, rewards=total, kept=sampling.get("kept", []))
 
 
@@ -215,6 +200,8 @@ def draw_once(draw, prompts, count):
 
 def cast_copy(model, dtype):
     """A frozen copy for sampling and scoring: parameters are cast once, buffers (rotary angles) keep their dtype."""
+    if hasattr(model, "whole_copy"):  # of a sharded one (lab/parallel.py)
+        return model.whole_copy(getattr(torch, dtype))
     dtype, cast = getattr(torch, dtype), {}
     for p in model.parameters():
         is_shared = p.dtype == dtype and not p.requires_grad  # the base of LoRA's adapters
@@ -222,51 +209,60 @@ def cast_copy(model, dtype):
     return copy.deepcopy(model, cast).eval().requires_grad_(False)  # deepcopy takes what it is given as copied
 
 
+def share(rows):
+    """This process's part of the rows, of several under torchrun (lab/parallel.py)."""
+    return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def sum_over_processes(*tensors):
+    """In place. Sharded gradients (FSDP) are summed already."""
+    for t in tensors if dist.is_initialized() else ():
+        if not hasattr(t, "placements"):
+            dist.all_reduce(t)
+
+
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into batches of at most `budget` padded tokens; a longer row goes alone."""
-    rows = sorted(rows, key=lambda r: -ends[r])
+    rows, processes = sorted(rows, key=lambda r: -ends[r]), dist.get_world_size() if dist.is_initialized() else 1
     while rows:
-        count = max(1, budget // ends[rows[0]])
-        yield rows[:count]
+        count = processes * max(1, budget // ends[rows[0]])
+        yield share(rows[:count])  # of several processes: this one's part, which may be empty
         rows = rows[count:]
 
 
 def logprobs_of(model, r: Rollout, rows, config, prompts=None):
     """Log-probabilities (len(rows), t) of these rows' sampled tokens, 0 elsewhere; t is where the longest of them ends.
 
-    A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes logits only for sampled tokens. One
-    with read_prompts (lab/prompts.py) has computed the rows' prompts once for all of their completions.
+    A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes logits only for sampled tokens.
+    prompts: those of the rows, which a model with read_prompts (lab/prompts.py) has computed once for all.
     """
-    t = max(r.ends[row] for row in rows) - 1
-    ids, mask = r.ids[rows, :t + 1], r.mask[rows, :t]
+    read = rows or [0]  # a process whose share is empty makes a pass all the same: FSDP's are made together
+    t = max(r.ends[row] for row in read) - 1
+    ids, mask = r.ids[read, :t + 1], r.mask[read, :t] & bool(rows)
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
     kept = [candidates for row in rows for candidates in r.kept[row]] if r.kept else None  # n sets
     # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
     with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
-        if prompts is not None:
-            states = prompts.hidden(r, rows)  # (n, D)
-            logprobs = head_logprobs(model, states, targets, config.temperature, kept)
-        elif hasattr(model, "hidden") and hasattr(model, "head"):
-            states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
+        if hasattr(model, "hidden") and hasattr(model, "head"):
+            states = (prompts.hidden(r, rows) if prompts is not None
+                      else model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled))  # (n, D)
             logprobs = head_logprobs(model, states, targets, config.temperature, kept)
         else:
-            logits = model(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)         # (n, V)
+            logits = model(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, V)
             logprobs = token_logprobs(logits, targets, config.temperature, kept)
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
 
 
 def head_logprobs(model, states, targets, temperature, kept):
-    """token_logprobs of model.head(states), in pieces of LOGITS_AT_ONCE: a large vocabulary's (n, V) would not fit."""
-    def score(states, targets, kept):
-        return token_logprobs(model.head(states), targets, temperature, kept)
-
+    """token_logprobs of model.head(states), in pieces of LOGITS_AT_ONCE: a large vocabulary's (n, V) would not fit.
+    The backward pass computes each piece again."""
     rows = LOGITS_AT_ONCE // model.config.vocab_size
     if len(targets) <= rows:
-        return score(states, targets, kept)
+        return token_logprobs(model.head(states), targets, temperature, kept)
     of_pieces = [kept and kept[i:i + rows] for i in range(0, len(targets), rows)]
-    pieces = zip(states.split(rows), targets.split(rows), of_pieces)
-    return torch.cat([checkpoint(score, *piece, use_reentrant=False) for piece in pieces])  # computed again in backward
+    pieces = zip(states.split(rows), targets.split(rows), itertools.repeat(temperature), of_pieces)
+    return torch.cat([checkpoint(head_logprobs, model, *piece, use_reentrant=False) for piece in pieces])
 
 
 @torch.no_grad()
@@ -277,6 +273,7 @@ def all_logprobs(model, r: Rollout, config):
     for rows in micro_batches(every, r.ends, config.micro_batch_tokens):
         logprobs = logprobs_of(model, r, rows, config, prompts)
         out[rows, :logprobs.shape[1]] = logprobs
+    sum_over_processes(out)
     return out
 
 
@@ -301,8 +298,12 @@ def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.
         metrics["loss"] += loss.item()
     if prompts is not None:  # the backward passes so far have ended at the prompts' keys and values
         prompts.backward()
+    parameters = optimizer.param_groups[0]["params"]
+    sums = torch.tensor([*metrics.values()], dtype=torch.float64, device=r.mask.device)
+    sum_over_processes(sums, *[p.grad for p in parameters if p.grad is not None])
+    metrics = dict(zip(metrics, sums.tolist()))
     scaler.unscale_(optimizer)
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.grad_clip).item()
+    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip).item()
     is_finite = math.isfinite(metrics["loss"] + metrics["grad_norm"])
     if is_finite:  # Adam would keep a NaN for good
         scaler.step(optimizer)
@@ -324,7 +325,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
         self.generator = torch.Generator(device=device).manual_seed(c.seed)
         self.shuffler = torch.Generator().manual_seed(c.seed)
-        self.counters = dict.fromkeys(("step", "updates", "prompts", "samples"), 0)
+        self.counters = dict.fromkeys(("step", "updates", "prompts"), 0)
         self.objects = dict(model=model, optimizer=self.optimizer, scaler=self.scaler)
         self.objects |= dict(generator=self.generator, shuffler=self.shuffler)
         if c.beta > 0 or getattr(advantage_estimator, "needs_reference", False):
@@ -338,7 +339,7 @@ class TrainState:
     def score(self, r: Rollout):
         """Sets the rollout's log-probabilities under pi_old and the reference."""
         r.old_logprobs = r.sampled_logprobs  # the first ratio is off 1 by the sampler gap
-        if self.config.old_logprobs == "trainer":  # as in training: the first ratio is 1 up to rounding
+        if self.config.old_logprobs != "sampler":  # as in training: the first ratio is 1 up to rounding
             r.old_logprobs = all_logprobs(self.model, r, self.config)
         if self.reference is not None:
             r.ref_logprobs = all_logprobs(self.reference.to(r.ids.device), r, self.config)
@@ -354,8 +355,7 @@ class TrainState:
             shuffled = torch.randperm(len(r.texts), generator=self.shuffler)
             for rows in shuffled.tensor_split(min(c.minibatches, len(shuffled))):
                 counters["updates"] += 1
-                for group in self.optimizer.param_groups:
-                    group["lr"] = c.lr * min(1.0, counters["updates"] / max(1, c.warmup))
+                self.optimizer.param_groups[0]["lr"] = c.lr * min(1.0, counters["updates"] / max(1, c.warmup))
                 metrics = update(self.model, self.optimizer, r, rows.tolist(), advantages, c, self.scaler)
                 if self.advantage_estimator is not None and not metrics["skipped"]:
                     metrics |= self.advantage_estimator.learn(r, rows.tolist())
@@ -412,10 +412,10 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         # 1, 2: sample groups of completions from the current policy; judge them by the rules
-        as_is = next(model.parameters()).dtype == getattr(torch, c.dtype)  # else a copy, which ends with the next line
+        is_whole, dtype = not hasattr(model, "whole_copy"), next(model.parameters()).dtype
+        as_is = is_whole and dtype == getattr(torch, c.dtype)  # else a copy, which ends with the next line
         r, unused = select(partial(draw, model if as_is else cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
         counters["prompts"] += len(r.examples) + unused
-        counters["samples"] += (len(r.examples) + unused) * c.group_size
         sampling_seconds = time.time() - started
         state.score(r)
         # 3: advantages
@@ -428,9 +428,9 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         counters["step"] += 1
         # 5: the reference follows
         if state.reference is not None and counters["step"] % c.reference_every == 0:
-            state.reference.load_state_dict(model.state_dict())
+            state.reference.load_state_dict((model if is_whole else cast_copy(model, c.dtype)).state_dict())
         metrics = rollout_metrics(r, history, c) | {
-            "step": counters["step"], "samples": counters["samples"], "discarded": unused,
+            "step": counters["step"], "samples": counters["prompts"] * c.group_size, "discarded": unused,
             "seconds": time.time() - started, "sampling_seconds": sampling_seconds}
         if validate is not None and (counters["step"] % c.validate_every == 0 or counters["step"] == c.rollouts):
             metrics |= {f"validation_{name}": value for name, value in validate(model).items()}

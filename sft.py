@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions x vocabulary: 1 GB or 256 MB in fp32
@@ -144,6 +145,30 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
         return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)  # computed again in backward
 
 
+def micro_batches(batch, count):
+    """`count` rows at a time of each of the batch's tensors; under torchrun this process's share of so many a process.
+
+    A process without a row makes its pass on one without a target: FSDP's passes are made together.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for rows in zip(*(x.split(count * processes) for x in batch)):
+        own = [x[rank::processes] for x in rows]
+        if len(own[0]) == 0:
+            own = [*(x[:1] for x in rows[:3]), torch.full_like(rows[3][:1], -100)]
+        yield own
+
+
+def sum_over_processes(loss, parameters, device):
+    """The sum of the losses, and in place of the gradients: those that are sharded (FSDP) are summed already."""
+    if not dist.is_initialized():
+        return loss
+    loss = torch.tensor(loss, dtype=torch.float64, device=device)
+    for t in [loss, *(p.grad for p in parameters if p.grad is not None)]:
+        if not hasattr(t, "placements"):
+            dist.all_reduce(t)
+    return loss.item()
+
+
 def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=None, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics. make_optimizer: as adamw.
 
@@ -174,12 +199,13 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=No
         total = 0.0
         if objective is not None:
             objective.progress = step / steps
-        for rows in zip(*(x.split(c.micro_batch_rows) for x in batch)):
+        for rows in micro_batches(batch, c.micro_batch_rows):
             loss = sum_of(model, *(x.to(device) for x in rows), c.dtype) / max(tokens, 1)
             scaler.scale(loss).backward()
             total += loss.item()
-        scaler.unscale_(optimizer)
         trained = [getattr(p, "master", p) for p in model.parameters()]  # variants/offload.py has gradients elsewhere
+        total = sum_over_processes(total, trained, device)
+        scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
         lr = learning_rate(step, steps, c)
         for group in optimizer.param_groups:

@@ -65,6 +65,8 @@ def check_example(example: dict, read) -> None:
 
 RL_POSITIVE = ("rollouts", "prompts_per_rollout", "minibatches", "inner_epochs", "lr", "temperature", "max_new_tokens",
                "reference_every", "grad_clip", "micro_batch_tokens", "validate_every")
+RL_CHOICES = {"mean": ("sequence", "token", "constant"), "scale": ("group", "batch", "none"),
+              "dtype": ("float32", "bfloat16", "float16"), "old_logprobs": ("trainer", "sampler")}
 SFT_POSITIVE = ("lr", "epochs", "micro_batch_rows", "row_length", "grad_clip")
 
 
@@ -98,6 +100,9 @@ def check_positive(config, names) -> None:
 
 
 def check_rl(c) -> None:
+    for name, allowed in RL_CHOICES.items():
+        if getattr(c, name) not in allowed:
+            raise ValueError(f"{name} {getattr(c, name)!r} is none of {', '.join(allowed)}")
     for name, value in vars(c).items():
         if not isinstance(value, str) and not value >= 0:
             raise ValueError(f"{name} {value} must not be negative")

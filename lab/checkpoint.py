@@ -22,15 +22,18 @@ import time
 import zlib
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -44,6 +47,36 @@ SKIPS = 5  # a training ends after this many updates in a row that are not finit
 RESTARTS = "without it the training starts again from the beginning"
 MADE_AGAIN = "if it is deleted, it is made again"
 MADE_AGAIN_WITH_DONE = f"if it is deleted, with {DONE} beside it if there is one, it is made again"
+
+# ------------------------------------------------------------------------------------------- of several processes
+
+
+def is_first() -> bool:
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def by_first(write):
+    """A function that changes files, as the first process alone runs it."""
+    @wraps(write)
+    def write_or_leave(*args, **kwargs):
+        if is_first():
+            return write(*args, **kwargs)
+    return write_or_leave
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers, of True and False too."""
+    if not dist.is_initialized():
+        return number
+    number = torch.tensor(int(number))
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
 
 # ------------------------------------------------------------------------------------------- files, always whole
 
@@ -71,11 +104,13 @@ def _flush(path: Path):
     os.close(handle)
 
 
+@by_first
 def atomic_write(path: str | Path, text: str):
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+@by_first
 def _write_tensors(path: str | Path, tensors: dict[str, Tensor]):
     with _replacing(path) as temporary:
         # safetensors 0.8 writes to a hidden file with a random name beside its target: here in a folder that is deleted
@@ -89,6 +124,7 @@ def _write_tensors(path: str | Path, tensors: dict[str, Tensor]):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@by_first
 def save_directory(dir: str | Path, write):
     """write(aside) fills a directory; its files then come into `dir`, each whole, a config.json last."""
     dir = Path(dir)
@@ -110,6 +146,7 @@ def save_directory(dir: str | Path, write):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@by_first
 def write_arrays(path: str | Path, arrays: dict[str, np.ndarray]):
     with _replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
@@ -165,6 +202,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]):
     atomic_write(path, "".join(_line(row) for row in rows))
 
 
+@by_first
 def append_jsonl(path: str | Path, row: dict):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +227,7 @@ def _is_cut_off(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------- a state
 
 
+@by_first
 def save(dir: str | Path, tensors: dict[str, Tensor], meta: dict):
     """Written by hand, a safetensors file: of what lies on a GPU, one tensor at a time is in the CPU's memory."""
     counters = json.dumps(meta)
@@ -251,6 +290,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, {**json.loads(header["meta"])}  # TypeError where it is no object
 
 
+@by_first
 def drop(dir: str | Path):
     """Deletes the state of a training that has ended, and what a killed writer left of one."""
     for name in (STATE, f"{STATE}.tmp"):
@@ -266,12 +306,12 @@ def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
     for name, part in parts.items():
         if isinstance(part, Module):
             for key, weight in _weights(part).items():
-                tensors[f"{name}.{key}"] = weight
+                tensors[f"{name}.{key}"] = whole(weight)
         elif isinstance(part, Optimizer):
             state = part.state_dict()
             for i, moments in state["state"].items():
                 for key, moment in moments.items():
-                    tensors[f"{name}.{i}.{key}"] = moment  # "optimizer.0.exp_avg"
+                    tensors[f"{name}.{i}.{key}"] = whole(moment)  # "optimizer.0.exp_avg"
             meta[name] = state["param_groups"]
         elif isinstance(part, GradScaler):
             meta[name] = part.state_dict()
@@ -282,6 +322,21 @@ def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
         else:
             meta[name] = part
     return tensors, meta
+
+
+def whole(t: Tensor) -> Tensor:
+    """A sharded tensor, gathered for the first process, in the CPU's memory; the others get nothing. All take part."""
+    if not isinstance(t, DTensor):
+        return t
+    gathered = t.full_tensor()
+    return gathered.cpu() if is_first() else gathered[:0].cpu()
+
+
+def _laid_out_as(p: Tensor, t: Tensor) -> Tensor:
+    """A whole tensor as p is: sharded, if it is."""
+    if not isinstance(p, DTensor):
+        return t
+    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
 
 
 def _weights(module: Module) -> dict[str, Tensor]:
@@ -332,7 +387,7 @@ def _restore_module(module: Module, own: dict[str, Tensor], name: str):
             raise ValueError(f"{name}.{key} is {saved} in the training state, {here} in the model")
     with torch.no_grad():
         for key, weight in weights.items():
-            weight.copy_(own[key])
+            weight.copy_(_laid_out_as(weight, own[key]))
 
 
 def _layout(tensor: Tensor | None) -> str:
@@ -359,7 +414,8 @@ def _moments(optimizer: Optimizer, own: dict[str, Tensor]) -> dict[int, dict[str
         if name == "step":  # load_state_dict chooses its device
             moment = moment.clone()
         else:
-            moment = moment.to(parameters[int(number)].device, copy=True)  # on a GPU, without a copy on the CPU
+            p = parameters[int(number)]
+            moment = _laid_out_as(p, moment.to(p.device, copy=True))  # on a GPU, without a copy on the CPU
         moments.setdefault(int(number), {})[name] = moment
     if len({frozenset(names) for names in moments.values()}) > 1:
         raise ValueError("the optimizer's moments are not the same for all parameters")
@@ -389,6 +445,9 @@ def is_out_of_memory(error):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM was heard. It stops a run as Ctrl-C does, with another exit code."""
+
+
+STOPS = (None, KeyboardInterrupt, Terminated)
 
 
 def _set_handlers(handler, *signals):
@@ -446,14 +505,15 @@ class Checkpointer:
         self.took = None   # seconds of the last save
         self.stop = None   # after a signal: KeyboardInterrupt or Terminated, to be raised when the step is saved
         self.state = load(dir)
-        if self.state is None:
+        if self.state is None and is_first():
             for log in self.logs:
                 log.unlink(missing_ok=True)
 
     def save(self, **parts) -> bool:
         """Whether the state was saved this time. After a signal: saves, then raises KeyboardInterrupt or Terminated."""
-        stop = self.stop
-        if stop is None and time.monotonic() - self.last <= self.every:
+        stop = STOPS[largest(STOPS.index(self.stop))]  # a signal to one process stops all, after the same step
+        is_due = is_first() and time.monotonic() - self.last > self.every
+        if stop is None and not largest(is_due):
             return False
         saved = self._save(parts, at_once=stop is not None)
         if stop is not None:
@@ -467,9 +527,9 @@ class Checkpointer:
     def _save(self, parts: dict, at_once: bool = False) -> bool:
         started = time.monotonic()
         tensors, meta = state_of(**parts)
-        if not at_once and not self._has_time_for(tensors, started):
+        if not at_once and not largest(is_first() and self._has_time_for(tensors, started)):
             return False
-        if not all(_is_finite(part) for part in parts.values() if isinstance(part, Module)):
+        if largest(not all(_is_finite(part) for part in parts.values() if isinstance(part, Module))):
             return False
         save(self.dir, tensors, meta)
         if self.after is not None:
@@ -529,7 +589,7 @@ class Checkpointer:
         self.stop = stop
         line = f"\n{name}: stopping once the current step is finished and saved; {name} again stops at once\n"
         with suppress(OSError):  # whoever reads may be gone with the same Ctrl-C
-            os.write(2, line.encode())  # not print, which the signal may have interrupted
+            os.write(2, line.encode() if is_first() else b"")  # not print, which the signal may have interrupted
 
     def __exit__(self, kind, *_):
         _restore_handlers(self.handlers)
@@ -538,7 +598,8 @@ class Checkpointer:
 
 
 def _is_finite(module: Module) -> bool:
-    return all(p.isfinite().all() for p in module.parameters())  # not buffers: a mask may hold minus infinity
+    own = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return all(p.isfinite().all() for p in own)  # not buffers: a mask may hold minus infinity
 
 
 class FiniteGuard:
@@ -584,6 +645,9 @@ def lock(dir: str | Path):
     import fcntl  # not on Windows
     path = Path(dir) / "LOCK"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_first():
+        yield
+        return
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -647,6 +711,7 @@ def kept_rows(path: str | Path, generator: Generator, save, resume):
 def mark_finished(dir: str | Path, meta: dict):
     """The last thing a stage does: DONE says that the rest of `dir` is whole, and which settings and code made it."""
     atomic_write(Path(dir) / DONE, json.dumps(meta, indent=1) + "\n")
+    largest(0)  # waits: what the first process has written, the others read
 
 
 def finished(dir: str | Path) -> dict | None:

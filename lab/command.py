@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lab import report
+from lab import parallel, report
 from lab.check_adapter import directories, is_adapter
 from lab.check_input import check_settings
 from lab.check_tokenizer import TEMPLATES
@@ -20,7 +21,7 @@ from lab.memory import Memory
 from lab.records import LOGS
 
 # from call to call: a training may get more rollouts
-MAY_CHANGE = ("out", "save_every", "rollouts", "keep_state", "memory")
+MAY_CHANGE = ("out", "save_every", "rollouts", "keep_state", "memory", "shard")
 INPUTS = ("model", "data", "teacher", "student", "general")  # options that name files: they are compared by content
 LESS_MEMORY = ("For less: smaller --micro-batch-tokens (SFT: --micro-batch-rows), --recompute, --offload-reference, "
                "--lora, --offload-optimizer; while sampling, smaller --cache-tokens, fewer rows or new tokens")
@@ -33,6 +34,7 @@ ABOUT = {"micro_batch_tokens": f"{ONE_PASS} 2048, on a GPU {GPU_TOKENS}",
                  "learning rate of full training",
          "lora_alpha": "adapters are scaled by this / rank; default %(default)s",
          "offload_optimizer": "float32 weights and Adam's moments in the CPU's memory (variants/offload.py)",
+         "shard": "under torchrun: share out weights, gradients and moments among the processes (FSDP)",
          "cache_tokens": "a rollout is sampled in lots of at most so many tokens, prompts and answers; default "
                          "%(default)s"}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -41,7 +43,11 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line that names the culprit, without the usage; exit code 2."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())[:1000]}\n")
+        name = self.prog
+        if parallel.rank() > 0:
+            time.sleep(5)  # where the first process has found the same, its line is enough: it has ended all by then
+            name = f"{name}, rank {parallel.rank()}"
+        self.exit(2, f"{name}: {' '.join(message.split())[:1000]}\n")
 
     @contextmanager
     def one_line_errors(self, out=None):
@@ -50,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         out: the directory in which the same command resumes.
         """
         try:
-            with hear_sigterm():
+            with hear_sigterm(), parallel.processes():
                 yield
         except (OSError, SafetensorError) as error:
             message = str(error)
@@ -63,8 +69,10 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt as interrupt:
             resumes = f"; the same command resumes here: {out}" if out else ""
             code = 143 if isinstance(interrupt, Terminated) else 130
-            self.exit(code, f"\n{self.prog}: stopped{resumes}\n")
+            self.exit(code, f"\n{self.prog}: stopped{resumes}\n" if parallel.rank() == 0 else None)
         except (MemoryError, RuntimeError) as error:
+            if parallel.is_of_processes(error):
+                self.error(f"{parallel.missing(error)}; the same command resumes")
             if not is_out_of_memory(error):  # a mistake of ours: its traceback is wanted
                 raise
             self.out_of_memory(error)

@@ -15,6 +15,7 @@ from lab.check_input import check_directory
 from lab.checkpoint import Checkpointer, drop, kept_rows, read_jsonl, write_jsonl
 from lab.command import Parser, add_memory, add_saving, add_template, fields_of, new_directory, saving
 from lab.graphs import generate
+from lab.parallel import first, shared, wait
 from lab.asking import decoder, same_ids, to_learn, with_room
 from lab.scripts import (PAIRS, PROBLEMS, StepPrinter, add_fields_of_rows, choose_max_new_tokens, cut_warning, encoder,
                          in_its_language, open_to_train, read_problem_set, reinforce, rules, save_trained)
@@ -85,17 +86,19 @@ def run(rejection_sample, explain, distill, OnPolicy):
         if path.exists() and not (out / "settings.json").exists():
             raise ValueError(f"{out} already holds other traces; choose another --out")
         with saving(out, args) as checkpointer:
-            if not path.exists():
+            if not first(path.exists()):
                 problems, texts = sample_teacher(args, problems, out / "sampling")
                 traces, counts = rejection_sample(problems, texts, correct=correct, one_language=one_language)
                 print(explain(counts))
                 write_jsonl(path, traces)
+            wait()
             drop(out / "sampling")
             traces = read_jsonl(path, whole=True)
             if not traces:
                 raise ValueError(f"{path} is empty: none of the teacher's samples is correct, readable and in the "
                                  "problem's language; another --template, more --samples, or a stronger teacher")
             student, tokenizer = open_to_train(args.student, args, config.seed)
+            student.shard()
             rows = [to_learn(row, tokenizer.template) for row in traces]
             general = [to_learn(row, tokenizer.template) for row in general]
             distill(student, rows, general, encode=partial(tokenize, tokenizer=tokenizer),
@@ -126,7 +129,7 @@ def sample_teacher(args, problems, dir):
     """(problems, texts): completions of each problem that leaves room for an answer, saved in `dir` as they come."""
     teacher, tokenizer = open_model(args.teacher, getattr(torch, args.dtype), template=args.template)
     generator = torch.Generator(device=next(teacher.parameters()).device).manual_seed(0)
-    sample = partial(generate, teacher, end_ids=tokenizer.end_ids, generator=generator)
+    sample = partial(shared(generate), teacher, end_ids=tokenizer.end_ids, generator=generator)
     encode, context = encoder(tokenizer), teacher.config.max_position_embeddings
     problems = with_room(problems, encode, context, args.max_new_tokens, args.data)
     config = EvalConfig(args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.max_new_tokens)

@@ -29,6 +29,7 @@ class Memory:
     lora_alpha: float = 32.0
     offload_optimizer: bool = False  # float32 weights and Adam's moments are the CPU's
     cache_tokens: int = 2 ** 18      # of a rollout that are sampled at once
+    shard: bool = False              # weights, gradients and moments over torchrun's processes
 
     def __post_init__(self):
         if self.lora < 0:
@@ -39,6 +40,8 @@ class Memory:
             raise ValueError(f"cache_tokens {self.cache_tokens} must be positive")
         if self.lora and self.offload_optimizer:
             raise ValueError("offload_optimizer beside lora: adapters leave nothing to offload")
+        if self.shard and self.offload_optimizer:
+            raise ValueError("shard beside offload_optimizer: one of them decides where Adam's moments are")
 
     def dtype(self, fast):
         """In which precision a model is loaded to be trained: float32, unless its weights are only computed with."""

@@ -14,6 +14,7 @@ import rewards
 from data import preferences
 from lab import checkpoint, measure
 from lab.judges import Judge, RewardModel, Term, reader
+from lab.parallel import first, wait
 from lab.reward_models import encoder, load_reward_model, save_reward_model, summary
 from lab.reward_script import measure as measure_judge
 from lab.run import Stage
@@ -53,12 +54,13 @@ def train_judges(run):
     for kind, reads in READS.items():
         dir = run.out / "judges" / kind
         rows = rows_of(run, kind, "train")
-        if not (dir / "config.json").exists():
+        if not first((dir / "config.json").exists()):
             model = RewardModel(run.model("dev3")).to(run.device)
             checkpointer, save, resume = run.checkpointer(f"judges/{kind}")
             with checkpointer:
                 train(model, rows, config, save=save, resume=resume)
             save_reward_model(model, run.tokenizer, reads, dir)
+        wait()
         checkpoint.drop(dir)
         model, _, _ = load_reward_model(RewardModel, dir, run.device, torch.float32)
         # charged here, so that a stage that was stopped in between is too

@@ -22,8 +22,11 @@ class SharingTransformer(Transformer):
     def read_prompts(self, rollout, rows, config):
         """The ReadPrompts of these rows of a grpo.Rollout.
 
-        None where less than a third of the tokens would be spared, or the prompts are more than a micro-batch.
+        None where less than a third of the tokens would be spared, or the prompts are more than a micro-batch; and of
+        several processes, some of which might have no rows.
         """
+        if torch.distributed.is_initialized():
+            return None
         group = rollout.rewards.shape[1]
         prompts = sorted({row // group for row in rows})
         firsts = [prompt * group for prompt in prompts]  # a row of each

@@ -33,6 +33,7 @@ from lab.lots import in_lots
 from lab.asking import decoder, to_learn
 from lab.scripts import cut_warning, rules, save_trained
 from lab.memory import Memory
+from lab.parallel import first, shared, wait
 from lab.terminal import line_of
 from lab.trainee import Trainee
 from variants.v3_pretraining import Objective
@@ -98,7 +99,7 @@ class Run:
         settings = {"preset": preset_name, "seed": seed, "settings": asdict(preset), "rewards": rewards}
         settings |= source.settings()
         changed = {name: value for name, value in vars(memory).items()
-                   if name != "recompute" and value != getattr(Memory(), name)}
+                   if name not in ("recompute", "shard") and value != getattr(Memory(), name)}
         if changed:
             settings["memory"] = changed
         if memory.lora:  # a stage's state does not hold its base
@@ -146,6 +147,13 @@ class Run:
 
     def restart_from(self, stage):
         """--from: forgets this stage and the later ones. Only once: after a stop the same command resumes."""
+        if checkpoint.is_first():
+            self.restart(stage)
+        wait()
+        if not checkpoint.is_first():
+            self.results |= self.earlier_results(self.results["meta"])
+
+    def restart(self, stage):
         for page in self.out.glob("report.html.*.tmp"):  # of calls that were killed
             page.unlink()
         path = self.out / "FROM"  # of a call that has not come to its end
@@ -294,8 +302,9 @@ class Run:
     def extra(self, name, make):
         """Values {metric: array per problem} that a claim needs beside the stages, measured once."""
         path = self.out / "extras" / f"{name}.npz"
-        if not path.exists():
+        if not first(path.exists()):
             checkpoint.write_arrays(path, make())
+        wait()
         self.values[name] = checkpoint.read_arrays(path)
 
     # ---- results
@@ -357,6 +366,7 @@ class Run:
         """Trains on rows {"prompt", "completion"}; pretraining is the case without a mask."""
         checkpointer, save, resume = self.checkpointer()
         log, trainee = SFTLog(self, model), self.trainee(model)
+        trainee.shard()
         template = self.tokenizer.template
         examples = [sft.tokenize(to_learn(row, template), self.tokenizer, pretraining) for row in rows]
         print(cut_warning(examples, config.row_length), end="", flush=True)
@@ -385,12 +395,13 @@ class Run:
         weights = {name: weights.get(name, 0.0) for name in scored_by}
         checkpointer, save, resume = self.checkpointer()
         log, trainee = RLLog(self, model, config, scored_by, weights, sample_budget), self.trainee(model)
+        trainee.shard()
         with checkpointer, suppress(BudgetSpent):
             if validate and resume is None:
                 log.before_training(model)
             grpo.train(model, examples or self.source.problems,
                        encode=self.prompt, decode=decoder(self.tokenizer, examples or self.source.problems),
-                       generate=in_lots(generate, self.memory.cache_tokens), end_ids=self.tokenizer.end_ids,
+                       generate=shared(in_lots(generate, self.memory.cache_tokens)), end_ids=self.tokenizer.end_ids,
                        rewards=scored_by, weights=weights, config=config,
                        validate=log.validate if validate else None, log=log, save=trainee.save(save),
                        resume=trainee.resume(resume), **trainee.optimizer(grpo.adam), **in_place)
@@ -422,7 +433,7 @@ class Run:
         model = grpo.cast_copy(model, self.preset.zero.dtype)
 
         def sample(prompts, **settings):
-            result = generate(model, prompts, end_ids=self.tokenizer.end_ids, generator=generator, **settings)
+            result = shared(generate)(model, prompts, end_ids=self.tokenizer.end_ids, generator=generator, **settings)
             self.spend(model, sampled=int(result[1].sum()) + sum(map(len, prompts)))
             return result
 

@@ -25,6 +25,7 @@ from lab.layers import replace
 from lab.lots import in_lots
 from lab.memory import Memory, report
 from lab.own_rules import chosen_rules, chosen_weights
+from lab.parallel import shared
 from lab.prompts import SharingTransformer
 from lab.trainee import Trainee
 from model import Transformer
@@ -115,6 +116,8 @@ def open_to_train(dir, args, seed):
 
 def foretell(args, config, examples=()):
     """Prints what a training of args.model will take of memory, before anything of it is loaded."""
+    if args.shard:
+        raise ValueError("memory: the formula is of one process, without --shard")
     base = base_directory(args.model)
     check_directory(base, args.template)
     sizes, encode = read_config(base), encoder(Tokenizer(base, args.template))
@@ -132,7 +135,7 @@ def save_model(model, dir, tokenizer):
 def save_trained(trainee, dir, tokenizer):
     """Writes the trained model in float32; adapters in addition, as PEFT does, in its folder `adapter`."""
     if trainee.memory.lora:
-        save_directory(dir / "adapter", partial(save_adapters, trainee.model, trainee.dir))
+        save_directory(dir / "adapter", partial(save_adapters, trainee.gathered(), trainee.dir))
     save_model(trainee.whole(), dir, tokenizer)
 
 
@@ -204,6 +207,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
         in_place = trainee.optimizer(make_optimizer)
         if estimator_class is not None:
             in_place["advantage_estimator"] = estimator_class(model, config, fields_of(args, estimator_config))
+        trainee.shard(in_place.get("advantage_estimator"))
         keep = getattr(in_place.get("advantage_estimator"), "keep", None)
         if keep is not None or dapo != DAPOConfig():
             in_place["select"] = DAPO(dapo, config.max_new_tokens, keep).select
@@ -220,7 +224,7 @@ def reinforce(description, train, config_class, estimator_class=None, estimator_
 
             train(model, examples,
                   encode=encode, decode=decoder(tokenizer, examples),
-                  generate=in_lots(generate, args.cache_tokens), end_ids=tokenizer.end_ids,
+                  generate=shared(in_lots(generate, args.cache_tokens)), end_ids=tokenizer.end_ids,
                   rewards=chosen, weights=weights, config=config,
                   log=Printer(config, out, next(model.parameters()).device), save=save,
                   resume=trainee.resume(checkpointer.resume), **in_place)
@@ -300,6 +304,7 @@ def fine_tune(config_class, tokenize, train, make_optimizer):
         if args.memory:
             foretell(args, config)
         trainee, tokenizer = open_to_train(args.model, args, config.seed)
+        trainee.shard()
         out = new_directory(args.out)
         examples = [tokenize(to_learn(row, tokenizer.template), tokenizer, args.pretrain) for row in rows]
         print(cut_warning(examples, config.row_length), end="")
@@ -333,7 +338,7 @@ def measure_directory(config_class, complete, measure, summarise):
         cut = []  # of each batch, how many outputs have no end token
 
         def sample(prompts, **settings):
-            result = generate(model, prompts, end_ids=tokenizer.end_ids, generator=generator, **settings)
+            result = shared(generate)(model, prompts, end_ids=tokenizer.end_ids, generator=generator, **settings)
             cut.append(unfinished(*result[:2], tokenizer.end_ids))
             return result
 

@@ -10,7 +10,9 @@ import torch
 
 from lab.adapters import add_adapters_of, load_model
 from lab.architectures import is_deepseek
+from lab.checkpoint import is_alone, is_first
 from lab.layers import plain_products, recompute
+from lab.sharding import shard, shard_estimator
 from variants.lora import add_adapters
 from variants.offload import send_weights, step_on_cpu
 
@@ -31,6 +33,18 @@ class Trainee:
             add_adapters(plain_products(model), memory.lora, memory.lora_alpha, generator=generator)
         if memory.offload_optimizer:
             self.masters = self.load()
+
+    def shard(self, estimator=None):
+        """Shares the model out among the processes, if that was asked for; and what a PPO or PRIME has beside it."""
+        if not self.memory.shard or hasattr(self.model, "whole"):
+            return
+        if is_alone():
+            raise ValueError("shard: there is one process; start several with torchrun")
+        if is_deepseek(self.model):
+            raise ValueError("shard: of a deepseek_v3 it is not supported")
+        shard(self.model)
+        if hasattr(estimator, "optimizer"):
+            shard_estimator(estimator)
 
     def load(self):
         return load_model(self.dir, "cpu", torch.float32)
@@ -62,7 +76,12 @@ class Trainee:
 
         return resume_masters
 
+    def gathered(self):
+        """The model; of a sharded one a whole copy, in the first process alone."""
+        return self.model.whole() if hasattr(self.model, "whole") else self.model
+
     def whole(self):
-        if self.memory.lora:
-            return add_adapters_of(self.model, self.load())
-        return self.masters or self.model
+        model = self.gathered()
+        if self.memory.lora and is_first():
+            return add_adapters_of(model, self.load())
+        return self.masters or model

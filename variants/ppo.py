@@ -15,6 +15,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 
@@ -142,13 +143,15 @@ class PPO:
             for rows in micro_batches(range(len(r.ends)), r.ends, self.config.micro_batch_tokens):
                 values = self.values(r, rows)
                 self.old_values[rows, :values.shape[1]] = values
+        sum_over_processes(self.old_values)
         advantages, self.returns = gae(rewards, self.old_values, r.mask, self.ppo.gamma, self.ppo.lam)
         return whiten(advantages, r.mask) if self.ppo.whiten else advantages
 
     def values(self, r, rows):
         """(len(rows), t); t is where the longest of these rows ends."""
-        t, dtype = max(r.ends[row] for row in rows) - 1, self.config.dtype
-        ids = r.ids[rows, :t]
+        read, dtype = rows or [0], self.config.dtype  # as grpo.py: a process whose share is empty makes a pass too
+        t = max(r.ends[row] for row in read) - 1
+        ids = r.ids[read, :t]
         with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False):
             return self.critic(ids)
 
@@ -163,21 +166,36 @@ class PPO:
             loss = value_loss(values, old_values, returns, mask, self.ppo.value_clip, tokens)
             self.scaler.scale(loss).backward()
             total += loss.item()
+        total = torch.tensor(total, dtype=torch.float64, device=r.mask.device)
+        sum_over_processes(total, *[p.grad for p in self.trained if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         if torch.isfinite(norm):  # Adam would keep a NaN for good
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"value_loss": total, "explained_variance": explained_variance(self.old_values, self.returns, r.mask)}
+        explained = explained_variance(self.old_values, self.returns, r.mask)
+        return {"value_loss": total.item(), "explained_variance": explained}
+
+
+def share(rows):
+    """This process's part of the rows, of several under torchrun (lab/parallel.py)."""
+    return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def sum_over_processes(*tensors):
+    """In place. Sharded gradients (FSDP) are summed already."""
+    for t in tensors if dist.is_initialized() else ():
+        if not hasattr(t, "placements"):
+            dist.all_reduce(t)
 
 
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into batches of at most `budget` padded tokens; a longer row goes alone."""
-    rows = sorted(rows, key=lambda r: -ends[r])
+    rows, processes = sorted(rows, key=lambda r: -ends[r]), dist.get_world_size() if dist.is_initialized() else 1
     while rows:
-        count = max(1, budget // ends[rows[0]])
-        yield rows[:count]
+        count = processes * max(1, budget // ends[rows[0]])
+        yield share(rows[:count])  # of several processes: this one's part, which may be empty
         rows = rows[count:]
 
 

@@ -18,6 +18,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -132,8 +133,10 @@ class PRIME:
             self.scaler.scale(loss).backward()
             rewards[rows, :t] = of_tokens.detach()
             total += loss.item()
+        total = torch.tensor(total, dtype=torch.float64, device=rewards.device)
+        sum_over_processes(total, rewards, *[p.grad for p in self.trained if p.grad is not None])
         predicted, right = rewards.sum(1) > 0, outcomes.flatten() > 0.5
-        self.metrics = {"prm_loss": total, "prm_accuracy": (predicted == right).float().mean().item()}
+        self.metrics = {"prm_loss": total.item(), "prm_accuracy": (predicted == right).float().mean().item()}
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         if torch.isfinite(norm):  # Adam would keep a NaN for good
@@ -153,8 +156,9 @@ class PRIME:
         def score_states(states, targets):
             return score(model.head(states), targets)
 
-        c, end = self.config, max(r.ends[row] for row in rows)
-        ids, mask = r.ids[rows, :end], r.mask[rows, :end - 1].bool()
+        c, read = self.config, rows or [0]  # as grpo.py: a process whose share is empty makes a pass too
+        end = max(r.ends[row] for row in read)
+        ids, mask = r.ids[read, :end], r.mask[read, :end - 1].bool() & bool(rows)
         sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
         targets = ids[:, 1:].flatten()[sampled]   # (n,)
         with torch.autocast(ids.device.type, getattr(torch, c.dtype), c.dtype != "float32", cache_enabled=False):
@@ -171,12 +175,24 @@ class PRIME:
         return self.metrics  # it has already learned
 
 
+def share(rows):
+    """This process's part of the rows, of several under torchrun (lab/parallel.py)."""
+    return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def sum_over_processes(*tensors):
+    """In place. Sharded gradients (FSDP) are summed already."""
+    for t in tensors if dist.is_initialized() else ():
+        if not hasattr(t, "placements"):
+            dist.all_reduce(t)
+
+
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into batches of at most `budget` padded tokens; a longer row goes alone."""
-    rows = sorted(rows, key=lambda r: -ends[r])
+    rows, processes = sorted(rows, key=lambda r: -ends[r]), dist.get_world_size() if dist.is_initialized() else 1
     while rows:
-        count = max(1, budget // ends[rows[0]])
-        yield rows[:count]
+        count = processes * max(1, budget // ends[rows[0]])
+        yield share(rows[:count])  # of several processes: this one's part, which may be empty
         rows = rows[count:]
 
 

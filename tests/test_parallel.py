@@ -1,0 +1,278 @@
+"""Several processes as one: what each method computes in 1, 2 and 4 of them, on a CPU, from the same samples."""
+
+import json
+import os
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import grpo
+import model as transformer
+import sft
+from forked import start_forked
+from lab import parallel
+from lab.sharding import shard, shard_estimator
+from variants.dapo import DAPO, DAPOConfig
+from variants.lora import add_adapters
+from variants.ppo import PPO, PPOConfig
+from variants.prime import PRIME, PRIMEConfig
+
+END = 3
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def start_processes(count, function, *args, **settings):
+    """The forked processes, as torchrun starts them."""
+    env = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": free_port()}
+    with ExitStack() as stack:
+        children = []
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            child = start_forked(function, *args, env=env | own | settings.get("env", {}),
+                                 **{name: value for name, value in settings.items() if name != "env"})
+            children.append(stack.enter_context(child))
+        stack.pop_all()
+    return children
+
+
+def run_processes(count, function, *args, timeout=60, **settings):
+    """Their ends, in order."""
+    children = start_processes(count, function, *args, **settings)
+    try:
+        return [child.wait(timeout) for child in children]
+    finally:
+        for child in children:
+            child.__exit__()
+
+
+def results_of(count, function, folder):
+    """[{name: tensor} that function() returns in each of `count` processes]; one process runs without torchrun."""
+    def call():
+        with parallel.processes():
+            tensors = {name: torch.as_tensor(value).detach().clone() for name, value in function().items()}
+            save_file(tensors, folder / f"{count}-{parallel.rank()}.safetensors")
+
+    if count == 1:
+        call()
+    else:
+        for ended in run_processes(count, call):
+            assert ended.status == 0, ended.stderr
+    return [load_file(folder / f"{count}-{rank}.safetensors") for rank in range(count)]
+
+
+def assert_close(found, expected, tolerance, but=()):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        if name.startswith(but):
+            continue
+        torch.testing.assert_close(found[name].double(), expected[name].double(), atol=tolerance, rtol=tolerance,
+                                   msg=lambda text: f"{name}: {text}")
+
+
+def a_rollout(prompts=3, group=5, seed=0):
+    """A rollout of 15 rows, which neither 2 nor 4 divide, of lengths from 1 to 9, with log-probabilities to be off."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = prompts * group
+    lengths = torch.randint(1, 10, (rows,), generator=generator)
+    starts = torch.randint(1, 6, (prompts,), generator=generator).repeat_interleave(group)
+    width = int((starts + lengths).max())
+    ids = torch.randint(4, 16, (rows, width), generator=generator)
+    target = torch.arange(1, width)
+    mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
+    right = torch.randint(0, 2, (prompts, group), generator=generator).float()
+    drift = torch.randn(rows, width - 1, generator=generator)
+    return grpo.Rollout(
+        examples=[{}] * prompts, texts=[""] * rows, ids=ids, mask=mask, ends=(starts + lengths).tolist(),
+        lengths=lengths, finished=torch.ones(rows, dtype=torch.bool), sampled_logprobs=torch.where(mask, drift - 3, 0),
+        parts={"accuracy": right}, rewards=right)
+
+
+CONFIG = grpo.GRPOConfig(rollouts=1, dtype="float32", micro_batch_tokens=30, minibatches=3, beta=0.1, lr=1e-2, warmup=1,
+                         max_new_tokens=9, grad_clip=0.5)
+
+
+def full(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def learned(model, config, estimator=None):
+    """What the updates of one rollout leave: gradients (of one update: ten times Adam's mean), weights, metrics."""
+    state = grpo.TrainState(model, config, estimator, grpo.adam, None)
+    r = a_rollout()
+    state.score(r)
+    advantages = grpo.group_advantages(r.rewards).flatten() if estimator is None else estimator.advantages(r)
+    history = state.learn_from(r, advantages)
+    found = {"advantages": advantages}
+    for name, part in state.objects.items():
+        if isinstance(part, torch.nn.Module):
+            found |= {f"weights.{name}.{key}": full(p) for key, p in part.named_parameters()}
+        if isinstance(part, torch.optim.Optimizer):
+            for i, moments in part.state_dict()["state"].items():
+                found[f"gradients.{name}.{i}"] = 10 * full(moments["exp_avg"])
+    return found | {f"metrics.{i}.{name}": float(value) for i, row in enumerate(history) for name, value in row.items()}
+
+
+METHODS = {
+    "sequence": {}, "token": dict(mean="token"), "constant": dict(mean="constant"),
+    "gspo": dict(sequence_ratio=True), "sampler": dict(old_logprobs="sampler", importance_cap=2.0),
+    "lora": {}, "ppo": dict(mean="token"), "prime": dict(mean="token", beta=0.0),
+}
+
+
+def by_method(name, model, updates, sharded=False):
+    config, estimator = replace(CONFIG, minibatches=updates, **METHODS[name]), None
+    if name == "lora":
+        generator = torch.Generator().manual_seed(0)
+        add_adapters(model, 2, 4.0, generator=generator)
+        for key, p in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(p, std=0.1, generator=generator)  # else A has no gradient
+    if name == "ppo":
+        estimator = PPO(model, config, PPOConfig())
+    if name == "prime":
+        estimator = PRIME(model, config, PRIMEConfig())
+    if sharded:
+        shard(model)
+        if estimator is not None:
+            shard_estimator(estimator)
+    return learned(model, config, estimator)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_of_the_same_samples_is_that_of_one_process(method, tiny, tmp_path):
+    expected, = results_of(1, lambda: by_method(method, tiny(), updates=1), tmp_path)
+    assert sum(value.abs().sum() > 0 for name, value in expected.items() if name.startswith("gradients")) > 10
+    for count, sharded in ((2, False), (4, False), (2, True), (4, True)):
+        for part in results_of(count, lambda: by_method(method, tiny(), 1, sharded), tmp_path):
+            assert_close(part, expected, 1e-6, but=("weights",))  # Adam divides noise by itself
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sharded", [False, True], ids=["", "sharded"])
+def test_after_several_updates_all_hold_the_same_weights_to_the_bit(method, sharded, tiny, tmp_path):
+    expected, = results_of(1, lambda: by_method(method, tiny(), updates=4), tmp_path)  # of 3 or 4 rows
+    parts = results_of(4, lambda: by_method(method, tiny(), 4, sharded), tmp_path)
+    for part in parts:
+        assert part.keys() == parts[0].keys() and all(torch.equal(part[name], parts[0][name]) for name in part)
+        assert_close(part, expected, 1e-3)
+
+
+# ------------------------------------------------------------------------------------------- SFT
+
+def trained(model, steps=20, sharded=False):
+    """The loss of each step of SFT, its gradient norm, and the weights; the last step has fewer rows than processes."""
+    generator, history = torch.Generator().manual_seed(0), []
+    examples = [(torch.randint(4, 16, (12,), generator=generator).tolist(), 3) for _ in range(4 * 2 * (steps - 1) + 1)]
+    if sharded:
+        shard(model)
+    config = sft.SFTConfig(lr=1e-2, epochs=1, batch_tokens=8 * 12, row_length=12, micro_batch_rows=3, dtype="float32")
+    sft.train(model, examples, config, log=lambda metrics, batch: history.append(metrics))
+    found = {f"{name}.{row['step']}": row[name] for row in history for name in ("loss", "grad_norm", "tokens")}
+    return found | {name: full(p) for name, p in model.named_parameters()}
+
+
+def test_each_step_of_sft_has_the_loss_of_one_process(tiny, tmp_path):
+    expected, = results_of(1, lambda: trained(tiny()), tmp_path)
+    assert "loss.20" in expected and "loss.21" not in expected and expected["tokens.20"] == 12
+    for count, sharded in ((2, False), (4, False), (4, True)):
+        parts = results_of(count, lambda: trained(tiny(), sharded=sharded), tmp_path)
+        for part in parts:
+            assert_close(part, expected, 1e-5, but=("layers", "embed", "norm"))
+            assert all(torch.equal(part[name], parts[0][name]) for name in part)
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+def sampled(model, prompts, n, top_p, processes_alike=True):
+    generator, kept = torch.Generator().manual_seed(5), []
+    settings = dict(top_p=top_p, kept=kept) if top_p < 1 else {}
+    ids, lengths, logprobs = parallel.shared(transformer.generate)(
+        model, prompts, n=n, max_new_tokens=8, end_ids=(END,), generator=generator, **settings)
+    found = {"ids": ids, "lengths": lengths, "logprobs": logprobs, "generator": generator.get_state()}
+    if kept:
+        found |= {"sizes": torch.tensor([len(ids) for row in kept for ids in row]),
+                  "sets": torch.cat([ids for row in kept for ids in row])}
+    return found
+
+
+@pytest.mark.parametrize("count, prompts", [(2, 5), (4, 6), (4, 2), (2, 1)])
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_all_processes_get_all_completions_each_in_its_place(count, prompts, top_p, tiny, tmp_path):
+    rng, n = torch.Generator().manual_seed(count + prompts), 3
+    asked = [torch.randint(4, 16, (int(size),), generator=rng).tolist()
+             for size in torch.randint(1, 9, (prompts,), generator=rng)]
+    parts = results_of(count, lambda: sampled(tiny().eval(), asked, n, top_p), tmp_path)
+    found = parts[0]
+    assert all(part.keys() == found.keys() and torch.equal(part[name], found[name]) for part in parts for name in part)
+    assert found["ids"].shape == (prompts * n, 8) and found["lengths"].min() >= 1
+    sets = iter(found["sets"].split(found["sizes"].tolist())) if top_p < 1 else None
+    model = tiny().eval()
+    for row in range(prompts * n):  # each completion has its prompt's probability
+        prompt, length = asked[row // n], int(found["lengths"][row])
+        completion = found["ids"][row, :length]
+        logits = model(torch.tensor([prompt + completion.tolist()]))[0, len(prompt) - 1:-1]
+        if sets is None:
+            logprobs = logits.log_softmax(-1)
+        else:
+            outside = torch.ones_like(logits, dtype=torch.bool)
+            for t in range(length):
+                outside[t, next(sets)] = False
+            logprobs = logits.masked_fill(outside, -torch.inf).log_softmax(-1)
+        expected = logprobs.gather(1, completion[:, None])[:, 0]
+        torch.testing.assert_close(found["logprobs"][row, :length], expected, atol=1e-4, rtol=1e-4)
+        assert not found["ids"][row, length:].any()
+    assert sets is None or next(sets, None) is None
+
+
+def test_processes_sample_different_completions_of_one_prompt_each(tiny, tmp_path):
+    found = results_of(4, lambda: sampled(tiny().eval(), [[5, 6]] * 4, 4, 1.0), tmp_path)[0]["ids"]
+    assert len({tuple(row) for row in found.tolist()}) > 8  # of 16: two of one seed would give the same four
+
+
+# ------------------------------------------------------------------------------------------- rollouts
+
+def rolled_out(model, resample):
+    """Metrics of two rollouts of GRPO whose rule counts how often it is asked; the fourth prompt's groups are equal."""
+    asked, history = [], []
+
+    def rule(text, example):
+        asked.append(text)
+        return float("7" in text) if example["number"] < 3 else 0.5
+
+    examples = [{"number": i, "ids": [4 + i, 5]} for i in range(5)]
+    config = replace(CONFIG, rollouts=2, prompts_per_rollout=3, group_size=3, minibatches=2)
+    select = DAPO(DAPOConfig(resample=resample), config.max_new_tokens).select
+    grpo.train(model, examples, encode=lambda example: example["ids"], decode=lambda ids: " ".join(map(str, ids)),
+               generate=parallel.shared(transformer.generate), end_ids=(END,), rewards={"rule": rule}, config=config,
+               select=select, log=lambda metrics, rollout: history.append(metrics | {"texts": len(rollout.texts)}))
+    timed = ("seconds", "sampling_seconds")
+    found = {f"{i}.{name}": float(value) for i, row in enumerate(history) for name, value in row.items()
+             if name not in timed}
+    return found | {"asked": len(asked)} | dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("resample", [0, 2])
+def test_rewards_and_metrics_are_of_all_and_each_completion_is_judged_once(count, resample, tiny, tmp_path):
+    parts = results_of(count, lambda: rolled_out(tiny(), resample), tmp_path)
+    asked = [int(part.pop("asked")) for part in parts]
+    for part in parts:
+        assert part.keys() == parts[0].keys() and all(torch.equal(part[name], parts[0][name]) for name in part)
+    samples = int(parts[0]["1.samples"])
+    assert sum(asked) == samples and max(asked) - min(asked) <= 6 * (1 + resample)
+    assert parts[0]["0.texts"] == 9 or resample  # whole groups
+    assert 0 < parts[0]["0.reward"] < 1
