@@ -194,10 +194,6 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
         sampled_logprobs=sampled_logprobs, parts=parts, rewards=total, kept=sampling.get("kept", []))
 
 
-def draw_once(draw, prompts, count):
-    return draw([next(prompts) for _ in range(count)]), 0
-
-
 def cast_copy(model, dtype):
     """A frozen copy for sampling and scoring: parameters are cast once, buffers (rotary angles) keep their dtype."""
     if hasattr(model, "whole_copy"):  # of a sharded one (lab/parallel.py)
@@ -215,10 +211,13 @@ def share(rows):
 
 
 def sum_over_processes(*tensors):
-    """In place. Sharded gradients (FSDP) are summed already."""
-    for t in tensors if dist.is_initialized() else ():
-        if not hasattr(t, "placements"):
-            dist.all_reduce(t)
+    """In place, of one dtype: one message. Sharded gradients (FSDP) are summed already."""
+    own = [t for t in tensors if not hasattr(t, "placements")]
+    if dist.is_initialized() and own:
+        flat = torch.cat([t.flatten() for t in own])
+        dist.all_reduce(flat)
+        for t, total in zip(own, flat.split([t.numel() for t in own])):
+            t.copy_(total.view_as(t))
 
 
 def micro_batches(rows, ends, budget):
@@ -300,7 +299,8 @@ def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.
         prompts.backward()
     parameters = optimizer.param_groups[0]["params"]
     sums = torch.tensor([*metrics.values()], dtype=torch.float64, device=r.mask.device)
-    sum_over_processes(sums, *[p.grad for p in parameters if p.grad is not None])
+    sum_over_processes(sums)
+    sum_over_processes(*[p.grad for p in parameters if p.grad is not None])
     metrics = dict(zip(metrics, sums.tolist()))
     scaler.unscale_(optimizer)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip).item()
@@ -380,8 +380,9 @@ def rollout_metrics(r: Rollout, history, config):
     return metrics | {name: sum(update[name] for update in history) for name in ("skipped", "overflow")}
 
 
-def train(model, examples, *, encode, decode, generate, end_ids, rewards, config, weights=None, select=draw_once,
-          advantage_estimator=None, make_optimizer=adam, validate=None, log=None, save=None, resume=None):
+def train(model, examples, *, encode, decode, generate, end_ids, rewards, config, weights=None, advantage_estimator=None,
+          select=lambda draw, prompts, count: (draw([next(prompts) for _ in range(count)]), 0),
+          make_optimizer=adam, validate=None, log=None, save=None, resume=None):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; weights are fp32.
@@ -411,9 +412,8 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     while counters["step"] < c.rollouts:
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
-        # 1, 2: sample groups of completions from the current policy; judge them by the rules
-        is_whole, dtype = not hasattr(model, "whole_copy"), next(model.parameters()).dtype
-        as_is = is_whole and dtype == getattr(torch, c.dtype)  # else a copy, which ends with the next line
+        # 1, 2: sample groups of completions from the current policy, or a copy that ends with the line; judge them
+        as_is = not hasattr(model, "whole_copy") and next(model.parameters()).dtype == getattr(torch, c.dtype)
         r, unused = select(partial(draw, model if as_is else cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
         counters["prompts"] += len(r.examples) + unused
         sampling_seconds = time.time() - started
@@ -428,7 +428,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         counters["step"] += 1
         # 5: the reference follows
         if state.reference is not None and counters["step"] % c.reference_every == 0:
-            state.reference.load_state_dict((model if is_whole else cast_copy(model, c.dtype)).state_dict())
+            state.reference.load_state_dict(cast_copy(model, c.dtype).state_dict())
         metrics = rollout_metrics(r, history, c) | {
             "step": counters["step"], "samples": counters["prompts"] * c.group_size, "discarded": unused,
             "seconds": time.time() - started, "sampling_seconds": sampling_seconds}

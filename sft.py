@@ -158,15 +158,16 @@ def micro_batches(batch, count):
         yield own
 
 
-def sum_over_processes(loss, parameters, device):
+def sum_over_processes(loss, parameters):
     """The sum of the losses, and in place of the gradients: those that are sharded (FSDP) are summed already."""
     if not dist.is_initialized():
         return loss
-    loss = torch.tensor(loss, dtype=torch.float64, device=device)
-    for t in [loss, *(p.grad for p in parameters if p.grad is not None)]:
-        if not hasattr(t, "placements"):
-            dist.all_reduce(t)
-    return loss.item()
+    gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "placements")]
+    flat = torch.cat([torch.tensor([loss], device=parameters[0].device), *(g.flatten() for g in gradients)])
+    dist.all_reduce(flat)  # one message
+    for g, total in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
+        g.copy_(total.view_as(g))
+    return flat[0].item()
 
 
 def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=None, log=None, save=None, resume=None):
@@ -204,7 +205,7 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=No
             scaler.scale(loss).backward()
             total += loss.item()
         trained = [getattr(p, "master", p) for p in model.parameters()]  # variants/offload.py has gradients elsewhere
-        total = sum_over_processes(total, trained, device)
+        total = sum_over_processes(total, trained)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
         lr = learning_rate(step, steps, c)

@@ -31,6 +31,7 @@ from variants.configs import METHODS, PLAIN, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
+from variants.reward_model import draw_once
 
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
 CONTROLS = {"random": {"coin": 1.0}, "format": {"format": 1.0}}  # their rewards; the others': accuracy and format
@@ -156,7 +157,7 @@ def train_method(run, method, lr, weights):
     config = GRPOConfig(**sizes | settings, lr=lr, rollouts=10 ** 6)
     model = run.to_train("base")
     estimator = make_estimator(model, config) if make_estimator else None
-    select = grpo.draw_once
+    select = draw_once
     if method in RESAMPLE:
         dapo = DAPOConfig(resample=RESAMPLE[method])
         select = DAPO(dapo, config.max_new_tokens, getattr(estimator, "keep", None)).select

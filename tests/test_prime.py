@@ -18,6 +18,7 @@ import model as model_module
 from sevens import MANY_ENDS, train_on_sevens
 from variants import prime as prime_module
 from variants.dapo import DAPO, DAPOConfig
+from variants.reward_model import draw_once
 from variants.prime import (
     PRIME,
     PRIMEConfig,
@@ -439,7 +440,7 @@ def run(model, config, settings=FAST, estimator=None, resample=0, **arguments):
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_the_reward_rises_within_a_few_rollouts(tiny, gamma):
     config = small(rollouts=12, group_size=16, minibatches=4, max_new_tokens=5, grad_clip=1.0)
-    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), select=grpo.draw_once)
+    history = run(tiny(), config, PRIMEConfig(prm_lr=3e-3, gamma=gamma), select=draw_once)
     rewards = [metrics["reward"] for metrics in history]
     assert sum(rewards[:2]) / 2 < 0.5 and sum(rewards[-3:]) / 3 > 0.85, rewards
     assert all({"prm_loss", "prm_accuracy"} <= metrics.keys() for metrics in history)

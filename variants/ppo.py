@@ -167,7 +167,8 @@ class PPO:
             self.scaler.scale(loss).backward()
             total += loss.item()
         total = torch.tensor(total, dtype=torch.float64, device=r.mask.device)
-        sum_over_processes(total, *[p.grad for p in self.trained if p.grad is not None])
+        sum_over_processes(total)
+        sum_over_processes(*[p.grad for p in self.trained if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         if torch.isfinite(norm):  # Adam would keep a NaN for good
@@ -184,10 +185,13 @@ def share(rows):
 
 
 def sum_over_processes(*tensors):
-    """In place. Sharded gradients (FSDP) are summed already."""
-    for t in tensors if dist.is_initialized() else ():
-        if not hasattr(t, "placements"):
-            dist.all_reduce(t)
+    """In place, of one dtype: one message. Sharded gradients (FSDP) are summed already."""
+    own = [t for t in tensors if not hasattr(t, "placements")]
+    if dist.is_initialized() and own:
+        flat = torch.cat([t.flatten() for t in own])
+        dist.all_reduce(flat)
+        for t, total in zip(own, flat.split([t.numel() for t in own])):
+            t.copy_(total.view_as(t))
 
 
 def micro_batches(rows, ends, budget):

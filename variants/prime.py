@@ -134,7 +134,8 @@ class PRIME:
             rewards[rows, :t] = of_tokens.detach()
             total += loss.item()
         total = torch.tensor(total, dtype=torch.float64, device=rewards.device)
-        sum_over_processes(total, rewards, *[p.grad for p in self.trained if p.grad is not None])
+        sum_over_processes(total)
+        sum_over_processes(rewards, *[p.grad for p in self.trained if p.grad is not None])
         predicted, right = rewards.sum(1) > 0, outcomes.flatten() > 0.5
         self.metrics = {"prm_loss": total.item(), "prm_accuracy": (predicted == right).float().mean().item()}
         self.scaler.unscale_(self.optimizer)
@@ -181,10 +182,13 @@ def share(rows):
 
 
 def sum_over_processes(*tensors):
-    """In place. Sharded gradients (FSDP) are summed already."""
-    for t in tensors if dist.is_initialized() else ():
-        if not hasattr(t, "placements"):
-            dist.all_reduce(t)
+    """In place, of one dtype: one message. Sharded gradients (FSDP) are summed already."""
+    own = [t for t in tensors if not hasattr(t, "placements")]
+    if dist.is_initialized() and own:
+        flat = torch.cat([t.flatten() for t in own])
+        dist.all_reduce(flat)
+        for t, total in zip(own, flat.split([t.numel() for t in own])):
+            t.copy_(total.view_as(t))
 
 
 def micro_batches(rows, ends, budget):
