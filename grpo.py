@@ -177,7 +177,7 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     for name, rule in rewards.items():
         scores = torch.zeros(len(texts))
         for row in share(range(len(texts))):
-            scores[row] = rule(texts[row], examples[row // G])
+            scores[row] = float(rule(texts[row], examples[row // G]))
         parts[name] = scores.to(device).view(-1, G)
         sum_over_processes(parts[name])
         total += weights.get(name, 1.0) * parts[name]  # (N, G)
@@ -211,12 +211,12 @@ def share(rows):
 
 
 def sum_over_processes(*tensors):
-    """In place, of one dtype: one message. Sharded gradients (FSDP) are summed already."""
-    own = [t for t in tensors if not hasattr(t, "placements")]
-    if dist.is_initialized() and own:
-        flat = torch.cat([t.flatten() for t in own])
+    """In place, of one dtype, 32 in a message. Sharded gradients (FSDP) are summed already."""
+    own = [t for t in tensors if not hasattr(t, "placements")] if dist.is_initialized() else []
+    for i in range(0, len(own), 32):
+        flat = torch.cat([t.flatten() for t in own[i:i + 32]])
         dist.all_reduce(flat)
-        for t, total in zip(own, flat.split([t.numel() for t in own])):
+        for t, total in zip(own[i:], flat.split([t.numel() for t in own[i:i + 32]])):
             t.copy_(total.view_as(t))
 
 
@@ -380,9 +380,9 @@ def rollout_metrics(r: Rollout, history, config):
     return metrics | {name: sum(update[name] for update in history) for name in ("skipped", "overflow")}
 
 
-def train(model, examples, *, encode, decode, generate, end_ids, rewards, config, weights=None, advantage_estimator=None,
-          select=lambda draw, prompts, count: (draw([next(prompts) for _ in range(count)]), 0),
-          make_optimizer=adam, validate=None, log=None, save=None, resume=None):
+def train(model, examples, *, encode, decode, generate, end_ids, rewards, config, weights=None,
+          advantage_estimator=None, make_optimizer=adam, validate=None, log=None, save=None, resume=None,
+          select=lambda draw, prompts, count: (draw([next(prompts) for _ in range(count)]), 0)):
     """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; weights are fp32.
@@ -401,7 +401,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) and save(**state) come after
     each rollout; resume(**objects) puts such a state back into the objects and returns the counters.
     """
-    c, weights, metrics = config, weights or {}, {}
+    c, weights, metrics, sharded = config, weights or {}, {}, hasattr(model, "whole_copy")
     if weights.keys() - rewards.keys():
         raise ValueError(f"weights for unknown rewards: {[*weights]}, of {[*rewards]}")
     state = TrainState(model, c, advantage_estimator, make_optimizer, resume)
@@ -413,7 +413,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
         # 1, 2: sample groups of completions from the current policy, or a copy that ends with the line; judge them
-        as_is = not hasattr(model, "whole_copy") and next(model.parameters()).dtype == getattr(torch, c.dtype)
+        as_is = not sharded and next(model.parameters()).dtype == getattr(torch, c.dtype)
         r, unused = select(partial(draw, model if as_is else cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
         counters["prompts"] += len(r.examples) + unused
         sampling_seconds = time.time() - started
@@ -428,7 +428,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
         counters["step"] += 1
         # 5: the reference follows
         if state.reference is not None and counters["step"] % c.reference_every == 0:
-            state.reference.load_state_dict(cast_copy(model, c.dtype).state_dict())
+            state.reference.load_state_dict((cast_copy(model, c.dtype) if sharded else model).state_dict())
         metrics = rollout_metrics(r, history, c) | {
             "step": counters["step"], "samples": counters["prompts"] * c.group_size, "discarded": unused,
             "seconds": time.time() - started, "sampling_seconds": sampling_seconds}

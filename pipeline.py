@@ -294,7 +294,7 @@ def main():
             recipe(run, args.ablations)
             run.restart_is_over()
             show(run, args.whole_recipe)
-    print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
+        print(f"\n{time.time() - started:.0f} s; {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -148,13 +148,13 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
 def micro_batches(batch, count):
     """`count` rows at a time of each of the batch's tensors; under torchrun this process's share of so many a process.
 
-    A process without a row makes its pass on one without a target: FSDP's passes are made together.
+    A process without a row makes its pass on padding: FSDP's passes are made together.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for rows in zip(*(x.split(count * processes) for x in batch)):
         own = [x[rank::processes] for x in rows]
         if len(own[0]) == 0:
-            own = [*(x[:1] for x in rows[:3]), torch.full_like(rows[3][:1], -100)]
+            own = [torch.zeros_like(x[:1]) for x in rows[:3]] + [torch.full_like(rows[3][:1], -100)]
         yield own
 
 
@@ -162,12 +162,14 @@ def sum_over_processes(loss, parameters):
     """The sum of the losses, and in place of the gradients: those that are sharded (FSDP) are summed already."""
     if not dist.is_initialized():
         return loss
-    gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "placements")]
-    flat = torch.cat([torch.tensor([loss], device=parameters[0].device), *(g.flatten() for g in gradients)])
-    dist.all_reduce(flat)  # one message
-    for g, total in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
-        g.copy_(total.view_as(g))
-    return flat[0].item()
+    loss = torch.tensor(loss, device=parameters[0].device)
+    own = [loss, *(p.grad for p in parameters if p.grad is not None and not hasattr(p, "placements"))]
+    for i in range(0, len(own), 32):  # 32 in a message
+        flat = torch.cat([t.flatten() for t in own[i:i + 32]])
+        dist.all_reduce(flat)
+        for t, total in zip(own[i:], flat.split([t.numel() for t in own[i:i + 32]])):
+            t.copy_(total.view_as(t))
+    return loss.item()
 
 
 def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=None, log=None, save=None, resume=None):

@@ -33,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.amp import GradScaler
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -326,7 +325,7 @@ def state_of(**parts) -> tuple[dict[str, Tensor], dict]:
 
 def whole(t: Tensor) -> Tensor:
     """A sharded tensor, gathered for the first process, in the CPU's memory; the others get nothing. All take part."""
-    if not isinstance(t, DTensor):
+    if not hasattr(t, "full_tensor"):
         return t
     gathered = t.full_tensor()
     return gathered.cpu() if is_first() else gathered[:0].cpu()
@@ -334,8 +333,9 @@ def whole(t: Tensor) -> Tensor:
 
 def _laid_out_as(p: Tensor, t: Tensor) -> Tensor:
     """A whole tensor as p is: sharded, if it is."""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, "full_tensor"):
         return t
+    from torch.distributed.tensor import distribute_tensor  # here: it takes a while to import
     return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
 
 
@@ -505,6 +505,9 @@ class Checkpointer:
         self.took = None   # seconds of the last save
         self.stop = None   # after a signal: KeyboardInterrupt or Terminated, to be raised when the step is saved
         self.state = load(dir)
+        step = -1 if self.state is None else self.state[1].get("step", -1)
+        if type(step) is int and (largest(step) != step or -largest(-step) != step):
+            raise ValueError(f"{dir}: the processes find different states there; it must be one that all of them see")
         if self.state is None and is_first():
             for log in self.logs:
                 log.unlink(missing_ok=True)
@@ -526,9 +529,9 @@ class Checkpointer:
 
     def _save(self, parts: dict, at_once: bool = False) -> bool:
         started = time.monotonic()
-        tensors, meta = state_of(**parts)
-        if not at_once and not largest(is_first() and self._has_time_for(tensors, started)):
+        if not at_once and not largest(is_first() and self._has_time_for(parts, started)):
             return False
+        tensors, meta = state_of(**parts)
         if largest(not all(_is_finite(part) for part in parts.values() if isinstance(part, Module))):
             return False
         save(self.dir, tensors, meta)
@@ -539,10 +542,10 @@ class Checkpointer:
         self.spent += self.took
         return True
 
-    def _has_time_for(self, tensors: dict[str, Tensor], now: float) -> bool:
+    def _has_time_for(self, parts: dict, now: float) -> bool:
         expected = self.took
         if expected is None:
-            expected = sum(t.nbytes for t in tensors.values()) / DISK
+            expected = sum(t.numel() * t.element_size() for t in _large(parts)) / DISK
         return self.spent + expected <= SHARE * (now - self.began)
 
     @property
@@ -593,12 +596,21 @@ class Checkpointer:
 
     def __exit__(self, kind, *_):
         _restore_handlers(self.handlers)
-        if self.stop is not None and kind is None:  # it came after the last save
-            raise self.stop
+        if kind is None and (stop := STOPS[largest(STOPS.index(self.stop))]) is not None:  # it came after the last save
+            raise stop
+
+
+def _large(parts: dict) -> Iterable[Tensor]:
+    """The tensors of a state that take time to save: weights and moments."""
+    for part in parts.values():
+        if isinstance(part, Module):
+            yield from _weights(part).values()
+        if isinstance(part, Optimizer):
+            yield from (t for moments in part.state.values() for t in moments.values() if isinstance(t, Tensor))
 
 
 def _is_finite(module: Module) -> bool:
-    own = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    own = (p.to_local() if hasattr(p, "to_local") else p for p in module.parameters())
     return all(p.isfinite().all() for p in own)  # not buffers: a mask may hold minus infinity
 
 
@@ -693,6 +705,7 @@ def kept_rows(path: str | Path, generator: Generator, save, resume):
     step = 0
     if resume is not None:
         step = resume(generator=generator)["step"]
+    largest(0)  # waits: the first of several processes has deleted what came after the state
     rows = read_jsonl(path) if Path(path).exists() else []
     if [row["step"] for row in rows] != [*range(1, step + 1)]:  # lost ones would be drawn again, and differently
         raise ValueError(f"{path}: not the {step} rows of the state beside it; if both are deleted, "

@@ -71,8 +71,8 @@ class Parser(argparse.ArgumentParser):
             code = 143 if isinstance(interrupt, Terminated) else 130
             self.exit(code, f"\n{self.prog}: stopped{resumes}\n" if parallel.rank() == 0 else None)
         except (MemoryError, RuntimeError) as error:
-            if parallel.is_of_processes(error):
-                self.error(f"{parallel.missing(error)}; the same command resumes")
+            if parallel.peer_failed(error):
+                self.error(f"{parallel.describe_peer_failure(error)}; the same command resumes")
             if not is_out_of_memory(error):  # a mistake of ours: its traceback is wanted
                 raise
             self.out_of_memory(error)
@@ -125,6 +125,8 @@ def fields_of(args, config_class):
 
 def device_of(name):
     """The torch.device of this name. Raises ValueError if this machine has none."""
+    if parallel.is_under_torchrun() and ":" in name:
+        raise ValueError(f"device {name}: torchrun has a device for each process; name its kind alone")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises a different one in each case
@@ -137,6 +139,8 @@ def device_of(name):
 def tell_of_unused_gpu():
     """One line where an NVIDIA driver is there and torch finds no GPU: the CPU would be used in silence."""
     if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ or not NVIDIA_DRIVER.exists():
+        return
+    if parallel.rank() > 0:
         return
     reason = "is built without CUDA"
     if torch.version.cuda:

@@ -163,7 +163,7 @@ class SortedExperts(deepseek_v3.Experts):
         N, K = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # the N*K pairs of token and expert, by expert
         y = self.of_sorted(x.repeat_interleave(K, dim=0).index_select(0, order), chosen.flatten())
-        y = y.index_select(0, order.argsort()).view(N, K, -1)
+        y = y.index_select(0, order.argsort()).view(N, K, x.shape[1])
         return (y * weights[:, :, None]).sum(1).to(y.dtype)
 
     def of_sorted(self, x, expert):
@@ -185,7 +185,7 @@ class CPUExperts(SortedExperts):
         rows = rounded(counts.max().item())
         first = counts.cumsum(0) - counts                                          # (E,) each expert's first row of x
         place = expert * rows + torch.arange(len(x)) - first[expert]               # (len(x),) where it goes
-        padded = x.new_zeros(E * rows, x.shape[1]).index_copy(0, place, x).view(E, rows, -1)
+        padded = x.new_zeros(E * rows, x.shape[1]).index_copy(0, place, x).view(E, rows, x.shape[1])
         gate, up = torch.bmm(padded, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
         y = torch.bmm(F.silu(gate) * up, self.down_proj.transpose(1, 2))           # (E, rows, D)
         return y.flatten(0, 1).index_select(0, place)

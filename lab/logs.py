@@ -36,7 +36,7 @@ class StageLog:
         """Advances the progress bar, with the figures that matter beside it."""
         if self.bar is None:
             self.bar = tqdm(total=total, desc=self.run.name, initial=metrics["step"] - 1, dynamic_ncols=True,
-                            leave=False, disable=not sys.stderr.isatty())
+                            leave=False, disable=not sys.stderr.isatty() or not checkpoint.is_first())
         self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics}, refresh=False)
         self.bar.update()
 
@@ -94,7 +94,7 @@ class RLLog(StageLog):
         self.run.spend(self.model, sampled=tokens, scored=scored, trained=tokens * self.config.inner_epochs)
 
     def look_for_warnings(self, metrics):
-        if not self.rows and metrics["step"] > 1:  # resumed
+        if not self.rows and metrics["step"] > 1 and checkpoint.is_first():  # resumed
             self.rows = records.earlier_rows(self.dir, metrics)[:-1]
         self.rows.append(metrics)
         for line in watch.new_warnings(self.rows):

@@ -42,6 +42,8 @@ class Memory:
             raise ValueError("offload_optimizer beside lora: adapters leave nothing to offload")
         if self.shard and self.offload_optimizer:
             raise ValueError("shard beside offload_optimizer: one of them decides where Adam's moments are")
+        if self.shard and self.lora:
+            raise ValueError("shard beside lora: adapters leave little to share out")
 
     def dtype(self, fast):
         """In which precision a model is loaded to be trained: float32, unless its weights are only computed with."""

@@ -147,6 +147,7 @@ class Run:
 
     def restart_from(self, stage):
         """--from: forgets this stage and the later ones. Only once: after a stop the same command resumes."""
+        wait()  # until all have read what is there
         if checkpoint.is_first():
             self.restart(stage)
         wait()

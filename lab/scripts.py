@@ -16,7 +16,7 @@ from lab.architectures import read_config, save
 from lab.asking import decoder, to_learn, with_room
 from lab.check_adapter import base_directory
 from lab.check_input import check_directory, check_example, check_length_buffer
-from lab.checkpoint import FiniteGuard, print_flush, save_directory
+from lab.checkpoint import FiniteGuard, is_first, print_flush, save_directory
 from lab.command import (Parser, add_compile, add_foretelling, add_going_on, add_memory, add_saving, add_template,
                          fast_dtype, fields_of, new_directory, saving, tell_of_unused_gpu)
 from lab.graphs import generate
@@ -241,7 +241,7 @@ class Printer:
     def __call__(self, metrics, rollout):
         records.take_means_where_rules_apply(metrics, rollout)
         records.write_metrics(self.dir, metrics, self.device)
-        if not self.rows and metrics["step"] > 1:  # resumed
+        if not self.rows and metrics["step"] > 1 and is_first():  # resumed
             self.rows = records.earlier_rows(self.dir, metrics)[:-1]
         self.rows.append(metrics)
         print_flush(f"rollout {metrics['step']}/{self.config.rollouts}  reward {metrics['reward']:.3f}  "

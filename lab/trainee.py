@@ -12,7 +12,6 @@ from lab.adapters import add_adapters_of, load_model
 from lab.architectures import is_deepseek
 from lab.checkpoint import is_alone, is_first
 from lab.layers import plain_products, recompute
-from lab.sharding import shard, shard_estimator
 from variants.lora import add_adapters
 from variants.offload import send_weights, step_on_cpu
 
@@ -42,6 +41,7 @@ class Trainee:
             raise ValueError("shard: there is one process; start several with torchrun")
         if is_deepseek(self.model):
             raise ValueError("shard: of a deepseek_v3 it is not supported")
+        from lab.sharding import shard, shard_estimator  # here: FSDP takes a while to import
         shard(self.model)
         if hasattr(estimator, "optimizer"):
             shard_estimator(estimator)

@@ -1,9 +1,12 @@
 """Several processes as one: what each method computes in 1, 2 and 4 of them, on a CPU, from the same samples."""
 
-import json
 import os
+import random
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,21 +14,26 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import grpo
 import model as transformer
+import pipeline
 import sft
-from forked import start_forked
+from forked import run_forked, start_forked
 from lab import parallel
+from lab.command import Parser
+from lab.memory import Memory
 from lab.sharding import shard, shard_estimator
+from runs import RECIPE, call, differing, make, saving_often, write
+from test_deepseek_v3 import tiny as tiny_v3
 from variants.dapo import DAPO, DAPOConfig
 from variants.lora import add_adapters
 from variants.ppo import PPO, PPOConfig
 from variants.prime import PRIME, PRIMEConfig
+from variants.v3_pretraining import Objective
 
-END = 3
+ROOT, END = Path(__file__).resolve().parent.parent, 3
 
 
 def free_port():
@@ -129,12 +137,14 @@ def learned(model, config, estimator=None):
 METHODS = {
     "sequence": {}, "token": dict(mean="token"), "constant": dict(mean="constant"),
     "gspo": dict(sequence_ratio=True), "sampler": dict(old_logprobs="sampler", importance_cap=2.0),
-    "lora": {}, "ppo": dict(mean="token"), "prime": dict(mean="token", beta=0.0),
+    "lora": {}, "ppo": dict(mean="token"), "prime": dict(mean="token", beta=0.0), "pieces": {},
 }
 
 
 def by_method(name, model, updates, sharded=False):
     config, estimator = replace(CONFIG, minibatches=updates, **METHODS[name]), None
+    if name == "pieces":  # as of a large vocabulary: each process has its own number of them
+        grpo.LOGITS_AT_ONCE = 16 * 5
     if name == "lora":
         generator = torch.Generator().manual_seed(0)
         add_adapters(model, 2, 4.0, generator=generator)
@@ -152,16 +162,26 @@ def by_method(name, model, updates, sharded=False):
     return learned(model, config, estimator)
 
 
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch):
+    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", grpo.LOGITS_AT_ONCE)  # put back after each test
+
+
+MORE = pytest.mark.full  # the others are a cross-section of these
+
+
+@pytest.mark.parametrize("count, sharded", [(2, False), (4, True), pytest.param(4, False, marks=MORE),
+                                            pytest.param(2, True, marks=MORE)])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_gradient_of_the_same_samples_is_that_of_one_process(method, tiny, tmp_path):
+def test_the_gradient_of_the_same_samples_is_that_of_one_process(method, count, sharded, tiny, tmp_path):
     expected, = results_of(1, lambda: by_method(method, tiny(), updates=1), tmp_path)
     assert sum(value.abs().sum() > 0 for name, value in expected.items() if name.startswith("gradients")) > 10
-    for count, sharded in ((2, False), (4, False), (2, True), (4, True)):
-        for part in results_of(count, lambda: by_method(method, tiny(), 1, sharded), tmp_path):
-            assert_close(part, expected, 1e-6, but=("weights",))  # Adam divides noise by itself
+    for part in results_of(count, lambda: by_method(method, tiny(), 1, sharded), tmp_path):
+        assert_close(part, expected, 1e-6, but=("weights",))  # Adam divides noise by itself
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["sequence", "ppo", *(pytest.param(name, marks=MORE) for name in METHODS
+                                                         if name not in ("sequence", "ppo"))])
 @pytest.mark.parametrize("sharded", [False, True], ids=["", "sharded"])
 def test_after_several_updates_all_hold_the_same_weights_to_the_bit(method, sharded, tiny, tmp_path):
     expected, = results_of(1, lambda: by_method(method, tiny(), updates=4), tmp_path)  # of 3 or 4 rows
@@ -276,3 +296,176 @@ def test_rewards_and_metrics_are_of_all_and_each_completion_is_judged_once(count
     assert sum(asked) == samples and max(asked) - min(asked) <= 6 * (1 + resample)
     assert parts[0]["0.texts"] == 9 or resample  # whole groups
     assert 0 < parts[0]["0.reward"] < 1
+
+
+# ------------------------------------------------------------------------------------------- DeepSeek-V3
+
+def balanced(count_of_examples=13):
+    """Pretraining of a DeepSeek-V3: the biases, which move by the load of all rows, and each step's metrics."""
+    model, history = tiny_v3(mtp=True), []
+    generator = torch.Generator().manual_seed(0)
+    examples = [(torch.randint(4, 16, (12,), generator=generator).tolist(), 0) for _ in range(count_of_examples)]
+    config = sft.SFTConfig(lr=1e-2, epochs=1, batch_tokens=4 * 12, row_length=12, micro_batch_rows=1, dtype="float32")
+    sft.train(model, examples, config, objective=Objective(alpha=0.1),
+              log=lambda metrics, batch: history.append(metrics))
+    found = {f"bias.{i}": router.e_score_correction_bias for i, router in enumerate(model.routers())}
+    names = ("loss", "grad_norm", "next_token_loss", "mtp_loss", "busiest_expert")
+    return found | {f"{name}.{row['step']}": row[name] for row in history for name in names}
+
+
+def test_experts_are_balanced_by_the_load_of_all_processes(tmp_path):
+    expected, = results_of(1, balanced, tmp_path)
+    assert expected["bias.0"].any() and "loss.4" in expected  # its last step has one row
+    for count in (2, 4):
+        for part in results_of(count, balanced, tmp_path):
+            assert_close(part, expected, 1e-4)
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong
+
+def program(function):
+    """function(rank) as a script runs it."""
+    with Parser(prog="script").one_line_errors("out"):
+        function(parallel.rank())
+
+
+def last_line(ended):
+    return ended.stderr.splitlines()[-1]  # torch's own log stands before it
+
+
+def test_an_error_of_one_process_is_a_line_that_names_its_rank_and_ends_all():
+    def function(rank):
+        if rank == 1:
+            raise ValueError("what only one has found")
+        parallel.wait()
+
+    first, second = run_processes(2, program, function)
+    assert second.status == 2 and second.stderr.strip() == "script, rank 1: what only one has found"
+    assert first.status == 2 and "Ranks 1 failed" in last_line(first) and "the same command resumes" in last_line(first)
+
+
+def test_a_process_that_does_not_come_in_time_is_named(monkeypatch):
+    def function(rank):
+        if rank == 2:
+            time.sleep(20)
+        parallel.wait()
+
+    monkeypatch.setattr(parallel, "MINUTES", 2 / 60)
+    children = start_processes(3, program, function)
+    try:
+        ended = children[0].wait(15)
+    finally:
+        for child in children:
+            child.__exit__()
+    assert ended.status == 2 and "script: a process has died or is late: " in last_line(ended)
+    assert "Ranks 2 failed" in last_line(ended)
+
+
+def test_a_slow_process_is_waited_for(tiny, tmp_path):
+    def slow():
+        time.sleep(3 * parallel.rank())
+        return sampled(tiny().eval(), [[5], [6], [7]], 2, 1.0)
+
+    parts = results_of(2, slow, tmp_path)
+    assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
+
+
+def test_the_first_ones_value_is_that_of_all(tmp_path):
+    def function():
+        return {"value": float(parallel.first({"rank": parallel.rank(), "is": [1, None, "é"]})["rank"] == 0)}
+
+    assert all(part["value"] == 1 for part in results_of(3, function, tmp_path))
+
+
+def test_what_needs_several_processes_or_one_says_so(tmp_path):
+    ended = run_forked(pipeline.main, argv=["pipeline.py", *RECIPE, "--shard"], cwd=tmp_path)
+    assert ended.status == 2 and ended.stderr == (
+        "pipeline.py: shard: there is one process; start several with torchrun\n")
+    for beside in ({"lora": 4}, {"offload_optimizer": True}):
+        with pytest.raises(ValueError, match=f"shard beside {next(iter(beside))}"):
+            Memory(shard=True, **beside)
+    for ended in run_processes(2, pipeline.main, argv=["pipeline.py", *RECIPE, "--compare", "--out", "other"],
+                               cwd=tmp_path)[:1]:
+        assert ended.status == 2 and "--compare runs each method in a process of its own" in ended.stderr
+
+
+# ------------------------------------------------------------------------------------------- kills
+
+def run_two(folder, args, count=2, program=saving_often):
+    for ended in run_processes(count, program, argv=["pipeline.py", *args], cwd=folder, timeout=280):
+        assert ended.status == 0, ended.stderr
+    return folder / "run"
+
+
+def disturb(folder, args, after, how):
+    """Starts the recipe in two processes and disturbs it; all must have ended within a minute. Their ends."""
+    children = start_processes(2, saving_often, argv=["pipeline.py", *args], cwd=folder)
+    try:
+        try:
+            return [children[0].wait(after)] + [children[1].wait(60)]
+        except TimeoutError:
+            pass
+        if how == "kill one":
+            children[int(after * 1000) % 2].kill()
+        elif how == "kill all":
+            for child in children:
+                child.kill()
+        elif how == "terminate one":
+            children[int(after * 1000) % 2].kill(signal.SIGTERM)
+        else:
+            for child in children:
+                child.kill(signal.SIGTERM)
+        began = time.monotonic()
+        ends = [child.wait(60) for child in children]
+        assert time.monotonic() - began < 60
+        return ends
+    finally:
+        for child in children:
+            child.__exit__()
+
+
+SHORT = [*RECIPE, "--stages", "base,zero"]
+
+
+@pytest.mark.parametrize("how", ["kill one", "terminate all"])
+def test_two_processes_that_are_stopped_resume_to_the_same_bytes_and_one_resumes_too(how, tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    undisturbed = run_two(tmp_path / "a", SHORT)
+    ends = disturb(tmp_path / "b", SHORT, 2.5, how)
+    assert all(ended.status != 0 for ended in ends)
+    assert not list((tmp_path / "b").rglob("*.tmp"))
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    assert differing(run_two(tmp_path / "b", SHORT), undisturbed) == []
+    ended = call(tmp_path / "c", SHORT)
+    assert ended.status == 0 and (tmp_path / "c" / "run" / "zero" / "DONE").exists(), ended.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sharded", [False, True], ids=["", "sharded"])
+def test_the_recipe_in_two_processes_stopped_at_random_moments_resumes_to_the_same_bytes(sharded, tmp_path):
+    args, rng = RECIPE + ["--shard"] * sharded, random.Random(int(sharded))
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    began = time.monotonic()
+    undisturbed = run_two(tmp_path / "a", args)
+    seconds, stopped = time.monotonic() - began, 0
+    for kind in ("kill one", "kill all", "terminate one", "terminate all", "kill one") * (1 if sharded else 2):
+        ends = disturb(tmp_path / "b", args, rng.uniform(0.05, 0.3) * seconds, kind)
+        stopped += any(ended.status != 0 for ended in ends)
+    assert stopped >= 5 - sharded
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    assert differing(run_two(tmp_path / "b", args), undisturbed) == []
+    run_two(tmp_path / "c", args, count=3)  # from where it was, with another number
+    ended = call(tmp_path / "c", RECIPE)
+    assert ended.status == 0, ended.stderr
+
+
+def test_torchrun_starts_a_script(tmp_path):
+    make(tmp_path / "model", "qwen2", "qwen")
+    rows = [{"prompt": "1 + 1", "completion": "2"}] * 12
+    data, command = write(tmp_path / "rows.jsonl", rows), [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", "2", ROOT / "sft.py", "--model", "model", "--data", data, "--out", "out",
+                "--epochs", "1", "--shard"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("step 1/1") == 1 and (tmp_path / "out" / "model.safetensors").exists()

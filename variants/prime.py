@@ -182,12 +182,12 @@ def share(rows):
 
 
 def sum_over_processes(*tensors):
-    """In place, of one dtype: one message. Sharded gradients (FSDP) are summed already."""
-    own = [t for t in tensors if not hasattr(t, "placements")]
-    if dist.is_initialized() and own:
-        flat = torch.cat([t.flatten() for t in own])
+    """In place, of one dtype, 32 in a message. Sharded gradients (FSDP) are summed already."""
+    own = [t for t in tensors if not hasattr(t, "placements")] if dist.is_initialized() else []
+    for i in range(0, len(own), 32):
+        flat = torch.cat([t.flatten() for t in own[i:i + 32]])
         dist.all_reduce(flat)
-        for t, total in zip(own, flat.split([t.numel() for t in own])):
+        for t, total in zip(own[i:], flat.split([t.numel() for t in own[i:i + 32]])):
             t.copy_(total.view_as(t))
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -171,11 +172,15 @@ class Judge:
         for term in self.terms:
             applies = [i for i, _ in enumerate(r.texts) if term.applies(r.examples[i // G])]
             scores = torch.zeros(len(r.texts))
+            if dist.is_initialized():  # torchrun's processes share the outputs out
+                applies = applies[dist.get_rank()::dist.get_world_size()]
             if applies:
                 rows = [term.encode(r.examples[i // G], r.texts[i]) for i in applies]
                 scores[applies] = score(term.model, rows, self.dtype)
                 if term.is_probability:
                     scores[applies] = scores[applies].sigmoid()
+            if dist.is_initialized():
+                dist.all_reduce(scores)
             r.parts[term.name] = scores.view(-1, G).to(r.rewards.device)
             r.rewards = r.rewards + term.weight * r.parts[term.name]
         return r

@@ -16,6 +16,7 @@ Shapes: B rows, T positions, D hidden size, V vocabulary, E experts, K of them f
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -165,7 +166,11 @@ class Objective:
 
     def after_step(self, model):
         """Balances; returns the step's mean losses without their weights, and the busiest expert's load."""
-        metrics = {name: (total / max(count, 1)).item() for name, (total, count) in self.sums.items()}
+        sums = {name: torch.stack((total, total.new_tensor(count))) for name, (total, count) in self.sums.items()}
+        if dist.is_initialized():  # torchrun's processes have shared out the step's rows
+            for t in (*sums.values(), *self.loads):
+                dist.all_reduce(t)
+        metrics = {name: (total / count.clamp(min=1)).item() for name, (total, count) in sums.items()}
         metrics["busiest_expert"] = balance(model.routers(), self.loads, self.gamma)
         self.sums, self.loads = {}, []
         return metrics
