@@ -1,10 +1,11 @@
-"""What processes send one another in a rollout of GRPO and a step of SFT: by the formulas of docs/scale.md, and counted.
+"""What processes send in a rollout of GRPO and in a step of SFT: by the formulas of docs/scale.md, and as counted.
 
     torchrun --nproc-per-node 2 tests/scale.py              # the cpu preset's model
     torchrun --nproc-per-node 2 tests/scale.py --shard
 
 Counted are the bytes that one process hands to each kind of message. On a ring it sends 2 (W - 1) / W of what is summed
-("all_reduce") and (W - 1) / W of what is gathered or of the gradients that are shared out ("reduce_scatter").
+("all_reduce") and (W - 1) / W of what is gathered or of the gradients that are shared out ("reduce_scatter"). The copy
+of a sharded model that samples, 2 bytes a parameter once a rollout, is not counted: it goes another way through torch.
 """
 
 import argparse
@@ -48,65 +49,73 @@ def counting(bytes_of):
         setattr(dist, name, counted)
 
 
-def rollout_formula(P, W, c, B, T, passes, rules, sharded):
-    """Bytes of one rollout with c.minibatches updates, by kind. passes: of micro-batches, forward and backward."""
-    sampled = B // W * W * (c.max_new_tokens * (8 + 4) + 8)     # ids, their log-probabilities, lengths
-    judged = 4 * B * rules
-    scored = 4 * B * T * (2 if c.beta else 1)                   # under pi_old and the reference
-    found = {"all_gather": sampled, "all_reduce": judged + scored}
-    if sharded:  # the weights for each forward and again for each backward pass; a whole copy to sample from
-        forward_only = passes["scoring"]
-        found["all_gather"] += 4 * P * (forward_only + 2 * passes["updates"]) + 4 * P
-        found["reduce_scatter"] = 4 * P * passes["updates"]
-    else:
-        found["all_reduce"] += 4 * P * c.minibatches
-    return found
+def rollout_formula(c, W, P, root, B, T, passes, sharded):
+    """{kind: bytes} of one rollout with one rule.
+
+    P, root: parameters, and those outside the layers; passes: of micro-batches, forward and backward, of all updates.
+    """
+    gathered = B // W * W * (c.max_new_tokens * (8 + 4) + 8) + 3 * 8 * W  # ids, log-probabilities, lengths; counts
+    scored = 4 * B * T * ((c.old_logprobs == "trainer") + (c.beta > 0))   # under pi_old, under the reference
+    summed = 4 * B + scored + c.minibatches * 5 * 8                       # judgements; each update's five metrics
+    if not sharded:
+        return {"all_reduce": summed + c.minibatches * 4 * P, "all_gather": gathered, "reduce_scatter": 0}
+    gathered += passes * 4 * (2 * P - root)  # the layers again for the backward pass
+    return {"all_reduce": summed, "all_gather": gathered, "reduce_scatter": passes * 4 * P}
+
+
+def step_formula(P, root, sharded):
+    """{kind: bytes} of one step of SFT, of one micro-batch a process."""
+    if not sharded:
+        return {"all_reduce": 4 * P + 4, "all_gather": 0, "reduce_scatter": 0}
+    return {"all_reduce": 4, "all_gather": 4 * (2 * P - root), "reduce_scatter": 4 * P}
+
+
+def measured_rollout(model, c, bytes_of):
+    """(B, T, passes) of one rollout, counted."""
+    shapes, micro_batches = {"passes": 0}, grpo.micro_batches
+
+    def counted(rows, ends, budget):
+        for batch in micro_batches(rows, ends, budget):
+            shapes["passes"] += len(rows) < len(ends)  # of an update
+            yield batch
+
+    grpo.micro_batches = counted
+    bytes_of.clear()
+    grpo.train(model, [{"ids": [5] * (8 + i)} for i in range(c.prompts_per_rollout)],
+               encode=lambda example: example["ids"], decode=str, generate=parallel.shared(transformer.generate),
+               end_ids=(1,), rewards={"rule": lambda text, example: float(len(text) % 7)}, config=c,
+               log=lambda metrics, r: shapes.update(B=len(r.texts), T=r.mask.shape[1]))
+    grpo.micro_batches = micro_batches
+    return shapes
+
+
+def say(what, formula, bytes_of):
+    for kind, expected in formula.items():
+        print(f"{what:8} {kind:15} by formula {expected:12,}   counted {bytes_of[kind]:12,}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shard", action="store_true")
-    sharded = parser.parse_args().shard
-    bytes_of = Counter()
+    sharded, bytes_of = parser.parse_args().shard, Counter()
     with parallel.processes():
         torch.set_num_threads(1)
         W, preset = dist.get_world_size(), pipeline.PRESETS["cpu"]
         config = transformer.Config(vocab_size=1024, max_position_embeddings=preset.context, **preset.model)
         model = transformer.Transformer(config).init_weights(torch.Generator().manual_seed(0))
         P = sum(p.numel() for p in model.parameters())
+        root = P - sum(p.numel() for p in model.layers.parameters())
         if sharded:
             sharding.shard(model)
-        c, shapes = replace(preset.zero, rollouts=1, max_new_tokens=64), {}
         counting(bytes_of)
-
-        def log(metrics, r):
-            shapes.update(B=len(r.texts), T=r.mask.shape[1])
-            shapes["scoring"] = sum(1 for _ in grpo.micro_batches(range(len(r.texts)), r.ends, c.micro_batch_tokens))
-
-        updates, micro_batches = [0], grpo.micro_batches
-
-        def counted_batches(rows, ends, budget):
-            for batch in micro_batches(rows, ends, budget):
-                updates[0] += len(rows) < len(ends)
-                yield batch
-
-        grpo.micro_batches = counted_batches
-        grpo.train(model, [{"ids": [5] * (8 + i)} for i in range(c.prompts_per_rollout)],
-                   encode=lambda example: example["ids"], decode=str, generate=parallel.shared(transformer.generate),
-                   end_ids=(1,), rewards={"rule": lambda text, example: float(len(text) % 7)}, config=c, log=log)
-        passes = {"scoring": 0 if c.old_logprobs == "sampler" else shapes["scoring"], "updates": updates[0]}
-        expected = rollout_formula(P, W, replace(c, beta=c.beta), shapes["B"], shapes["T"], passes, 1, sharded)
-        if c.old_logprobs == "sampler":
-            expected["all_reduce"] -= 4 * shapes["B"] * shapes["T"]
-        print(f"{P:,} parameters, {W} processes, {shapes}, passes {passes}")
-        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
-            print(f"rollout  {kind:15} formula {expected.get(kind, 0):12,}   counted {bytes_of[kind]:12,}")
+        c = replace(preset.zero, rollouts=1, max_new_tokens=64)
+        shapes = measured_rollout(model, c, bytes_of)
+        print(f"{P:,} parameters, {root:,} of them outside the layers; {W} processes; {shapes}")
+        say("rollout", rollout_formula(c, W, P, root, sharded=sharded, **shapes), bytes_of)
         bytes_of.clear()
         examples = [(torch.randint(4, 1000, (preset.pretrain.row_length,)).tolist(), 0) for _ in range(12)]
         sft.train(model, examples, replace(preset.pretrain, epochs=1))
-        step = {"all_reduce": 4 * P} if not sharded else {"all_gather": 8 * P, "reduce_scatter": 4 * P}
-        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
-            print(f"SFT step {kind:15} formula {step.get(kind, 0):12,}   counted {bytes_of[kind]:12,}")
+        say("SFT step", step_formula(P, root, sharded), bytes_of)
 
 
 if __name__ == "__main__":

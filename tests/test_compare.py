@@ -100,6 +100,7 @@ def is_alive(group):
         return False
 
 
+@pytest.mark.full
 def test_a_comparison_that_is_killed_leaves_no_process_behind_and_one_that_is_stopped_begins_no_other_method(tmp_path):
     def begun():
         return sorted(tmp_path.glob("run/compare/*"))

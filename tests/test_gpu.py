@@ -12,6 +12,7 @@ import gpu
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.full
 def test_its_speeds_run_on_a_cpu_and_go_where_they_are_sent(tmp_path):
     before = {path: path.stat().st_mtime for path in ROOT.glob("results/gpu/*")}
     command = [sys.executable, "tests/gpu.py", "--only", "decode", "train", "step"]

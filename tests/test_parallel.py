@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import grpo
 import model as transformer
 import pipeline
+import scale
 import sft
 from forked import run_forked, start_forked
 from lab import parallel
@@ -321,6 +323,16 @@ def test_experts_are_balanced_by_the_load_of_all_processes(tmp_path):
             assert_close(part, expected, 1e-4)
 
 
+# ------------------------------------------------------------------------------------------- what is sent
+
+@pytest.mark.parametrize("args", [[], ["--shard"]], ids=["", "sharded"])
+def test_the_bytes_that_are_sent_are_those_of_the_formulas(args):
+    for ended in run_processes(2, scale.main, argv=["scale.py", *args])[:1]:
+        assert ended.status == 0, ended.stderr
+        rows = re.findall(r"by formula +([\d,]+) +counted +([\d,]+)", ended.stdout)
+        assert len(rows) == 6 and all(formula == counted for formula, counted in rows), ended.stdout
+
+
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 def program(function):
@@ -427,7 +439,7 @@ def disturb(folder, args, after, how):
 SHORT = [*RECIPE, "--stages", "base,zero"]
 
 
-@pytest.mark.parametrize("how", ["kill one", "terminate all"])
+@pytest.mark.parametrize("how", ["kill one", pytest.param("terminate all", marks=MORE)])
 def test_two_processes_that_are_stopped_resume_to_the_same_bytes_and_one_resumes_too(how, tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     undisturbed = run_two(tmp_path / "a", SHORT)
