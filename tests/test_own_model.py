@@ -114,8 +114,8 @@ def test_an_own_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_
 HOW = {"lora": ["--lora", "4"], "offload": ["--offload-optimizer"], "float16": ["--dtype", "float16"]}
 
 
-@pytest.mark.parametrize("how", ["lora", *(pytest.param(how, marks=pytest.mark.full)
-                                           for how in ("offload", "float16"))])
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["lora", "offload", "float16"])
 def test_with_what_small_cards_need_the_recipe_is_killed_and_resumed_byte_for_byte_too(how, own, tmp_path):
     args = [*arguments(own, "run"), "--student", own / "small_llama", "--trace-samples", "2", *HOW[how]]
     for name in ("whole", "killed"):
