@@ -196,7 +196,7 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
 
 def cast_copy(model, dtype):
     """A frozen copy for sampling and scoring: parameters are cast once, buffers (rotary angles) keep their dtype."""
-    if hasattr(model, "whole_copy"):  # of a sharded one (lab/parallel.py)
+    if hasattr(model, "whole_copy"):  # of a sharded one (lab/sharding.py)
         return model.whole_copy(getattr(torch, dtype))
     dtype, cast = getattr(torch, dtype), {}
     for p in model.parameters():
