@@ -17,18 +17,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import distill
+import evaluate
 import grpo
 import model as transformer
 import pipeline
 import scale
 import sft
 from forked import run_forked, start_forked
-from lab import parallel
+from lab import distill_script, parallel
 from lab.command import Parser
 from lab.memory import Memory
 from lab.sharding import shard, shard_estimator
 from runs import RECIPE, call, differing, make, saving_often, write
 from test_deepseek_v3 import tiny as tiny_v3
+from variants import ppo, prime
 from variants.dapo import DAPO, DAPOConfig
 from variants.lora import add_adapters
 from variants.ppo import PPO, PPOConfig
@@ -469,6 +472,51 @@ def test_the_recipe_in_two_processes_stopped_at_random_moments_resumes_to_the_sa
     run_two(tmp_path / "c", args, count=3)  # from where it was, with another number
     ended = call(tmp_path / "c", RECIPE)
     assert ended.status == 0, ended.stderr
+
+
+SMALL = ["--rollouts", "2", "--prompts-per-rollout", "3", "--group-size", "3", "--max-new-tokens", "8",
+         "--model", "model"]
+SCRIPTS = {
+    "grpo": (grpo.main, [*SMALL, "--resample", "1"]), "grpo sharded": (grpo.main, [*SMALL, "--shard"]),
+    "grpo top-p": (grpo.main, [*SMALL, "--top-p", "0.9"]), "grpo lora": (grpo.main, [*SMALL, "--lora", "2"]),
+    "grpo offload": (grpo.main, [*SMALL, "--offload-optimizer"]), "ppo": (ppo.main, [*SMALL, "--shard"]),
+    "prime": (prime.main, [*SMALL, "--shard"]), "sft": (sft.main, ["--model", "model", "--epochs", "1"]),
+    "distill": (distill.main, ["--teacher", "teacher", "--student", "model", "--samples", "2", *SMALL[6:8]]),
+    "on-policy": (distill.main, ["--on-policy", "--teacher", "teacher", "--student", "model", *SMALL[:-2], "--shard"]),
+}
+
+
+@pytest.mark.parametrize("name", [name if name in ("grpo", "ppo", "distill") else pytest.param(name, marks=MORE)
+                                  for name in SCRIPTS])
+def test_each_script_runs_in_two_processes_and_leaves_what_one_leaves(name, tmp_path, monkeypatch):
+    main, args = SCRIPTS[name]
+    make(tmp_path / "model", "qwen2", "qwen"), make(tmp_path / "teacher", "qwen3", "qwen")
+    rows = [{"prompt": f"{i} + {i}", "answer": str(2 * i), "completion": str(2 * i), "kind": "reasoning",
+             "language": "en"} for i in range(5)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    if name == "distill":  # a random teacher is never right
+        monkeypatch.setattr(distill_script, "correct", lambda text, example: True)
+        monkeypatch.setattr(distill_script, "one_language", lambda text, example: True)
+    files = {}
+    for count, out in ((1, "one"), (2, "two")):
+        argv = ["script", *(arg for arg in args if count > 1 or arg != "--shard"), "--data", data, "--out", out]
+        for ended in run_processes(count, main, argv=argv, cwd=tmp_path):
+            assert ended.status == 0, ended.stderr
+        files[out] = sorted(path.name for path in (tmp_path / out).iterdir())
+    assert files["one"] == files["two"] and "model.safetensors" in files["two"]
+    shapes = [{key: t.shape for key, t in load_file(tmp_path / out / "model.safetensors").items()} for out in files]
+    assert shapes[0] == shapes[1]
+
+
+def test_evaluation_is_over_all_problems(tmp_path):
+    make(tmp_path / "model", "qwen2", "qwen")
+    rows = [{"prompt": f"{i} + {i}", "answer": str(2 * i), "kind": "reasoning", "language": "en"} for i in range(5)]
+    argv = ["evaluate.py", "--model", "model", "--data", write(tmp_path / "rows.jsonl", rows), "--samples", "2",
+            "--temperature", "0", "--max-new-tokens", "8", "--dtype", "float32"]
+    alone = run_forked(evaluate.main, argv=argv, cwd=tmp_path)
+    first, second = run_processes(2, evaluate.main, argv=argv, cwd=tmp_path)
+    assert alone.status == first.status == second.status == 0, first.stderr
+    assert first.stdout == alone.stdout and "reasoning: 5 rows" in first.stdout and second.stdout == ""
 
 
 def test_torchrun_starts_a_script(tmp_path):
