@@ -601,8 +601,10 @@ class Checkpointer:
 
 
 def _large(parts: dict) -> Iterable[Tensor]:
-    """The tensors of a state that take time to save: weights and moments."""
+    """The tensors of a state that take time to save."""
     for part in parts.values():
+        if isinstance(part, Tensor):
+            yield part
         if isinstance(part, Module):
             yield from _weights(part).values()
         if isinstance(part, Optimizer):

@@ -15,8 +15,8 @@ from lab import parallel, report
 from lab.check_adapter import directories, is_adapter
 from lab.check_input import check_settings
 from lab.check_tokenizer import TEMPLATES
-from lab.checkpoint import (STATE, Checkpointer, Terminated, check_same_settings, content_hash, drop, hear_sigterm,
-                            is_out_of_memory, lock)
+from lab.checkpoint import (STATE, Checkpointer, Terminated, by_first, check_same_settings, content_hash, drop,
+                            hear_sigterm, is_out_of_memory, lock)
 from lab.memory import Memory
 from lab.records import LOGS
 
@@ -37,6 +37,7 @@ ABOUT = {"micro_batch_tokens": f"{ONE_PASS} 2048, on a GPU {GPU_TOKENS}",
          "shard": "under torchrun: share out weights, gradients and moments among the processes (FSDP)",
          "cache_tokens": "a rollout is sampled in lots of at most so many tokens, prompts and answers; default "
                          "%(default)s"}
+write_report = by_first(report.write)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -246,11 +247,11 @@ def saving(out, args):
     with lock(out):
         check_same_settings(out / "settings.json", settings)
         try:
-            with Checkpointer(out, LOGS, args.save_every, after=partial(report.write, out)) as checkpointer:
+            with Checkpointer(out, LOGS, args.save_every, after=partial(write_report, out)) as checkpointer:
                 yield checkpointer
         except KeyboardInterrupt:
             if goes_on or not (out / "config.json").exists():  # else the signal came too late to stop anything
                 raise
-        report.write(out)
+        write_report(out)
         if not getattr(args, "keep_state", False):
             drop(out)

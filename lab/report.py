@@ -16,7 +16,6 @@ import re
 import textwrap
 from pathlib import Path
 
-from lab.checkpoint import is_first
 from lab.elements import Markup, counts_in_words, duration, el, number, quantity, short, words
 from lab.figures import HIGH, PLACES, chart, diagram
 from lab.read_run import figure, progress, read_run
@@ -393,8 +392,6 @@ def page(meta, stages, claims, compare, budgets):
 
 def write(run_dir):
     """Writes run_dir/report.html in one replace: who reads meanwhile sees the old page or the new one."""
-    if not is_first():
-        return
     content = page(*read_run(Path(run_dir)))
     temporary = Path(run_dir) / f"report.html.{os.getpid()}.tmp"  # of this process: a run and its user may both write
     try:

@@ -39,6 +39,7 @@ from lab.trainee import Trainee
 from variants.v3_pretraining import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
+write_report = checkpoint.by_first(report.write)
 
 # The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
 # the samples that it starts from.
@@ -329,7 +330,7 @@ class Run:
             self.results["budgets"] = budgets
         self.write_times()
         checkpoint.atomic_write(self.out / "results.json", json.dumps(self.results, indent=1, ensure_ascii=False))
-        report.write(self.out)
+        write_report(self.out)
 
     def write_times(self):
         checkpoint.atomic_write(self.out / "times.json", json.dumps(self.times, indent=1))
@@ -339,7 +340,7 @@ class Run:
     def checkpointer(self, name=None):
         """(checkpointer, save, resume) for the stage under way; the cost so far is part of the state."""
         name = name or self.name
-        checkpointer = checkpoint.Checkpointer(self.out / name, LOGS, after=lambda: report.write(self.out))
+        checkpointer = checkpoint.Checkpointer(self.out / name, LOGS, after=lambda: write_report(self.out))
 
         def save(**parts):
             checkpointer.save(**parts, cost=self.cost, seconds=time.time() - self.started, code=self.code)
