@@ -12,6 +12,7 @@ from lab.check_input import check_settings
 from lab.command import Parser, add_memory, add_template, fast_dtype, fields_of
 from lab.scripts import PAIRS, PROBLEMS, add_fields_of_rows
 from lab.memory import Memory
+from lab.trainee import check_can_shard
 from sft import SFTConfig
 from tokenizer import TEMPLATES
 
@@ -189,6 +190,10 @@ def chosen_stages(args, table, source):
     """The names of the stages to make, in the table's order. Raises ValueError for a stage that cannot be made."""
     if args.from_stage is not None and args.from_stage not in table:
         raise ValueError(f"stage {args.from_stage!r} is none of {', '.join(table)}")
+    if args.compare and not checkpoint.is_alone():
+        raise ValueError("--compare runs each method in a process of its own: start it without torchrun")
+    if args.shard:
+        check_can_shard()
     chosen = named_stages(args.stages, table, source, args.ablations)
     if not args.compare:
         check_stages(Path(args.out), source, table, chosen)

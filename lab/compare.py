@@ -80,8 +80,6 @@ def compare(run, open_run, weights):
 
     open_run() -> the same Run in another process; weights: of the rules.
     """
-    if not checkpoint.is_alone():
-        raise ValueError("--compare runs each method in a process of its own: start it without torchrun")
     searching = run.seed >= 100
     rates = {}
     for method in ENTRIES:

@@ -16,6 +16,11 @@ from variants.lora import add_adapters
 from variants.offload import send_weights, step_on_cpu
 
 
+def check_can_shard():
+    if is_alone():
+        raise ValueError("shard: there is one process; start several with torchrun")
+
+
 class Trainee:
     def __init__(self, model, memory, dir=None, seed=0):
         """model, on its device, is what is trained; dir: where it was loaded from; seed: of the adapters."""
@@ -37,8 +42,7 @@ class Trainee:
         """Shares the model out among the processes, if that was asked for; and what a PPO or PRIME has beside it."""
         if not self.memory.shard or hasattr(self.model, "whole"):
             return
-        if is_alone():
-            raise ValueError("shard: there is one process; start several with torchrun")
+        check_can_shard()
         if is_deepseek(self.model):
             raise ValueError("shard: of a deepseek_v3 it is not supported")
         from lab.sharding import shard, shard_estimator  # here: FSDP takes a while to import

@@ -448,7 +448,6 @@ def test_two_processes_that_are_stopped_resume_to_the_same_bytes_and_one_resumes
     undisturbed = run_two(tmp_path / "a", SHORT)
     ends = disturb(tmp_path / "b", SHORT, 2.5, how)
     assert all(ended.status != 0 for ended in ends)
-    assert not list((tmp_path / "b").rglob("*.tmp"))
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     assert differing(run_two(tmp_path / "b", SHORT), undisturbed) == []
     ended = call(tmp_path / "c", SHORT)
