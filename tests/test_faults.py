@@ -320,8 +320,8 @@ def test_from_resumes_after_a_kill_and_restarts_once_it_has_ended(copy_of_run, f
 
 def open_run(out):
     args = SimpleNamespace(preset="smoke", architecture="dense", preferences="rules", base=None, out=str(out), seed=0,
-                           stages=None, from_stage=None, ablations=False, compare=False, command="", recompute=False,
-                           dtype=None, device="cpu")
+                           stages=None, from_stage=None, ablations=False, compare=False, shard=False, command="",
+                           recompute=False, dtype=None, device="cpu")
     for name in (*arguments.RL_OPTIONS, "offload_reference", *arguments.SFT_OPTIONS, *arguments.SIZES):
         setattr(args, name, None)
     return pipeline.open_run(args, torch.device("cpu"))
