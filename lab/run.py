@@ -465,4 +465,6 @@ def machine(device):
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{torch.get_num_threads()} threads, {platform.machine()}"
+    if not checkpoint.is_alone():
+        name = f"{torch.distributed.get_world_size()} processes of {name}"
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
