@@ -591,8 +591,9 @@ class Checkpointer:
             raise stop
         self.stop = stop
         line = f"\n{name}: stopping once the current step is finished and saved; {name} again stops at once\n"
-        with suppress(OSError):  # whoever reads may be gone with the same Ctrl-C
-            os.write(2, line.encode() if is_first() else b"")  # not print, which the signal may have interrupted
+        if is_first():
+            with suppress(OSError):  # whoever reads may be gone with the same Ctrl-C
+                os.write(2, line.encode())  # not print, which the signal may have interrupted
 
     def __exit__(self, kind, *_):
         _restore_handlers(self.handlers)

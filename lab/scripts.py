@@ -135,7 +135,7 @@ def save_model(model, dir, tokenizer):
 def save_trained(trainee, dir, tokenizer):
     """Writes the trained model in float32; adapters in addition, as PEFT does, in its folder `adapter`."""
     if trainee.memory.lora:
-        save_directory(dir / "adapter", partial(save_adapters, trainee.gathered(), trainee.dir))
+        save_directory(dir / "adapter", partial(save_adapters, trainee.model, trainee.dir))
     save_model(trainee.whole(), dir, tokenizer)
 
 

@@ -24,16 +24,12 @@ def shard(model):
     """
     empty = {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     skeleton = copy.deepcopy(model, empty)  # the memo: these stand where deepcopy would copy
-    bases = {name for name, p in model.named_parameters() if hasattr(p, "is_base")}  # LoRA's frozen weights
     mesh = mesh_of(model)
     for module in (*model.layers, model):
         sum_gradients(fully_shard(module, mesh=mesh))
     # Called directly, not through forward: FSDP must gather there too. What `head` needs is then still there; it is no
     # such method itself, since each process calls it as often as its own targets ask for.
     register_fsdp_forward_method(model, "hidden")
-    for name, p in model.named_parameters():  # FSDP's own, which lack the mark
-        if name in bases:
-            p.is_base = True
     model.whole_copy = lambda dtype: gathered(model, skeleton, lambda p: p.to(dtype).full_tensor())
     model.whole = lambda: gathered(model, skeleton, whole)
     check_sum(mesh)

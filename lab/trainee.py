@@ -10,7 +10,7 @@ import torch
 
 from lab.adapters import add_adapters_of, load_model
 from lab.architectures import is_deepseek
-from lab.checkpoint import is_alone, is_first
+from lab.checkpoint import is_alone
 from lab.layers import plain_products, recompute
 from variants.lora import add_adapters
 from variants.offload import send_weights, step_on_cpu
@@ -80,12 +80,10 @@ class Trainee:
 
         return resume_masters
 
-    def gathered(self):
-        """The model; of a sharded one a whole copy, in the first process alone."""
-        return self.model.whole() if hasattr(self.model, "whole") else self.model
-
     def whole(self):
-        model = self.gathered()
-        if self.memory.lora and is_first():
-            return add_adapters_of(model, self.load())
-        return self.masters or model
+        """The model to write; of a sharded one a copy, in the first process alone."""
+        if self.memory.lora:
+            return add_adapters_of(self.model, self.load())
+        if hasattr(self.model, "whole"):
+            return self.model.whole()
+        return self.masters or self.model

@@ -15,7 +15,7 @@ import grpo
 import model as model_module
 from sevens import MANY_ENDS, share_of_sevens, train_on_sevens
 from variants import ppo as ppo_module
-from variants.ppo import PPO, Critic, PPOConfig, explained_variance, gae, micro_batches, value_loss, whiten
+from variants.ppo import PPO, Critic, PPOConfig, explained_variance, gae, value_loss, whiten
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -579,8 +579,9 @@ def test_none_of_its_settings_has_the_name_of_one_of_the_loops():
 
 # ------------------------------------------------------------------------------------------- the file by itself
 
-def test_the_copies_of_micro_batches_agree():
-    assert inspect.getsource(micro_batches) == inspect.getsource(grpo.micro_batches)
+def test_the_copies_of_what_shares_out_the_rows_agree():
+    for name in ("share", "sum_over_processes", "micro_batches"):
+        assert inspect.getsource(getattr(ppo_module, name)) == inspect.getsource(getattr(grpo, name))
 
 
 def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):

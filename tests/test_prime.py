@@ -23,7 +23,6 @@ from variants.prime import (
     PRIME,
     PRIMEConfig,
     implicit_rewards,
-    micro_batches,
     others_mean,
     outcome_loss,
     prime_advantages,
@@ -512,8 +511,9 @@ def test_none_of_its_settings_has_the_name_of_one_of_the_loops():
 
 # ------------------------------------------------------------------------------------------- the file by itself
 
-def test_the_copies_of_micro_batches_agree():
-    assert inspect.getsource(micro_batches) == inspect.getsource(grpo.micro_batches)
+def test_the_copies_of_what_shares_out_the_rows_agree():
+    for name in ("share", "sum_over_processes", "micro_batches"):
+        assert inspect.getsource(getattr(prime_module, name)) == inspect.getsource(getattr(grpo, name))
 
 
 def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):
