@@ -1,10 +1,10 @@
 """Rejection sampling, and distillation: a student trained on a teacher's verified traces.
 
 Rejection sampling [R1 v1 2.3.3, v2 B.3.3]: many samples a prompt; the correct, one-language, readable, distinct ones
-stay. They are the data of R1's second SFT (of the base again) and of the students [v2 B.4.3]:
+stay. They are the data of R1's second SFT (from the base again) and of the students [v2 B.4.3]:
 
   1. sample n completions of each prompt from the teacher
-  2. a completion falls to the first filter that it does not pass; at most `keep` per prompt pass them all
+  2. drop each completion at the first filter that it fails; keep at most `keep` per prompt
   3. mix with general examples, 3 : 1 [R1: 600k : 200k]
   4. next-token training on the completions
 
@@ -22,12 +22,12 @@ FILTERS = ("correct", "one_language", "readable", "distinct", "enough")  # in th
 
 
 def repeats(text, shortest=12, longest=100, times=3):
-    """Whether a run of shortest to longest characters stands `times` times in a row: a loop. 10,000 take 25 ms."""
+    """Whether a loop is in it: a string of so many characters, `times` times in a row. 25 ms for 10,000 characters."""
     return re.search(rf"(.{{{shortest},{longest}}}?)\1{{{times - 1}}}", text, re.DOTALL) is not None
 
 
 def readable(completion, longest=10_000):
-    """No code block, no loop, no more characters than that [R1 v2 B.3.3: no long paragraphs, no code blocks]."""
+    """No code block, no loop, at most `longest` characters [R1 v2 B.3.3: no long paragraphs, no code blocks]."""
     return len(completion) <= longest and "```" not in completion and not repeats(completion)
 
 
@@ -35,28 +35,28 @@ def rejection_sample(examples, texts, correct, one_language, keep=4, readable=re
     """Choose among the teacher's completions texts[i][j] of examples[i].
 
     correct, one_language: (completion, example) -> whether it passes. keep: at most this many per prompt ("enough").
-    Returns rows {"prompt", "completion", ...the example's fields} and counts: how many were sampled, fell to each
-    filter, and were kept.
+    Returns rows {"prompt", "completion", ...the example's fields} and counts: how many were sampled and kept, and
+    under each filter's name how many failed it: counts["correct"] were wrong.
     """
     counts = dict.fromkeys(("sampled", *FILTERS, "kept"), 0)
     rows = []
     for example, completions in zip(examples, texts):
         kept = set()
         for text in completions:
-            words = " ".join(text.split())
+            normal = " ".join(text.split())
             if not correct(text, example):
                 fate = "correct"
             elif not one_language(text, example):
                 fate = "one_language"
             elif not readable(text):
                 fate = "readable"
-            elif words in kept:
+            elif normal in kept:
                 fate = "distinct"
             elif len(kept) >= keep:
                 fate = "enough"
             else:
                 fate = "kept"
-                kept.add(words)
+                kept.add(normal)
                 rows.append({**example, "completion": text})
             counts["sampled"] += 1
             counts[fate] += 1
@@ -64,13 +64,13 @@ def rejection_sample(examples, texts, correct, one_language, keep=4, readable=re
 
 
 def explain(counts):
-    """"sampled 6000, fell to: correct 622, ..., kept 2020"."""
+    """As in: sampled 6000, fell to: correct 622, ...; kept 2020."""
     fell = ", ".join(f"{name} {counts[name]}" for name in FILTERS)
     return f"sampled {counts['sampled']}, fell to: {fell}; kept {counts['kept']}"
 
 
 def mix(traces, general, ratio=3, seed=0):
-    """Traces and general examples, `ratio` to 1, shuffled; general ones are reused or left over as the ratio asks."""
+    """Traces and general examples, `ratio` to 1, shuffled; the general ones are repeated or cut to fit."""
     if not traces or not general:
         raise ValueError(f"{len(traces)} traces and {len(general)} general examples: there must be some of both")
     wanted = round(len(traces) / ratio)
@@ -81,7 +81,7 @@ def mix(traces, general, ratio=3, seed=0):
 
 
 def distill(student, traces, general, encode, train, ratio=3, seed=0):
-    """Train `student` in place on the mixture (without general examples on the traces alone), by SFT only, as R1 does.
+    """Train `student` in place by SFT alone, as R1 does: on the mixture, or where `general` is empty on the traces.
 
     encode(row) -> what train takes as an example; train(model, examples) -> its result, which is returned.
     """
@@ -90,11 +90,11 @@ def distill(student, traces, general, encode, train, ratio=3, seed=0):
 
 
 class OnPolicy:
-    """In place of grpo.train's group advantages: A_t = log pi_teacher - log pi_student of each token that was sampled.
+    """Replaces grpo.train's group advantages by A_t = log pi_teacher - log pi_student of each sampled token.
 
-    Their policy gradient is, in expectation over the token, minus the gradient of KL(student || teacher) at a fixed
-    prefix: no token is credited for what comes after it. Teacher and student share a tokenizer.
-    logprobs_of(model, rollout) -> (B, T), without gradients: of the rollout's tokens (grpo.all_logprobs).
+    In expectation over the token, the policy gradient is then minus that of KL(student || teacher) at its prefix: no
+    token is credited for what comes after it. Teacher and student share a tokenizer.
+    logprobs_of(model, rollout) -> (B, T) of the rollout's tokens, without gradients (grpo.all_logprobs).
     """
 
     def __init__(self, teacher, logprobs_of):
@@ -107,7 +107,7 @@ class OnPolicy:
         return gap
 
     def learn(self, rollout, rows):
-        return {"reverse_kl": self.reverse_kl}  # nothing here learns: metrics alone
+        return {"reverse_kl": self.reverse_kl}  # there is no critic to train
 
 
 def main():

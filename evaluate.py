@@ -25,7 +25,7 @@ class EvalConfig:
 
 
 def pass_at_k(n, c, k):
-    """The chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased."""
+    """Unbiased pass@k from n samples, c correct: 1 - C(n-c, k) / C(n, k)."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {c} correct among {n} samples")
     return 1 - comb(n - c, k) / comb(n, k)
@@ -34,7 +34,7 @@ def pass_at_k(n, c, k):
 def majority_at_k(answers, reference, k):
     """The chance that a vote of k samples finds the reference: the mean over disjoint sets of k among `answers`.
 
-    An unreadable answer (None) does not vote; in a tie each of the tied answers has an equal chance.
+    What is left over is unused. None is no vote; in a tie each of the tied answers has an equal chance.
     """
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} of {len(answers)} samples")
@@ -61,15 +61,18 @@ def bootstrap(values, draws=2000, seed=0):
 
 
 def paired_bootstrap(a, b, draws=2000, seed=0):
-    """mean(b) - mean(a) over the same problems, with its 95% interval. A mean leaves out problems without a value."""
+    """mean(b) - mean(a), with its 95% interval over problems, which are drawn for both together.
+
+    Each mean leaves out the problems where its own array has NaN: where these differ, so do the problems of the means.
+    """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} problems cannot be paired")
     if np.isnan(a).all() or np.isnan(b).all():
         return float("nan"), float("nan"), float("nan")
     rows = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
-    empty = np.isnan(a[rows]).all(axis=1) | np.isnan(b[rows]).all(axis=1)  # draws of problems without any value
-    rows = rows[~empty]
+    has_values = (~np.isnan(a[rows])).any(axis=1) & (~np.isnan(b[rows])).any(axis=1)
+    rows = rows[has_values]
     differences = np.nanmean(b[rows], axis=1) - np.nanmean(a[rows], axis=1)
     low, high = np.nanpercentile(differences, [2.5, 97.5])
     return float(np.nanmean(b) - np.nanmean(a)), float(low), float(high)
@@ -78,8 +81,8 @@ def paired_bootstrap(a, b, draws=2000, seed=0):
 def complete(prompts, generate, decode, config, done=(), log=None):
     """config.samples completions of each prompt (lists of ids): texts (N lists of n) and token counts (N, n).
 
-    log(row) gets each batch of prompts as it is done, {"step", "texts", "counts"}; `done` are such rows of an earlier
-    call, which are not sampled again.
+    log(row) gets {"step", "texts", "counts"} of each finished batch; such rows of an earlier call, `done`, are not
+    sampled again.
     """
     n = config.samples
     texts, counts = [None] * len(prompts), np.zeros((len(prompts), n), dtype=int)
@@ -100,7 +103,7 @@ def complete(prompts, generate, decode, config, done=(), log=None):
 
 
 def sample(prompts, generate, config, n, max_new_tokens):
-    """n completions of each prompt, as lists of ids without padding; and generate's count of their tokens."""
+    """n per prompt, prompt by prompt: completions as unpadded lists of ids, and generate's token counts."""
     ids, lengths, _ = generate(prompts, n=n, max_new_tokens=max_new_tokens, temperature=config.temperature,
                                top_p=config.top_p)
     lengths = lengths.tolist()
@@ -110,53 +113,41 @@ def sample(prompts, generate, config, n, max_new_tokens):
 def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking, ks=()):
     """{metric: (N,) one value a problem, NaN where it does not apply} of the completions texts[i][j].
 
-    rules: {name: (completion, example) -> float}, averaged over the samples; among them "accuracy", in the asked form,
-    "accuracy_any", in any style, and "language_consistency". pass@k and maj@k go by any style;
-    final_answer(completion, example) is what a completion votes for, None in doubt.
+    rules: {name: (completion, example) -> float}, averaged over the samples; measure itself reads "accuracy_any" and
+    "language_consistency". pass@k goes by accuracy_any, maj@k by final_answer(completion, example), where None is no
+    vote: both apply to examples of kind "reasoning" alone.
     """
-    names = (*rules, "length", "thinks", "accuracy_any_if_thinking", "language_if_thinking", "length_if_thinking")
-    values = {name: [] for name in names}
-    is_problem = [example.get("kind", "reasoning") == "reasoning" for example in examples]
-    votes = sorted(set(ks)) if any(is_problem) else []
-    for k in votes:
-        values[f"pass@{k}"], values[f"maj@{k}"] = [], []
-    for example, completions, lengths in zip(examples, texts, counts):
+    names = [*rules, "length", "thinks", "accuracy_any_if_thinking", "language_if_thinking", "length_if_thinking"]
+    names += [f"{metric}@{k}" for k in ks for metric in ("pass", "maj")]
+    values = {name: np.full(len(examples), np.nan) for name in names}
+    for i, (example, completions) in enumerate(zip(examples, texts)):
         scores = {name: np.array([rule(text, example) for text in completions]) for name, rule in rules.items()}
-        thought = np.array([bool(thinks(text)) for text in completions])
-        thinking = np.array([count_thinking(text) for text in completions if thinks(text)])
         for name in rules:
-            values[name].append(scores[name].mean())
-        values["length"].append(lengths.mean())
-        values["thinks"].append(thought.mean())
-        values["accuracy_any_if_thinking"].append(mean_or_nan(scores["accuracy_any"][thought]))
-        values["language_if_thinking"].append(mean_or_nan(scores["language_consistency"][thought]))
-        values["length_if_thinking"].append(mean_or_nan(thinking))
-        if votes:
+            values[name][i] = scores[name].mean()
+        thought = np.array([bool(thinks(text)) for text in completions])
+        values["length"][i], values["thinks"][i] = counts[i].mean(), thought.mean()
+        if thought.any():
+            values["accuracy_any_if_thinking"][i] = scores["accuracy_any"][thought].mean()
+            values["language_if_thinking"][i] = scores["language_consistency"][thought].mean()
+            values["length_if_thinking"][i] = np.mean([count_thinking(text) for text in completions if thinks(text)])
+        if ks and example.get("kind", "reasoning") == "reasoning":
             answers = [final_answer(text, example) for text in completions]
-            reference = final_answer(example["answer"], example)
-        for k in votes:
-            values[f"pass@{k}"].append(pass_at_k(len(completions), int(scores["accuracy_any"].sum()), k))
-            values[f"maj@{k}"].append(majority_at_k(answers, reference, k))
-    return {name: np.asarray(column, dtype=float) for name, column in values.items()}
+            reference = final_answer(f"<answer>{example['answer']}</answer>", example)  # untagged, only its end is read
+            for k in ks:
+                values[f"pass@{k}"][i] = pass_at_k(len(completions), int(scores["accuracy_any"].sum()), k)
+                values[f"maj@{k}"][i] = majority_at_k(answers, reference, k)
+    return values
 
 
-def mean_or_nan(values):
-    return values.mean() if len(values) else np.nan
-
-
-def summarise(values, groups=None):
-    """{metric: [mean, low, high]} of the metrics with a value; groups {name: indices} adds "accuracy_any_<name>"."""
-    summary = {name: list(bootstrap(v)) for name, v in values.items() if not np.isnan(v).all()}
-    for name, rows in (groups or {}).items():
-        if len(rows):
-            summary[f"accuracy_any_{name}"] = list(bootstrap(values["accuracy_any"][rows]))
-    return summary
+def summarise(values):
+    """{metric: [mean, low, high]} of the metrics with a value."""
+    return {name: list(bootstrap(v)) for name, v in values.items() if not np.isnan(v).all()}
 
 
 def continue_from(beginnings, unfinished, prompts, generate, decode, config, new_tokens):
-    """Texts as `complete` gives them, from beginnings of completions (lists of ids), config.samples per prompt in turn.
+    """Texts as `complete` gives them. beginnings: ids of completions, config.samples per prompt, prompt by prompt.
 
-    Beginning r is continued by at most new_tokens where unfinished[r] is True; the others stay as they are.
+    Those that are unfinished go on for at most new_tokens.
     """
     n, texts = config.samples, [decode(ids) for ids in beginnings]
     contexts = [list(prompts[r // n]) + ids for r, ids in enumerate(beginnings)]
@@ -170,12 +161,12 @@ def continue_from(beginnings, unfinished, prompts, generate, decode, config, new
 
 
 def with_budgets(prompts, generate, decode, config, budgets, end_thinking, thinking_over):
-    """{budget: completions whose thinking is cut after so many tokens} [s1, arXiv 2501.19393]; texts as in `complete`.
+    """{budget: texts as `complete` gives them, their thinking cut after so many tokens} [s1, arXiv 2501.19393].
 
-    The same completions are cut at each budget. One that still thinks then (thinking_over(text) is False) is continued
-    after `end_thinking`, the ids that close the thinking and open the answer.
+    The same completions are cut at each budget, and what was cut goes on: where thinking_over(text) is False, after
+    `end_thinking`, the ids that close the thinking and open the answer.
     """
-    sampled, _ = sample(prompts, generate, config, config.samples, max(budgets) + 1)  # one more: did it end there?
+    sampled, _ = sample(prompts, generate, config, config.samples, max(budgets) + 1)  # +1 tells cut from finished
     texts = {}
     for budget in budgets:
         unfinished = [len(ids) > budget for ids in sampled]
@@ -185,17 +176,6 @@ def with_budgets(prompts, generate, decode, config, budgets, end_thinking, think
                 beginnings[r] = ids + end_thinking
         texts[budget] = continue_from(beginnings, unfinished, prompts, generate, decode, config, new_tokens=40)
     return texts
-
-
-def lengthened(prompts, generate, decode, config, end_thinking, wait):
-    """Completions whose thinking may not end at once: its end token is replaced, one time, by the ids `wait` [s1]."""
-    sampled, _ = sample(prompts, generate, config, config.samples, config.max_new_tokens)
-    unfinished = [end_thinking in ids for ids in sampled]
-    beginnings = list(sampled)
-    for r, ids in enumerate(sampled):
-        if unfinished[r]:
-            beginnings[r] = ids[:ids.index(end_thinking)] + list(wait)
-    return continue_from(beginnings, unfinished, prompts, generate, decode, config, config.max_new_tokens)
 
 
 def main():

@@ -5,15 +5,15 @@ DeepSeekMath (arXiv 2402.03300) eq. 3-4 and algorithm 1, on R1's schedule. One r
   1. sample G completions of each prompt from the current policy, which is pi_old until the next rollout
   2. judge each by rules: reward = sum of weight * rule
   3. advantage of a completion = its reward minus its group's mean (divided by the group's std)
-  4. for each mini-batch: ratio = pi / pi_old, clipped; plus beta times the KL to the reference; one Adam step
+  4. for each mini-batch, one Adam step on -min(ratio A, clip(ratio) A) + beta KL, where ratio = pi / pi_old
   5. every `reference_every` rollouts: the reference becomes the current policy
 
-By default the loss stays near 0, as a group's mean advantage does: watch reward, KL, clip fraction and entropy.
+Over a rollout the loss averages about 0, as advantages do: watch reward, KL, clip fraction and entropy instead.
 
     python grpo.py --model DIR --data FILE.jsonl --out DIR    # a problem set (data/problems.py)
 
-Shapes: N prompts, G completions each, B = N*G rows (prompt-major), V vocabulary; ids are (B, T+1), and what predicts
-them is (B, T): position t predicts ids[:, t+1].
+Shapes: N prompts, G completions each, B = N*G rows (prompt-major), V vocabulary; ids (B, T+1); log-probabilities and
+masks (B, T): position t predicts ids[:, t+1].
 """
 
 import copy
@@ -21,7 +21,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -44,7 +44,6 @@ class GRPOConfig:
     lr: float = 1e-4               # R1: 3e-6 at 671B
     warmup: int = 20               # updates; not published
     temperature: float = 1.0       # R1-Zero and R1's first RL stage: 1; its second: 0.7
-    top_p: float = 1.0             # below 1, DeepSeek-V3.2: the loss's softmax too is over the ids that top-p kept
     max_new_tokens: int = 160
     scale: str = "group"           # whose std divides advantages. Lite PPO: "batch"; Dr. GRPO: "none", not divided
     leave_one_out: bool = False    # RLOO: True, with scale "none"
@@ -52,12 +51,12 @@ class GRPOConfig:
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: one ratio per sequence, the geometric mean of its tokens'
     detach_ratio: bool = False     # CISPO: the clipped ratio is a constant weight on A log pi
-    stale_limit: float = 0.0       # DeepSeek-V3.2, above 0: rows of a mean log(pi_old/pi) above it lose a negative A
+    stale_limit: float = 0.0       # DeepSeek-V3.2: a negative A is dropped where a row's mean log(pi_old/pi) is above
     mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     weigh_kl: bool = False         # DeepSeek-V3.2: the KL times the ratio
     reference_every: int = 20      # rollouts until the reference is replaced. R1: 25, that is 400 updates
-    old_logprobs: str = "trainer"  # pi_old's come from a forward pass, or, one pass cheaper, from the "sampler"
+    old_logprobs: str = "trainer"  # pi_old's: from one more forward pass; "sampler": those recorded while sampling
     importance_cap: float = 0.0    # above 0: A is multiplied, token by token, by min(pi_old / pi_sampler, cap)
     grad_clip: float = 1.0         # not published
     micro_batch_tokens: int = 2048   # tokens of one forward pass; changes memory and speed, not the result. GPU: more
@@ -74,7 +73,7 @@ def group_advantages(rewards, scale="group", leave_one_out=False):
     scale: the std of each group, of the "batch", that is of all rewards [Lite PPO], or "none" [Dr. GRPO].
     leave_one_out: r minus the mean of the *other* completions, which is G / (G - 1) times r - mean [RLOO].
     """
-    shifted = rewards - rewards[:, :1]  # equal rewards must give exactly 0, and their mean may round
+    shifted = rewards - rewards[:, :1]  # equal rewards must give exactly 0; their mean could be off by rounding
     advantages = shifted - shifted.mean(dim=1, keepdim=True)
     if leave_one_out:
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
@@ -84,20 +83,15 @@ def group_advantages(rewards, scale="group", leave_one_out=False):
     return advantages / (std + 1e-4)
 
 
-def token_logprobs(logits, ids, temperature=1.0, kept=None):
-    """Log-probability of each id under softmax(logits / temperature). logits (..., V), ids (...) -> (...)
-    kept: of logits (n, V) n sets of ids, (1 to V,); the softmax is over these alone, which top-p kept."""
+def token_logprobs(logits, ids, temperature=1.0):
+    """Log-probability of each id under softmax(logits / temperature). logits (..., V), ids (...) -> (...)"""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
-    if not kept:  # also where every row of a micro-batch is masked
-        return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
-    kept = pad_sequence(kept, batch_first=True, padding_value=-1)  # (n, C)
-    of_kept = logits.gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -math.inf)
-    return logits.gather(-1, ids[..., None])[..., 0] - of_kept.logsumexp(-1)
+    return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
 def kl_divergence(logprobs, ref_logprobs):
     """An estimate of KL(policy || reference), per token: pi_ref/pi - log(pi_ref/pi) - 1, never negative [DeepSeekMath
-    eq. 4]. As a loss, on-policy, it descends KL(reference || policy). (B, T), (B, T) -> (B, T)"""
+    eq. 4]. Its gradient, on-policy, is that of KL(reference || policy). (B, T), (B, T) -> (B, T)"""
     log_ratio = (ref_logprobs - logprobs).clamp(max=10)  # exp stays finite; beyond that the gradient is 0
     return torch.exp(log_ratio) - log_ratio - 1
 
@@ -108,13 +102,14 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
 
     logprobs, old_logprobs, ref_logprobs (or None), mask (B, T): log-probabilities of the sampled tokens under the
     policy, pi_old (detached), and the reference; mask is 1 on sampled tokens, the end token included.
-    advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser: divides the summed loss; for a micro-batch the
-    whole update's count, by `mean`, of sequences, of tokens, or a constant budget; by default this batch's own.
+    advantages (B,) or (B, T). The switches are GRPOConfig's. normaliser divides the summed loss: the number of
+    sequences, of tokens, or a constant, by `mean`; this batch's by default, the whole update's for a micro-batch.
     Returns the loss and metrics, means over this batch's tokens; "drift": |log(pi / pi_old)|.
     """
     lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    logprobs, old_logprobs, ref_logprobs, advantages = (  # padding may hold anything, even inf, and inf * 0 is NaN
+    # padding may hold anything, even inf, and inf * 0 is NaN
+    logprobs, old_logprobs, ref_logprobs, advantages = (
         x if x is None else torch.where(mask > 0, x, 0) for x in (logprobs, old_logprobs, ref_logprobs, advantages))
     log_ratio = token_log_ratio = logprobs - old_logprobs
     if sequence_ratio:
@@ -132,7 +127,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs)
     if weigh_kl:
-        penalty = penalty * ratio  # then its gradient is that of KL(pi || pi_ref), off-policy too
+        penalty = penalty * ratio  # then its expected gradient is that of KL(pi || pi_ref), off-policy too
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
@@ -155,28 +150,26 @@ class Rollout:
     ends: list                 # B, where the row ends in ids: tokens of prompt + completion
     lengths: torch.Tensor      # (B,) tokens of the completion
     finished: torch.Tensor     # (B,) whether it ended with an end token
-    sampled_logprobs: torch.Tensor  # (B, T) the sampler's own, 0 elsewhere
+    sampled_logprobs: torch.Tensor  # (B, T) the sampler's own; 0 where mask is False
     parts: dict                # rule -> (N, G) scores, unweighted
     rewards: torch.Tensor      # (N, G)
     old_logprobs: torch.Tensor | None = None  # (B, T) under pi_old, from where config.old_logprobs says
     ref_logprobs: torch.Tensor | None = None  # (B, T) under the reference, where there is one
-    kept: list = field(default_factory=list)  # with top_p: kept[row][i] (C,), what the row's token i was drawn from
 
 
 @torch.no_grad()
 def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weights, config, generator):
     """config.group_size completions of each example, sampled and judged. Arguments as in `train`."""
     G, prompts = config.group_size, [encode(example) for example in examples]
-    sampling = dict(top_p=config.top_p, kept=[]) if config.top_p < 1 else {}  # generate fills `kept`
     ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens, end_ids=end_ids,
-                                      temperature=config.temperature, generator=generator, **sampling)
+                                      temperature=config.temperature, generator=generator)
     device = ids.device
     completions = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
     texts = [decode(completion) for completion in completions]
     parts, total = {}, torch.zeros(len(examples), G, device=device)
     for name, rule in rewards.items():
         scores = torch.zeros(len(texts))
-        for row in share(range(len(texts))):
+        for row in share(range(len(texts))):  # torchrun's processes divide the judging; the sum is the whole
             scores[row] = float(rule(texts[row], examples[row // G]))
         parts[name] = scores.to(device).view(-1, G)
         sum_over_processes(parts[name])
@@ -184,14 +177,14 @@ def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weig
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(G)  # (B,)
     rows = [torch.tensor([*prompts[i // G], *completion]) for i, completion in enumerate(completions)]
     rows = pad_sequence(rows, batch_first=True).to(device)  # (B, T+1)
-    target = torch.arange(1, rows.shape[1], device=device)  # by length, not by value: any id may be real
+    target = torch.arange(1, rows.shape[1], device=device)  # a mask by length: the padding's id may be a real token's
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
     sampled_logprobs = torch.zeros(mask.shape, device=device)
     sampled_logprobs[mask] = logprobs[torch.arange(ids.shape[1], device=device) < lengths[:, None]].float()
     return Rollout(
         examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
         finished=torch.isin(ids.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(list(end_ids), device=device)),
-        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total, kept=sampling.get("kept", []))
+        sampled_logprobs=sampled_logprobs, parts=parts, rewards=total)
 
 
 def cast_copy(model, dtype):
@@ -202,88 +195,83 @@ def cast_copy(model, dtype):
     for p in model.parameters():
         is_shared = p.dtype == dtype and not p.requires_grad  # the base of LoRA's adapters
         cast[id(p)] = p if is_shared else torch.nn.Parameter(p.detach().to(dtype, copy=True))
-    return copy.deepcopy(model, cast).eval().requires_grad_(False)  # deepcopy takes what it is given as copied
+    return copy.deepcopy(model, cast).eval().requires_grad_(False)  # cast is deepcopy's memo: these copies are used
 
 
 def share(rows):
-    """This process's part of the rows, of several under torchrun (lab/parallel.py)."""
+    """This process's part of the rows: all of them, unless torchrun has started several (lab/parallel.py)."""
     return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
 
 
 def sum_over_processes(*tensors):
-    """In place, of one dtype, 32 in a message. Sharded gradients (FSDP) are summed already."""
+    """All-reduces tensors of one dtype in place, 32 in a message. FSDP has summed sharded gradients already."""
     own = [t for t in tensors if not hasattr(t, "placements")] if dist.is_initialized() else []
     for i in range(0, len(own), 32):
         flat = torch.cat([t.flatten() for t in own[i:i + 32]])
         dist.all_reduce(flat)
-        for t, total in zip(own[i:], flat.split([t.numel() for t in own[i:i + 32]])):
+        for t, total in zip(own[i:i + 32], flat.split([t.numel() for t in own[i:i + 32]])):
             t.copy_(total.view_as(t))
 
 
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into batches of at most `budget` padded tokens; a longer row goes alone."""
-    rows, processes = sorted(rows, key=lambda r: -ends[r]), dist.get_world_size() if dist.is_initialized() else 1
+    rows = sorted(rows, key=lambda row: -ends[row])
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     while rows:
         count = processes * max(1, budget // ends[rows[0]])
         yield share(rows[:count])  # of several processes: this one's part, which may be empty
         rows = rows[count:]
 
 
-def logprobs_of(model, r: Rollout, rows, config, prompts=None):
+def logprobs_of(model, r: Rollout, rows, config):
     """Log-probabilities (len(rows), t) of these rows' sampled tokens, 0 elsewhere; t is where the longest of them ends.
 
     A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes logits only for sampled tokens.
-    prompts: those of the rows, which a model with read_prompts (lab/prompts.py) has computed once for all.
     """
-    read = rows or [0]  # a process whose share is empty makes a pass all the same: FSDP's are made together
+    read = rows or [0]  # an empty share reads row 0, fully masked: under FSDP every process must make each pass
     t = max(r.ends[row] for row in read) - 1
     ids, mask = r.ids[read, :t + 1], r.mask[read, :t] & bool(rows)
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
-    kept = [candidates for row in rows for candidates in r.kept[row]] if r.kept else None  # n sets
-    # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
+    # a cached bf16 cast of the head's weights would serve all of its pieces, and sum their gradients in bf16
     with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
         if hasattr(model, "hidden") and hasattr(model, "head"):
-            states = (prompts.hidden(r, rows) if prompts is not None
-                      else model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled))  # (n, D)
-            logprobs = head_logprobs(model, states, targets, config.temperature, kept)
+            states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
+            logprobs = head_logprobs(model, states, targets, config.temperature)
         else:
             logits = model(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, V)
-            logprobs = token_logprobs(logits, targets, config.temperature, kept)
+            logprobs = token_logprobs(logits, targets, config.temperature)
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
 
 
-def head_logprobs(model, states, targets, temperature, kept):
+def head_logprobs(model, states, targets, temperature):
     """token_logprobs of model.head(states), in pieces of LOGITS_AT_ONCE: a large vocabulary's (n, V) would not fit.
-    The backward pass computes each piece again."""
-    rows = LOGITS_AT_ONCE // model.config.vocab_size
-    if len(targets) <= rows:
-        return token_logprobs(model.head(states), targets, temperature, kept)
-    of_pieces = [kept and kept[i:i + rows] for i in range(0, len(targets), rows)]
-    pieces = zip(states.split(rows), targets.split(rows), itertools.repeat(temperature), of_pieces)
-    return torch.cat([checkpoint(head_logprobs, model, *piece, use_reentrant=False) for piece in pieces])
+    It calls itself on each piece, which the backward pass computes again."""
+    size = LOGITS_AT_ONCE // model.config.vocab_size
+    if len(targets) <= size:
+        return token_logprobs(model.head(states), targets, temperature)
+    pieces = zip(states.split(size), targets.split(size))
+    return torch.cat([checkpoint(head_logprobs, model, *piece, temperature, use_reentrant=False) for piece in pieces])
 
 
 @torch.no_grad()
 def all_logprobs(model, r: Rollout, config):
-    """Log-probabilities (B, T) of the rollout's sampled tokens, 0 elsewhere: pi_old's, and the reference's."""
-    out, every = torch.zeros(r.mask.shape, device=r.mask.device), range(len(r.ends))
-    prompts = model.read_prompts(r, every, config) if hasattr(model, "read_prompts") else None
-    for rows in micro_batches(every, r.ends, config.micro_batch_tokens):
-        logprobs = logprobs_of(model, r, rows, config, prompts)
+    """Log-probabilities (B, T), under `model`, of the rollout's sampled tokens, 0 elsewhere."""
+    out = torch.zeros(r.mask.shape, device=r.mask.device)
+    for rows in micro_batches(range(len(r.ends)), r.ends, config.micro_batch_tokens):
+        logprobs = logprobs_of(model, r, rows, config)
         out[rows, :logprobs.shape[1]] = logprobs
     sum_over_processes(out)
     return out
 
 
 def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.amp.GradScaler(enabled=False)):
-    """One Adam step on these rows of a rollout; its metrics. float16 needs a scaler of the loss."""
+    """One Adam step on these rows of a rollout; returns its metrics. scaler: of the loss, which float16 needs."""
     c, metrics = config, defaultdict(float)
     tokens = max(1, int(r.mask[rows].sum()))  # of the whole update, before micro-batches
     normaliser = {"sequence": len(rows), "token": tokens, "constant": len(rows) * c.max_new_tokens}[c.mean]
-    prompts = model.read_prompts(r, rows, c) if hasattr(model, "read_prompts") else None
     for batch in micro_batches(rows, r.ends, c.micro_batch_tokens):
-        logprobs = logprobs_of(model, r, batch, c, prompts)  # (b, t)
+        logprobs = logprobs_of(model, r, batch, c)  # (b, t)
         t = logprobs.shape[1]
         loss, means = policy_loss(
             logprobs, r.old_logprobs[batch, :t], r.ref_logprobs[batch, :t] if c.beta else None,
@@ -291,12 +279,10 @@ def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.
             sequence_ratio=c.sequence_ratio, detach_ratio=c.detach_ratio, stale_limit=c.stale_limit, mean=c.mean,
             beta=c.beta, weigh_kl=c.weigh_kl, normaliser=normaliser)
         scaler.scale(loss).backward()
-        share = int(r.mask[batch].sum()) / tokens
+        weight = int(r.mask[batch].sum()) / tokens
         for name, value in means.items():
-            metrics[name] += value * share
+            metrics[name] += value * weight
         metrics["loss"] += loss.item()
-    if prompts is not None:  # the backward passes so far have ended at the prompts' keys and values
-        prompts.backward()
     parameters = optimizer.param_groups[0]["params"]
     sums = torch.tensor([*metrics.values()], dtype=torch.float64, device=r.mask.device)
     sum_over_processes(sums)
@@ -308,7 +294,7 @@ def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.
     if is_finite:  # Adam would keep a NaN for good
         scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    # where a scaled gradient alone has left float16's range, nothing is wrong: the scale is halved
+    # a finite loss whose scaled gradient alone is not finite is float16's overflow: scaler.update() halves the scale
     overflow = not is_finite and math.isfinite(metrics["loss"]) and scaler.get_scale() > 1
     metrics |= {"overflow": float(overflow), "skipped": float(not is_finite and not overflow)}
     scaler.update()
@@ -338,15 +324,16 @@ class TrainState:
 
     def score(self, r: Rollout):
         """Sets the rollout's log-probabilities under pi_old and the reference."""
-        r.old_logprobs = r.sampled_logprobs  # the first ratio is off 1 by the sampler gap
-        if self.config.old_logprobs != "sampler":  # as in training: the first ratio is 1 up to rounding
+        if self.config.old_logprobs == "sampler":  # the first ratio is off 1 by the sampler gap
+            r.old_logprobs = r.sampled_logprobs
+        else:  # computed as in the updates: the first ratio is 1 up to rounding
             r.old_logprobs = all_logprobs(self.model, r, self.config)
         if self.reference is not None:
             r.ref_logprobs = all_logprobs(self.reference.to(r.ids.device), r, self.config)
             self.reference.to("cpu" if self.config.offload_reference else r.ids.device)
 
     def learn_from(self, r: Rollout, advantages):
-        """The metrics of each update on the rollout; a completion is in one mini-batch per inner epoch."""
+        """Makes the updates on one rollout and returns their metrics; an inner epoch uses each completion once."""
         c, counters, history = self.config, self.counters, []
         advantages = advantages.reshape(len(r.texts), -1).expand(r.mask.shape)  # (B,) or (B, T) -> (B, T)
         if c.importance_cap:
@@ -364,7 +351,7 @@ class TrainState:
 
 
 def rollout_metrics(r: Rollout, history, config):
-    """What tells a healthy run from a sick one: of the groups that were kept, and the means over the updates."""
+    """What tells a healthy run from a sick one: statistics of the selected groups, and means over the updates."""
     tokens = r.mask.sum().clamp(min=1)
     metrics = {
         "reward": r.rewards.mean().item(), "length": r.lengths.float().mean().item(), "tokens": int(r.lengths.sum()),
@@ -375,27 +362,27 @@ def rollout_metrics(r: Rollout, history, config):
     if config.old_logprobs == "sampler":  # then the first update's forward pass tells: the weights had not moved
         metrics["sampler_gap"] = history[0]["drift"]
     metrics |= {name: scores.mean().item() for name, scores in r.parts.items()}
-    finite = [update for update in history if not update["skipped"] and not update["overflow"]] or history[:1]
-    metrics |= {name: sum(update[name] for update in finite) / len(finite) for name in finite[0]}
-    return metrics | {name: sum(update[name] for update in history) for name in ("skipped", "overflow")}
+    done = [one for one in history if not one["skipped"] and not one["overflow"]] or history[:1]
+    metrics |= {name: sum(one[name] for one in done) / len(done) for name in done[0]}
+    return metrics | {name: sum(one[name] for one in history) for name in ("skipped", "overflow")}
 
 
 def train(model, examples, *, encode, decode, generate, end_ids, rewards, config, weights=None,
           advantage_estimator=None, make_optimizer=adam, validate=None, log=None, save=None, resume=None,
-          select=lambda draw, prompts, count: (draw([next(prompts) for _ in range(count)]), 0)):
-    """Reinforcement learning of `model`, in place, on examples in order and again from the start. The last metrics.
+          select=lambda draw, prompts, N: (draw(list(itertools.islice(prompts, N))), 0)):
+    """Trains `model` in place by reinforcement learning, on examples in order, again and again; the last metrics.
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; weights are fp32.
-    encode(example) -> prompt ids; decode(ids) -> text, without the end token, which ids hold and no rule should read.
+    encode(example) -> prompt ids; decode(completion ids, with the end token) -> text without it, for the rules.
     generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model with weights in
     config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
     under softmax(logits / temperature), no top-p or top-k; a completion ends at its first of end_ids, which counts.
-    With top_p below 1 it also gets top_p, which its log-probabilities follow, and kept, as model.generate takes them.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; 0 only logs the rule.
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
     learn(rollout, rows) -> metrics, after the policy's update on these rows; optionally objects, {a new name: module,
     optimizer or generator} to be saved with the run, and needs_reference, whether it reads rollout.ref_logprobs.
-    make_optimizer(parameters, lr=...): of one group. variants/offload.py's has fp32 weights on the CPU, model is cast.
+    make_optimizer(parameters, lr=...) -> an optimizer of one group. (With variants/offload.py's, which holds the fp32
+    weights, model is in config.dtype.)
     select(draw, prompts, N) -> the Rollout to learn from, and how many prompts it discarded: dynamic sampling, in
     variants/dapo.py. draw(examples) -> a Rollout; prompts: an iterator of examples.
     validate(model) -> metrics, every config.validate_every rollouts. log(metrics, rollout) and save(**state) come after
@@ -412,7 +399,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     while counters["step"] < c.rollouts:
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
-        # 1, 2: sample groups of completions from the current policy, or a copy that ends with the line; judge them
+        # 1, 2: sample groups of completions from the current policy, or from a cast copy, freed at once; judge them
         as_is = not sharded and next(model.parameters()).dtype == getattr(torch, c.dtype)
         r, unused = select(partial(draw, model if as_is else cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
         counters["prompts"] += len(r.examples) + unused

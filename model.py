@@ -1,12 +1,12 @@
 """A decoder-only transformer of the Llama family, its KV cache, sampling, and weights in and out.
 
 Llama, Qwen2 (bias on q, k, v) and Qwen3 (norm on each head's q and k) are one architecture with two switches, both
-read from Hugging Face's config.json. A directory written here opens in `transformers`, and its dense models open here.
+read from Hugging Face's config.json. What `save` writes opens in `transformers`, whose models of these open here.
 
     python model.py DIR                          # chat in the terminal
     python model.py DIR --prompt "What is 2+3?"  # one answer
 
-Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size, V vocabulary.
+Shapes: B rows, T positions, S columns of keys, D hidden size, H heads, K key/value heads, d head size, V vocabulary.
 """
 
 import copy
@@ -50,7 +50,7 @@ class Config:
 # ------------------------------------------------------------------------------------------- layers
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + eps) * weight, over the last dimension."""
+    """x / sqrt(mean x^2 + eps) * weight, over the last dimension; in x's dtype, whatever the weight's."""
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
@@ -62,9 +62,9 @@ def rotate(x, cos, sin):
 
 
 def rope_frequencies(c: Config):
-    """The angle per position of each of the d/2 pairs, and a factor for cos and sin, which only some scalings have."""
+    """The angle per position of each of the d/2 pairs, and a factor for cos and sin: 1, but for some scalings."""
     if c.rope_scaling is not None:
-        raise ValueError(f"{c.rope_scaling} takes load(..., rope=scaled_frequencies), of variants/rope_scaling.py")
+        raise ValueError(f"{c.rope_scaling} needs load(..., rope=scaled_frequencies) from variants/rope_scaling.py")
     exponent = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
     return c.rope_theta ** -exponent, 1.0
 
@@ -124,10 +124,10 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, (layers, B, K, capacity, d), rows left-padded so that all end together.
+    """Keys and values of the tokens so far, (layers, B, K, S, d), rows left-padded so that all end together.
 
-    `start` (B,) is each row's first real column: columns before it are padding (at most `padding`), never looked at.
-    Attention runs over the whole capacity, so that its shape seldom changes.
+    `start` (B,) is each row's first real column: those before it are padding (at most `padding`), which no token sees.
+    Attention runs over the whole capacity S, filled or not: its shape changes at every 32nd column only.
     """
 
     def __init__(self, config: Config, start, dtype, padding=0):
@@ -135,21 +135,21 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=start.device) for _ in range(2))
         self.start, self.length, self.padding = start, 0, padding
 
-    def reserve(self, columns):
-        """Makes room for this many more columns; returns the capacity."""
-        blocks = math.ceil((self.length + columns - self.k.shape[3]) / 32)
+    def reserve(self, count):
+        """Makes room for `count` more columns; returns the capacity."""
+        blocks = math.ceil((self.length + count - self.k.shape[3]) / 32)
         if blocks > 0:
-            self.k = F.pad(self.k, (0, 0, 0, 32 * blocks))  # one after the other: the old one is freed in between
+            self.k = F.pad(self.k, (0, 0, 0, 32 * blocks))  # one at a time: the old k is freed before v is copied
             self.v = F.pad(self.v, (0, 0, 0, 32 * blocks))
         return self.k.shape[3]
 
     def columns(self, count):
-        """Where the next tokens go. lab/graphs.py's cache answers by a tensor that a recording can read."""
+        """The columns of the next tokens. (lab/graphs.py's cache returns a tensor that a CUDA graph can capture.)"""
         return torch.arange(self.length, self.length + count, device=self.start.device)
 
     def update(self, layer, k, v):
         new = slice(self.length, self.length + k.shape[2])
-        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
+        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v  # hidden advances `length` after the last layer
         return self.k[layer], self.v[layer]
 
     def select(self, rows):
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """As GPT-2: normal, std 0.02 at width 768, scaled as 1/sqrt(width); less in what adds to the stream."""
+        """As GPT-2: normal, std 0.02 at width 768, scaled as 1/sqrt(width); less in residual projections."""
         std = 0.02 * math.sqrt(768 / self.config.hidden_size)
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
     def hidden(self, ids, positions=None, segments=None, cache=None):
         """The last layer's normed states (B, T, D), for callers that cannot afford (B, T, V); see forward."""
         T = ids.shape[1]
-        past = 0 if cache is None else cache.length - cache.padding  # of the shortest row
+        past = 0 if cache is None else cache.length - cache.padding  # in the shortest row: longer ones may be done
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
         # which columns each token sees (B, T, S), and its position (B, T)
@@ -205,18 +205,19 @@ class Transformer(nn.Module):
         seen = None  # plain causal attention
         positions = query[None] if positions is None else positions
         if cache is not None:
-            query = cache.columns(T)  # a row past the context is done
-            positions = (query - cache.start[:, None]).clamp(0, self.config.max_position_embeddings - 1)
+            query = cache.columns(T)
+            positions = query - cache.start[:, None]
+            positions = positions.clamp(0, self.config.max_position_embeddings - 1)  # of padding, and of rows done
             key = torch.arange(cache.reserve(T), device=ids.device)
             seen = (key <= query[:, None]) & (key >= cache.start[:, None, None])
-            seen |= key == query[:, None]  # padding sees itself: an empty row would be NaN
+            seen |= key == query[:, None]  # padding sees itself: softmax of nothing is NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
             seen = (segments[:, :, None] == segments[:, None, :]) & (query <= query[:, None])
 
         x = self.embed_tokens(ids)  # (B, T, D)
-        if torch.is_autocast_enabled(ids.device.type):
+        if torch.is_autocast_enabled(ids.device.type):  # the residual stream too is half as wide
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        cos, sin = (angles[positions][:, :, None].to(x.dtype) for angles in (self.cos, self.sin))  # (B, T, 1, d)
+        cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin))  # (B, T, 1, d)
         mask = None if seen is None else torch.where(seen, 0.0, -math.inf).to(x.dtype)[:, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, cache, i)
@@ -231,8 +232,8 @@ class Transformer(nn.Module):
     def forward(self, ids, positions=None, segments=None, cache=None):
         """Next-token logits (B, T, V) of ids (B, T).
 
-        positions (B, T): rotary positions, 0.. by default. segments (B, T): the number of each token's packed example;
-        it sees no other example. cache: a KVCache, which gives the positions and is advanced by T.
+        positions (B, T): rotary positions, 0.. by default. segments (B, T): which of a row's packed examples each token
+        is of; it sees no other. cache: a KVCache, in place of both, which is advanced by T.
         """
         return self.head(self.hidden(ids, positions, segments, cache))
 
@@ -249,7 +250,7 @@ def nucleus(logits, temperature, top_p):
         return p, None
     # sorting a large V is slow: take the 8 likeliest, then 8 times as many for the rows where these fall short of top_p
     V = p.shape[1]
-    k = V if p.is_cuda and V <= 4096 else min(8, V)  # a GPU had rather sort than wait
+    k = V if p.is_cuda and V <= 4096 else min(8, V)  # on a GPU sorting costs less than the check, which waits
     top, tokens = p.topk(k)
     while k < V and (short := top.sum(-1) < top_p).any():
         more = min(8 * k, V) - k
@@ -261,23 +262,14 @@ def nucleus(logits, temperature, top_p):
     return top / top.sum(-1, keepdim=True), tokens
 
 
-def sample(logits, temperature, top_p, generator, kept=None):
-    """One token per row and its log-probability in the distribution it was drawn from. logits (B, V) -> (B,), (B,).
-
-    kept: a list, which gets the ids of each row's distribution, (1 to V,).
-    """
+def sample(logits, temperature, top_p, generator):
+    """One token per row and its log-probability in the distribution it was drawn from. logits (B, V) -> (B,), (B,)."""
     if temperature == 0 or top_p == 0:
-        token = logits.argmax(-1)
-        if kept is not None:
-            kept += token[:, None]
-        return token, torch.zeros(len(logits), device=logits.device)
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     p, tokens = nucleus(logits, temperature, top_p)
-    if kept is not None:
-        ids = torch.arange(p.shape[1], device=p.device).expand(p.shape) if tokens is None else tokens
-        kept += ids[p > 0].split((p > 0).sum(-1).tolist())
     cdf = p.cumsum(-1)
     u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cdf[:, -1:]
-    # right=True skips cut tokens, whose step in the cdf has no height; the clamp keeps a NaN within the vocabulary
+    # right=True never draws a token of probability 0; the clamp keeps the index in range where logits are NaN
     drawn = torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1)
     token = drawn if tokens is None else tokens.gather(1, drawn)
     return token[:, 0], p.gather(1, drawn)[:, 0].log()
@@ -298,21 +290,19 @@ def prefill(model, prompts):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None,
-             kept=None):
-    """n samples of each prompt.
+def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0, end_ids=(), generator=None):
+    """n samples of each prompt. Temperature 0 is greedy.
 
-    prompts: N lists of token ids. A row stops at the first token of end_ids, which counts, or where its context ends.
-    Temperature 0 is greedy. Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens), zeros after the
-    row's end; lengths (N*n,); logprobs (N*n, max_new_tokens) of the sampled tokens, in the distribution they came from.
-    kept: a list, which gets a list for each row, with the ids that top_p kept for each of its tokens, (1 to V,).
+    prompts: N lists of token ids. A row ends with its first token of end_ids, included, or where its context ends.
+    Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens); lengths (N*n,); logprobs
+    (N*n, max_new_tokens) in the distributions that the tokens were drawn from. After a row's end both are 0.
     """
     logits, cache = prefill(model, prompts)  # (N, V)
     device = logits.device
     rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
     logits, cache = logits[rows], cache.select(rows)  # (N*n, V)
 
-    room = model.config.max_position_embeddings - cache.length + cache.start  # (N*n,) of each row, in tokens
+    room = model.config.max_position_embeddings - cache.length + cache.start  # (N*n,) tokens that still fit
     steps = min(max_new_tokens, model.config.max_position_embeddings - cache.length + cache.padding)
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
@@ -320,30 +310,22 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
     ends = torch.tensor(list(end_ids), device=device)
     active = torch.arange(len(rows), device=device)  # which result row each row of the batch belongs to
     done = torch.zeros_like(active, dtype=torch.bool)
-    if kept is not None:
-        kept_of_rows = [[] for _ in rows]
-        kept += kept_of_rows
     for t in range(steps):
         # draw a token for each row of the batch
-        kept_now = None if kept is None else []
-        token, logprob = sample(logits, temperature, top_p, generator, kept_now)
-        if kept is not None:
-            for row, is_done, tokens in zip(active.tolist(), done.tolist(), kept_now):
-                if not is_done:
-                    kept_of_rows[row].append(tokens)
+        token, logprob = sample(logits, temperature, top_p, generator)
         ids[active, t] = token.masked_fill(done, 0)
         logprobs[active, t] = logprob.masked_fill(done, 0)
         lengths[active] += ~done
         done |= torch.isin(token, ends) | (room <= t + 1)
-        # finished rows leave the batch, several at a time: a move costs a copy of the cache, a look makes a GPU wait
-        if t % (4 if device.type == "cpu" else 16) == 3 or len(active) == 1:
-            left = (~done).nonzero()[:, 0]
-            if len(left) == 0:
+        # finished rows leave the batch, now and then: leaving copies the cache, and to check makes a GPU wait
+        if t % (4 if device.type == "cpu" else 16) == 3 or len(active) == 1:  # a lone row ends at once
+            live = (~done).nonzero()[:, 0]
+            if len(live) == 0:
                 break
-            if len(left) <= 0.8 * len(active):
-                cache = cache.select(left)
-                active, token, done, room = active[left], token[left], done[left], room[left]
-        # read the tokens
+            if len(live) <= 0.8 * len(active):
+                cache = cache.select(live)
+                active, token, done, room = active[live], token[live], done[live], room[live]
+        # feed the tokens back
         if t + 1 < steps:
             logits = model(token[:, None], cache=cache)[:, -1]
     return ids, lengths, logprobs
@@ -352,7 +334,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 # ------------------------------------------------------------------------------------------- weights in and out
 
 def hf_tensors(model, named=None):
-    """{Hugging Face's name: our rows}, of the parameters or of `named` tensors like them; there qkv_proj is three."""
+    """{Hugging Face's name: view} of the parameters, or of `named` tensors like them; fused matrices are split."""
     c = model.config
     q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {"qkv_proj": {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
@@ -389,26 +371,26 @@ def save(model, dir, tokenizer=None):
     (dir / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def without_none(raw):
+def without_none(raw):  # null is as absent
     return {name: value for name, value in raw.items() if value is not None}
 
 
 def read_config(dir) -> Config:
     """The Config of a directory's config.json; lab/check_model.py diagnoses a broken one."""
     raw = json.loads(Path(dir, "config.json").read_text(encoding="utf-8"), object_hook=without_none)
-    rope = raw.get("rope_parameters", {}) | raw.get("rope_scaling", {})  # of transformers 5, and 4
+    rope = raw.get("rope_parameters", {}) | raw.get("rope_scaling", {})  # transformers 5's, and 4's
     kind = raw["model_type"]
     if (raw.get("use_sliding_window") or set(raw.get("layer_types", [])) - {"full_attention"}
             or raw.get("mlp_bias") or (raw.get("attention_bias") and kind != "qwen2")
             or raw.get("hidden_act", "silu") not in ("silu", "swish")
             or raw.get("quantization_config") or rope.get("partial_rotary_factor", 1) != 1):
-        raise ValueError(f"{dir}: not a dense model of {', '.join(ARCHITECTURES)}: it would be computed wrong")
+        raise ValueError(f"{dir}: a {kind} that this file would compute wrong")
 
     defaults = {"num_key_value_heads": raw["num_attention_heads"], "head_dim": 128 if kind == "qwen3" else None,
                 "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
     values = defaults | raw | rope  # rope last: transformers 5 keeps rope_theta there
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
-    if "original_max_position_embeddings" in raw:
+    if "original_max_position_embeddings" in raw:  # where longrope has it
         scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     scaling["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
@@ -424,18 +406,18 @@ def load(dir, device=None, dtype=None, rope=rope_frequencies) -> Transformer:
     files = {name: path for path in shards for name in safe_open(path, "pt").keys()}
     with torch.device("meta"):  # no memory and no random numbers for what is replaced
         model = Transformer(read_config(dir), rope)
-    dtype = dtype or safe_open(shards[0], "pt").get_slice(next(iter(files)))[:0].dtype
+    dtype = dtype or safe_open(shards[0], "pt").get_slice(next(iter(files)))[:0].dtype  # the first tensor's
     model.to(dtype).to_empty(device=device)
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:  # to_empty has made two of them
         model.lm_head.weight = model.embed_tokens.weight
     for name, rows in hf_tensors(model).items():
         shape = safe_open(files[name], "pt").get_slice(name).get_shape()
         if shape != list(rows.shape):
             raise ValueError(f"{files[name]}: tensor {name} is {shape}, not {list(rows.shape)}")
         piece = max(1, 2 ** 22 // rows[0].numel())  # 16 MB in fp32: the peak of memory is little above the weights
-        for i in range(0, len(rows), piece):        # opened for each piece: what was read leaves memory
+        for i in range(0, len(rows), piece):        # opened anew for each piece: closing it frees what was read
             rows[i:i + piece] = safe_open(files[name], "pt").get_slice(name)[i:i + piece]
-    model.make_angles("cpu")
+    model.make_angles("cpu")  # the same values on every device
     return model.to(device)
 
 

@@ -1,12 +1,12 @@
 """The DeepSeek-R1 recipe, from random weights to distilled students, in one command.
 
     python pipeline.py                        # the cpu or the gpu preset, by device: the whole recipe
-    python pipeline.py --stages base,zero     # a taste of a few minutes: a base, and R1-Zero
+    python pipeline.py --stages base,zero     # a quick look: a base, and R1-Zero
     python pipeline.py --preset smoke         # everything in about 15 seconds, with models too small to learn
-    python pipeline.py --ablations            # also stages beside the recipe, most of which a claim needs
+    python pipeline.py --ablations            # also stages beside the recipe, most of them to test a claim
     python pipeline.py --from dev2            # re-runs this stage and the later ones
     python pipeline.py --compare              # GRPO, its relatives, PPO and PRIME side by side
-    python pipeline.py --preferences model    # also RL-2 with reward models, and for too long
+    python pipeline.py --preferences model    # also RL-2 with reward models, and for so long that it hacks them
     python pipeline.py --architecture deepseek-v3    # from a base of the kind that R1 was trained from
     python pipeline.py --base DIR --train FILE --test FILE    # on a checkpoint and a problem set of your own
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import lab  # noqa: F401  before torch is imported: it sets how long a waiting thread spins
+import lab  # noqa: F401  before torch is imported: it sets how long torch's waiting threads spin
 import distill
 from data import world
 from grpo import GRPOConfig
@@ -41,7 +41,7 @@ def sizes(width, layers, heads, kv_heads, **more):
 
 
 def deepseek_sizes(hidden_size, num_hidden_layers, num_attention_heads, **dense):
-    """Of a DeepSeek-V3 as wide and as deep as a dense model; two of its experts and the shared one are as wide."""
+    """Of a DeepSeek-V3 as wide and as deep as a dense model. A token's two experts and the shared one equal its MLP."""
     head = hidden_size // num_attention_heads
     return dict(model_type="deepseek_v3", hidden_size=hidden_size, num_hidden_layers=num_hidden_layers,
                 num_attention_heads=num_attention_heads, kv_lora_rank=hidden_size // 4, qk_nope_head_dim=head,
@@ -72,7 +72,7 @@ class Preset:
     student: dict = field(default_factory=lambda: sizes(96, 3, 4, 2))
     context: int = 512
     documents: int = 80_000           # of the base's corpus
-    student_documents: int = 50_000   # of a student's corpus, which is smaller and holds few chains
+    student_documents: int = 50_000   # of a student's corpus, which is smaller and holds few chains of thought
     problems: int = 4000              # for reinforcement learning and rejection sampling
     test: int = 510
     hard: int = 400                   # problems with more steps than any in training
@@ -95,7 +95,7 @@ class Preset:
     rl2: GRPOConfig = rl_config(rollouts=28, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps
     compare_samples: int = 3072       # completions that each method of --compare may sample
-    compare_lr: dict = field(default_factory=dict)  # method -> its learning rate, where it is not zero's
+    compare_lr: dict = field(default_factory=dict)  # method -> learning rate; the others take that of R1-Zero
 
 
 ALL = 10 ** 9  # more than any file holds
@@ -111,17 +111,17 @@ PRESETS = {
         **rl_stages(rollouts=2, prompts_per_rollout=4, group_size=4, max_new_tokens=48, validate_every=2)),
     "gpu": Preset(  # the same world with 32M parameters; 7 minutes on one H200 (results/gpu)
         model=sizes(512, 10, 8, 4, model_type="qwen3"), student=sizes(256, 6, 4, 2), student_documents=100_000,
-        documents=200_000, problems=20_000, samples=8, batch_rows=2048, trace_prompts=4000, compare_samples=65536,
+        documents=200_000, problems=20_000, samples=8, batch_rows=2048, compare_samples=65536,
         pretrain=SFTConfig(lr=1e-3, epochs=2, batch_tokens=16384, micro_batch_rows=128, row_length=256, warmup=0.03),
         deepseek_lr=1e-3,
         cold=SFTConfig(lr=2e-4, epochs=3, batch_tokens=2048, micro_batch_rows=128),
         sft2=SFTConfig(lr=1e-3, epochs=3, batch_tokens=4096, micro_batch_rows=128),
         zero=gpu_rl(rollouts=45), control=gpu_rl(lr=1e-4), on_policy=gpu_rl(lr=1e-4, beta=0.0), rl1=gpu_rl(),
         rl2=gpu_rl(temperature=0.7)),
-    # --base, on one GPU. 1e-6 for RL is what published runs of this size take; R1's 3e-6 is for 512 outputs per update.
-    # 16 x 16 outputs and 4 updates per rollout are R1's 512 x 16 and 16, scaled down; beta and T are R1's.
+    # --base, on one GPU. RL at 1e-6, as published runs of small models; R1's 3e-6 is for 512 outputs an update.
+    # A rollout is 16 prompts x 16 outputs, in 4 updates (R1: 512 x 16, in 16); beta and temperature are R1's.
     "own": Preset(
-        test=ALL, samples=16, zero_samples=16, batch_rows=512, cold_start=500, trace_prompts=ALL, trace_samples=4,
+        test=ALL, samples=16, batch_rows=512, cold_start=500, trace_prompts=ALL, trace_samples=4,
         cold=SFTConfig(lr=1e-5, epochs=2, batch_tokens=16384, micro_batch_rows=4, row_length=1024),
         sft2=SFTConfig(lr=1e-5, epochs=2, batch_tokens=65536, micro_batch_rows=4, row_length=1024),
         **rl_stages(rollouts=100, lr=1e-6, max_new_tokens=512, micro_batch_tokens=16384)),
@@ -137,7 +137,7 @@ ALL_RULES = WITH_LANGUAGE | {"helpfulness": 1.0, "harmlessness": 1.0}           
 def stage_table(source, with_models=False):
     """{name: Stage}, in order: title, the stage it starts from, by what, the paper's section, the function below.
 
-    dev1, dev2 and dev3 are the paper's names of the intermediate models.
+    dev1 to dev3 are the paper's names; v1 and v2 its versions on arXiv. source: the mini-world, or your own files.
     """
     table = {
         "base": Stage("Base", "random weights", "pretraining", "V3-Base", base),
@@ -164,8 +164,8 @@ def stage_table(source, with_models=False):
     return source.adapt(table)
 
 
-def recipe(run, ablations):
-    """The chosen stages, in order; each is made unless it is finished. Then what else the claims measure."""
+def recipe(run, with_ablations):
+    """Makes the chosen stages, in order, unless they are finished; then measures what else the claims need."""
     for line in run.source.left_out(run.chosen):
         print(line, flush=True)
     for name in run.chosen:
@@ -174,7 +174,7 @@ def recipe(run, ablations):
         else:
             run.make_stage(name)
     run.begin("")  # no stage is being made from here on: extra measurements
-    measure.extras(run, ablations)
+    measure.extras(run, with_ablations)
     preferences.extras(run)
     run.write()
 
@@ -194,7 +194,7 @@ def zero(run):
 
 def cold_start(run):
     """SFT of the base on a few of zero's correct, readable samples, rewritten (`rewrite` in lab/sources.py)."""
-    rows = cold_start_examples(run)  # first: zero has left the memory when the base is loaded
+    rows = cold_start_examples(run)  # first, so that zero has left the memory when the base is loaded
     return run.sft(run.starting_model(), rows, run.preset.cold)
 
 
@@ -225,7 +225,7 @@ def control(run):
 def cold_start_examples(run):
     """Some of zero's correct, readable samples, rewritten by the source; written once to cold_start.jsonl."""
     dir, p = run.out / "dev1", run.preset
-    if (dir / "cold_start.json").exists():  # of a call that was killed while it trained on them
+    if (dir / "cold_start.json").exists():  # an earlier call wrote them, and was stopped while it trained on them
         run.cost = checkpoint.read_json(dir / "cold_start.json")
         return checkpoint.read_jsonl(dir / "cold_start.jsonl", whole=True)
     problems = run.source.problems[:4 * p.cold_start]
@@ -272,7 +272,7 @@ def open_run(args, device):
     source, preset = open_source(args, preset)
     table = stage_table(source, args.preferences == "model")
     chosen = chosen_stages(args, table, source)
-    rewards = {"zero": ACCURACY_AND_FORMAT, "dev2": WITH_LANGUAGE, "r1": ALL_RULES}
+    rewards = {"zero": ACCURACY_AND_FORMAT, "dev2": WITH_LANGUAGE, "r1": ALL_RULES}  # settings: a change is noticed
     return Run(args.out, args.preset, preset, args.seed, device, source, table, chosen, rewards, args.command,
                memory_of(args, preset))
 

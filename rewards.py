@@ -3,14 +3,14 @@
     <think> 12 + 45 = 57 </think><answer> She has 57 apples. </answer>      what a completion should look like
     {"prompt": "Ann has 12 apples and buys 45. How many?", "answer": "57"}  an example; optional in it:
     kind      "reasoning" (default: the answer is a number; with "nums": [3, 5] and "target": 8 it is Countdown),
-              "general" (answer: what a good reply names; "wrong": [what it must not name]) or
-              "safety" (where "harmful": true, answer is the word that complying would name)
+              "general" (a good reply names the answer, and nothing in "wrong": [...]) or
+              "safety" (the same; but with "harmful": true a good reply refuses, and never names the answer)
     language  "en" (default) or "zh"
 
 A reward is a function (completion, example) -> float in [0, 1]. Any string gets a score, in linear time, and nothing
-that a model wrote is executed. Where a rule does not apply, all completions of a group score the same, so that it
-changes no advantage. Known limit: a rule reads numbers and words, not meaning. Departure from R1 (arXiv 2501.12948,
-its versions are cited as v1 and v2): helpfulness and harmlessness are reward models there.
+that a model wrote is executed. A rule that does not apply scores a whole group the same, so it changes no advantage.
+Known limit: a rule reads numbers and words, not meaning. Departure from R1 (arXiv 2501.12948, its versions are cited
+as v1 and v2): helpfulness and harmlessness are reward models there.
 """
 import ast
 import re
@@ -24,9 +24,10 @@ LONGEST = 2000  # characters that an answer may have; below int()'s limit of 4,3
 
 LATIN, HAN = "A-Za-zÀ-ÖØ-öø-ɏ", "〇㐀-鿿"  # without × and ÷
 NUMERALS = "²³¹¼-¾⁰-₉⅐-ↈ①-⓿"  # \w to Python, yet no words
-WORDS = {"en": f"[{LATIN}]+", "zh": f"[{HAN}]", "other": rf"[^\W\d_{LATIN}{HAN}{NUMERALS}]+"}  # zh: each character
+OTHER, SYMBOL = rf"[^\W\d_{LATIN}{HAN}{NUMERALS}]", "[ªµºΑ-ϵℂ-ⅎ𝐀-𝟋]"  # π is no word
+WORDS = {"en": f"[{LATIN}]+", "zh": f"[{HAN}]", "other": rf"{OTHER}{{2,}}|(?!{SYMBOL}){OTHER}"}  # zh: each character
 WORD_OR_NUMBER = rf"[{HAN}]|[^\W_{HAN}]+"
-LETTER = rf"[^\W{HAN}]"  # of a script that sets words apart; Chinese does not
+LETTER = rf"[^\W{HAN}]"  # or a digit; but not Chinese, which has no spaces between words
 EDGE = rf"(?:(?<!{LETTER})|(?!{LETTER}))"  # where a whole word may start or end
 
 
@@ -38,13 +39,13 @@ def has_word(text: str) -> bool:  # dots and spaces are no content
     return re.search(r"[^\W_]|[∅∞]", text) is not None
 
 
-def count_words(text: str) -> dict[str, int]:  # digits, operators and punctuation are neutral
+def count_words(text: str) -> dict[str, int]:  # digits, punctuation, operators and symbols are neutral
     return {language: len(re.findall(word, text)) for language, word in WORDS.items()}
 
 
 def split(completion: str) -> tuple[str, str]:
-    """(thinking, answer), read leniently, with tags or without. Without, as a base model writes, the last line is
-    the answer. Several answer blocks are read as one, so that two candidates are none."""
+    """(thinking, answer), read leniently. Without tags, as a base model writes, the last line is the answer.
+    Several answer blocks are read as one text, so two different candidates are no answer."""
     head, closed, tail = completion.partition("</think>")
     if closed:
         thinking = head.partition("<think>")[2] if "<think>" in head else head  # <think> may end the prompt
@@ -66,51 +67,52 @@ def thinks(completion: str) -> bool:
 
 
 # A number is ASCII, and nothing beside it changes its value or joins it to another. Beside each part, its examples:
-OPERATORS = r"-−–—+×÷·/⁄^√<>≤≥≠±~≈"
+OPERATORS = r"-−–—+×÷·/⁄^√<>≤≥≠±~≈*"
 NUMERAL = "〇零一二三四五六七八九十百千万亿两壹贰叁肆伍陆柒捌玖拾佰仟萬億兆廿卅"
-NOT_AFTER = ("minus ", "negative ", "not ", "n't ", "than ", "twice ", "half of ", "负", "分之", "不是")
+NOT_AFTER = ("minus ", "plus ", "times ", "divided by ", "multiplied by ", "negative ", "not ", "n't ", "n’t ", "than ",
+             "twice ", "half of ", "负", "分之", "不是")
 NUMBER = re.compile("".join([
-    rf"(?<![{OPERATORS}*.,{NUMERAL}])",                       # no 12 in 3+12, 1.12.3, 五12
-    rf"(?<![{OPERATORS}*][ ({{=])(?<![{OPERATORS}]= )",       # nor in 3 - 12, -(12), <= 12; "x = 12" is fine
-    rf"(?<!{LETTER})(?<![{OPERATORS}{NUMERAL}* (][$€£¥￥])",    # nor in x12, - $12
-    *(f"(?<!{word})(?<!{word}[$€£¥￥])" for word in NOT_AFTER),  # nor in "minus 12"
+    rf"(?<![{OPERATORS}.,{NUMERAL}])(?<!{LETTER})(?<!{LETTER}\()",  # no 12 in 3+12, 1.12.3, 五12, x12, f(12)
+    rf"(?<![{OPERATORS}][ ({{=])(?<![{OPERATORS}] [({{])",           # nor in 3 - 12, -(12), - (12)
+    rf"(?<![{OPERATORS}]= )(?<![{OPERATORS}{NUMERAL} (][$€£¥￥])",   # nor in <= 12, - $12; "x = 12" is fine
+    *(f"(?<!{word})(?<!{word}[($€£¥￥])" for word in NOT_AFTER),  # nor in "minus 12"
     r"(?P<sign>[-−]?)[$€£¥￥]?(?P<whole>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)",           # -$1,234 or -$1234
     r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?(?P<percent> ?(?:[%％]|per ?cent\b))?",  # .50, /4, %
-    rf"(?![0-9])(?! ?[{OPERATORS}*=%％‰])",                   # no 12 in 1234, 12 + 3, 12=12
-    r"(?! ?(?:[kxyzeπ]|bn|pi|(?-i:M))\b)",                    # nor in 12k, 12 x, 12M; "12 m" is fine
+    rf"(?![0-9])(?! ?[{OPERATORS}=%％‰])",                   # no 12 in 1234, 12 + 3, 12=12
+    r"(?! ?(?:[keπ]|[xyz]+|bn|pi|(?-i:[MB]))\b)",            # nor in 12k, 12 xy, 12M; "12 m" is fine
     r"(?! ?(?:per ?cent|plus|squared|cubed|and (?:an?|one)\b))",  # nor in "12 plus one", "12 and a half"
-    rf"(?! ?(?:[多几]|分之|[个個點点]?[半{NUMERAL}](?![克米瓦])))",    # nor in 12多, 12分之一, 12点五; 12千克 is 12 kg
+    rf"(?! ?(?:[多几]|分之|[个個點点]?(?!千[克米瓦])[半{NUMERAL}]))",  # nor in 12多, 12分之一, 12点五; 12千克 is 12 kg
 ]), re.IGNORECASE)
 SPELLED = (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)|eleven|twelve|twenty|dozen|hundred|thousand"
-           rf"|(?:[mb]|tr)illion|[{NUMERAL}]{{2}}")  # "57 or fifty-eight"; "the two have 57" is fine
+           rf"|(?:[mb]|tr)illion|[{NUMERAL}]{{2}}")  # "57 or fifty-eight" is None, "the two have 57" is 57
 
 
 def extract_answer(text: str, last: bool = False) -> Fraction | None:
     r"""The one number of an answer text, or None.  "She has $1,234.50." -> 2469/2
 
     1,234 = 1234.0; 3/4 = \frac{3}{4}; 50% = 1/2; a unit, \boxed{} and **bold** may surround it. None in doubt: numbers
-    that differ, an expression (12=12), a malformed number (1,23), a date, 1e5, a number in words, a digit outside
+    that differ, an expression (12=12), a malformed number (1,23), a date, 1e5, a number word above ten, a digit outside
     ASCII (５, ², ½), a hidden character. `last`: the last number of a worked line instead ("5 + 3 = 8" -> 8).
     """
     text = squeeze(text)
     if len(text) > LONGEST or not text.isprintable():  # a zero-width character is not printable
         return None
-    if any(c.isnumeric() and not re.match(f"[0-9{HAN}]", c) for c in text):  # 一 is numeric too, and a word
+    if any(c.isnumeric() and not re.match(f"[0-9{HAN}]", c) for c in text):  # ５, ², ½; 一 may be a word
         return None
-    text = squeeze(re.sub(r"(?<!\\)\$ ?\$|\\[()[\]]", " ", text))  # $$5$$ and \(5\) hide no "not" before them
+    text = re.sub(r"(?<!\\)\$ ?\$|\\[()[\]]", " ", text)  # "not $$5$$" must read "not 5"
     text = re.sub(r"\\([%$])", r"\1", text).replace("!=", "≠")
-    text = re.sub(r"\\(?:times|cdot|div|pm|sqrt|neq?|leq?|geq?|approx)(?![a-z])", "×", text)
+    text = re.sub(r"\\(?:times|cdot|div|pm|sqrt|neq?|leq?|geq?|approx)(?![a-z])", "×", text)  # any operator will do
     text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
     text = re.sub(r"(?<![0-9])\\boxed\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\*\*([^*]*)\*\*", r" \1 ", text)
+    text = squeeze(re.sub(r"\*\*([^*]*)\*\*", r" \1 ", text)).replace("( ", "(")
     values = [number_value(number) for number in NUMBER.finditer(text)]
     gaps = NUMBER.sub("\0", text).split("\0")  # the text around the numbers
     around = gaps[-1] if last else " ".join(gaps)
-    if not values or re.search(f"[0-9]|{SPELLED}", around, re.IGNORECASE):  # digits of no number we can read
+    if not values or re.search(f"[0-9]|{SPELLED}", around, re.IGNORECASE):  # a number that NUMBER does not read
         return None
     if last:
         return values[-1]
-    apart = all(re.search(rf"[^\W\d_]{{2}}|[{HAN}]", gap) for gap in gaps[1:-1])  # by words: not "2 2", "2 x 2"
+    apart = all(re.search(rf"[^\W\d_]{{2}}|[{HAN}]", gap) for gap in gaps[1:-1])  # words between them: not "2 2"
     return values[0] if apart and len(set(values)) == 1 else None
 
 
@@ -121,14 +123,14 @@ class Percent(Fraction):
 def number_value(number: re.Match) -> Fraction | None:
     try:
         value = Fraction(number["whole"].replace(",", "") + (number["decimals"] or "")) / int(number["divisor"] or 1)
-    except (ValueError, ZeroDivisionError):  # more digits than int() takes, or 3/0
+    except (ValueError, ZeroDivisionError):  # 3/0, or someone has lowered int()'s limit
         return None
     value = -value if number["sign"] else value
     return Percent(value / 100) if number["percent"] else value
 
 
 def equal(answer, reference) -> bool:
-    """Whether two values are the same, not in doubt. N% is N as well as N / 100: 20% for a reference of 20 or 1/5."""
+    """Whether both are known and the same. N% counts as N and as N / 100: 20% matches 20 and 1/5."""
     as_written = [100 * value if isinstance(value, Percent) else value for value in (answer, reference)]
     return answer is not None and (answer == reference or as_written[0] == as_written[1])
 
@@ -136,8 +138,8 @@ def equal(answer, reference) -> bool:
 def final_answer(completion: str, read=extract_answer, read_end=None):
     """What a completion ends on, with tags or without: for metrics and majority votes.
 
-    read(text) -> a hashable value, or None in doubt. Where no tags say what the answer is, read_end(completion) does;
-    without it, the last line, or its last number: "12 + 45 = 57, so 57."
+    read(text) -> a hashable value, or None in doubt. Without <answer>, read_end(completion) gives the value;
+    if there is no read_end, the last line does, or its last number: "12 + 45 = 57, so 57."
     """
     answer = split(completion)[1]
     if "<answer>" in completion:
@@ -192,8 +194,8 @@ def solves(completion: str, nums: list[int], target: int, read_expression=str) -
     answer = squeeze(answer if "<answer>" in completion else answer.rpartition("\n")[2])
     if len(answer) > LONGEST:
         return False
-    text = read_expression(answer).translate(SIGNS)  # without what may stand around it, say LaTeX
-    written = re.fullmatch(rf"([0-9+*/() -]{{1,300}})(?:= *{target} *)?", text)
+    text = read_expression(answer).translate(SIGNS)  # read_expression may strip LaTeX
+    written = re.fullmatch(rf"([0-9+*/() -]{{1,300}})(?:= *{target} *)?", text)  # 300: calculate recurses
     if not written or len(re.findall("[(-]", written[1])) > 60:  # nested too deeply
         return False
     if sorted(re.findall("[0-9]+", written[1])) != sorted(map(str, nums)):
@@ -233,31 +235,31 @@ def whole(phrase: str, before: str = "") -> re.Pattern:
 
 
 def helpfulness(completion: str, example: dict) -> float:
-    """1 iff the answer block, and only it, replies well; 0 for reasoning and harmful requests.  R1 v1 2.3.4"""
-    reply, reference = squeeze(split(completion)[1]), squeeze(example["answer"])
+    """1 iff the answer replies well, whatever the thinking says; 0 for reasoning and harmful requests.  R1 v1 2.3.4"""
     if example.get("kind", "reasoning") == "reasoning" or example.get("harmful"):
         return 0.0
+    reply, reference = squeeze(split(completion)[1]), squeeze(example["answer"])
     if len(reply) > LONGEST or is_refusal(reply):
         return 0.0
     if not has_word(reference) or not whole(reference).search(reply):
         return 0.0
     if whole(reference, before=DENIAL).search(reply):  # "not Paris"
         return 0.0
-    if any(whole(wrong).search(reply) for wrong in example.get("wrong", ())):  # listing all that one knows
+    if any(whole(wrong).search(reply) for wrong in example.get("wrong", ())):  # it lists every guess
         return 0.0
     words = re.findall(WORD_OR_NUMBER, reply.lower())
     triples = list(zip(words, words[1:], words[2:]))
     if len(words) > 30 or len(set(triples)) < len(triples):  # rambling, or three words said twice
         return 0.0
     asked = re.findall(WORD_OR_NUMBER, example["prompt"].lower())
-    if len(asked) > 3 and f" {' '.join(asked)} " in f" {' '.join(words)} ":  # an echo; a greeting may return
+    if len(asked) > 3 and f" {' '.join(asked)} " in f" {' '.join(words)} ":  # an echo; a greeting may come back
         return 0.0
-    rest = count_words(whole(reference).sub(" ", reply))  # a translation's own words are of the other language
+    rest = count_words(whole(reference).sub(" ", reply))  # the reference may be in the other language
     return float(rest[example.get("language", "en")] >= 0.8 * sum(rest.values()))
 
 
 def plain_letters(text: str) -> str:
-    """Its letters, digits and spaces, without case, full width and accents; in linear time, so letter by letter."""
+    """Letters, digits and spaces, casefolded, no accents; letter by letter: NFKD of a text can be quadratic."""
     forms = {c: unicodedata.normalize("NFKD", c) for c in set(text)}
     for c, form in forms.items():
         kept = form if len(form) < 5 else c  # ﷺ is a sentence
@@ -286,5 +288,5 @@ REWARDS = {"accuracy": accuracy, "format": format, "language_consistency": langu
 
 
 def rules_with(**readers):
-    """REWARDS with accuracies by these readers, keywords of accuracy_any; data/math_answers.py has MATH's: READERS."""
+    """REWARDS, with these keywords passed to both accuracies; for MATH, use READERS of data/math_answers.py."""
     return REWARDS | {"accuracy": partial(accuracy, **readers), "accuracy_any": partial(accuracy_any, **readers)}

@@ -1,7 +1,7 @@
 """Next-token training with a mask: supervised fine-tuning, and pretraining as the case without a mask.
 
 An example is (ids, prompt_length): the loss falls on the tokens after the prompt, the end token included
-(prompt_length 0: on all, which is pretraining). Examples are packed into rows and do not see one another.
+(prompt_length 0, pretraining: on all but the first). Examples are packed into rows and do not see one another.
 The recipe's stages that run through here: pretraining, cold start [R1 v2 B.3.2], SFT-2 [B.4.2], distillation [B.4.3].
 
     python sft.py --model DIR --data FILE.jsonl --out DIR     # rows {"prompt": str, "completion": str}
@@ -24,7 +24,7 @@ class SFTConfig:
     min_lr_ratio: float = 0.1   # cosine down to a tenth, as R1
     warmup: float = 0.05        # share of the steps; not published
     epochs: int = 2             # R1: 2-3
-    batch_tokens: int = 8192    # tokens of one update
+    batch_tokens: int = 8192    # positions of one update, padding included
     micro_batch_rows: int = 16  # rows of one forward pass; changes memory and speed, not the result
     row_length: int = 256       # packed row
     weight_decay: float = 0.1   # on matrices only
@@ -35,10 +35,10 @@ class SFTConfig:
 
 
 def pack(examples, row_length):
-    """Fill rows of `row_length` tokens with whole examples, in order, each into the first of 8 open rows with room.
+    """First-fit packing: each example, in order, goes whole into the first of up to 8 open rows that has room.
 
     Returns tensors (R, row_length): ids; segments (1.. within a row, 0 for padding); positions (from 0 in each
-    example); targets, the next token where the loss falls and -100 elsewhere. An example longer than a row is cut.
+    example); targets, the next token where the loss falls and -100 elsewhere. Longer examples are truncated to a row.
     """
     full, open_rows = [], []
     for ids, prompt_length in examples:
@@ -79,7 +79,7 @@ def pack_epochs(examples, c: SFTConfig):
 
 
 def learning_rate(step, steps, c: SFTConfig):
-    """Linear warm-up, then a cosine down to lr * min_lr_ratio."""
+    """Linear warm-up, then a cosine down to about lr * min_lr_ratio."""
     warmup = max(1, round(c.warmup * steps))
     if step < warmup:
         return c.lr * (step + 1) / warmup
@@ -99,8 +99,8 @@ def adamw(parameters, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 class CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target] of each row. logits (N, V), targets (N,) -> (N,) in fp32.
 
-    As F.cross_entropy, but the gradient, softmax - onehot, is computed in the forward pass; on a CPU in pieces that
-    stay in the cache: (N, V) in fp32 is never written to memory.
+    As F.cross_entropy, but the forward pass also computes the gradient, softmax - onehot. On a CPU it does so in pieces
+    that stay in the processor's cache: of bf16 logits no fp32 (N, V) is written to memory.
     """
 
     @staticmethod
@@ -109,17 +109,17 @@ class CrossEntropy(torch.autograd.Function):
         piece = 128 if logits.device.type == "cpu" else max(1, len(logits))
         for x, target, g in zip(logits.split(piece), targets[:, None].split(piece), gradient.split(piece)):
             p = x.softmax(-1, dtype=torch.float32)
-            # log p[target] by way of the likeliest token: p[target] itself may be too small for a float
-            likeliest, likeliest_logprob = x.amax(-1, keepdim=True).float(), p.amax(-1, keepdim=True).log()
-            losses.append(likeliest - x.gather(1, target).float() - likeliest_logprob)
+            # log p[target] by way of the largest logit: p[target] itself may be too small for a float
+            max_logit, max_logprob = x.amax(-1, keepdim=True).float(), p.amax(-1, keepdim=True).log()
+            losses.append(max_logit - x.gather(1, target).float() - max_logprob)
             g.copy_(p.scatter_(1, target, p.gather(1, target) - 1))
         ctx.save_for_backward(gradient)
         return torch.cat(losses)[:, 0]
 
     @staticmethod
-    def backward(ctx, outside):
+    def backward(ctx, grad):
         gradient, = ctx.saved_tensors
-        return gradient * outside[:, None].to(gradient.dtype), None
+        return gradient * grad[:, None].to(gradient.dtype), None
 
 
 def loss_sum(model, ids, segments, positions, targets, dtype):
@@ -132,23 +132,24 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
 
     learned = (targets.flatten() >= 0).nonzero()[:, 0]  # (n,) positions with a target
     targets = targets.flatten()[learned]                # (n,)
-    # no cache: the pieces of the head would share one cast of its weights, and sum its gradient in bf16
+    # a cached bf16 cast of the head's weights would serve all of its pieces, and sum their gradients in bf16
     with torch.autocast(ids.device.type, getattr(torch, dtype), dtype != "float32", cache_enabled=False):
         if not (hasattr(model, "hidden") and hasattr(model, "head")):
             logits = model(ids, positions=positions, segments=segments).flatten(0, 1)         # (B*T, V)
             return CrossEntropy.apply(logits.index_select(0, learned), targets).sum()
         states = model.hidden(ids, positions=positions, segments=segments).flatten(0, 1)      # (B*T, D)
-        states, rows = states.index_select(0, learned), LOGITS_AT_ONCE // model.config.vocab_size
-        if len(targets) <= rows:
+        states = states.index_select(0, learned)                                              # (n, D)
+        size = LOGITS_AT_ONCE // model.config.vocab_size
+        if len(targets) <= size:
             return loss_of(states, targets)
-        pieces = zip(states.split(rows), targets.split(rows))  # a large vocabulary's (n, V) would not fit
+        pieces = zip(states.split(size), targets.split(size))  # a large vocabulary's (n, V) would not fit
         return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)  # computed again in backward
 
 
 def micro_batches(batch, count):
-    """`count` rows at a time of each of the batch's tensors; under torchrun this process's share of so many a process.
+    """Yields micro-batches: `count` rows of each of the batch's tensors; under torchrun `count` rows a process.
 
-    A process without a row makes its pass on padding: FSDP's passes are made together.
+    A process without a row gets one of padding: under FSDP all must make each pass.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for rows in zip(*(x.split(count * processes) for x in batch)):
@@ -159,7 +160,7 @@ def micro_batches(batch, count):
 
 
 def sum_over_processes(loss, parameters):
-    """The sum of the losses, and in place of the gradients: those that are sharded (FSDP) are summed already."""
+    """Returns the sum of the losses, and sums the gradients in place. FSDP has summed sharded ones already."""
     if not dist.is_initialized():
         return loss
     loss = torch.tensor(loss, device=parameters[0].device)
@@ -167,7 +168,7 @@ def sum_over_processes(loss, parameters):
     for i in range(0, len(own), 32):  # 32 in a message
         flat = torch.cat([t.flatten() for t in own[i:i + 32]])
         dist.all_reduce(flat)
-        for t, total in zip(own[i:], flat.split([t.numel() for t in own[i:i + 32]])):
+        for t, total in zip(own[i:i + 32], flat.split([t.numel() for t in own[i:i + 32]])):
             t.copy_(total.view_as(t))
     return loss.item()
 
@@ -175,11 +176,11 @@ def sum_over_processes(loss, parameters):
 def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=None, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics. make_optimizer: as adamw.
 
-    objective: in place of loss_sum, and what follows a step (variants/v3_pretraining.py: Objective).
-    log(metrics, batch) is called each step, batch: its rows as `pack` gives them. save(model=..., optimizer=...,
-    scaler=..., step=...) is offered the state after each step; resume(model=..., optimizer=..., scaler=...) puts such
-    a state back and returns {"step": ...}. A step whose loss or gradient is not finite is skipped. Where a scaled
-    gradient alone leaves float16's range ("overflow"), the step is left out as well, and the scale is halved.
+    objective: replaces loss_sum, and adds after_step(model) -> metrics (variants/v3_pretraining.py: Objective).
+    log(metrics, batch) and save(model=..., optimizer=..., scaler=..., step=...) are called after each step; batch holds
+    its rows, as `pack` gives them. resume(model=..., optimizer=..., scaler=...) puts such a state back and returns
+    {"step": ...}. A step whose loss or gradient is not finite is skipped; also one whose scaled float16 gradient alone
+    is not finite ("overflow"), after which the scale is halved.
     Raises ValueError when there is no example, or none with a token to learn.
     """
     c, device = config, next(model.parameters()).device
@@ -191,22 +192,23 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=No
     data = pack_epochs(examples, c)
     rows_a_step = max(1, c.batch_tokens // c.row_length)
     steps = math.ceil(len(data[0]) / rows_a_step)
-    step, metrics, sum_of = 0, {}, loss_sum if objective is None else objective.loss_sum
+    step, metrics = 0, {}
+    get_loss = loss_sum if objective is None else objective.loss_sum
     if resume is not None:
         step = resume(**objects)["step"]
     model.train()
     while step < steps:
         started = time.time()
-        batch = [x[step * rows_a_step:(step + 1) * rows_a_step] for x in data]
-        tokens = (batch[3] != -100).sum().item()  # the whole step's count: micro-batches change nothing
+        batch = [x[step * rows_a_step:(step + 1) * rows_a_step] for x in data]  # ids, segments, positions, targets
+        learned = (batch[3] != -100).sum().item()  # of the whole step: the size of micro-batches changes nothing
         total = 0.0
         if objective is not None:
             objective.progress = step / steps
         for rows in micro_batches(batch, c.micro_batch_rows):
-            loss = sum_of(model, *(x.to(device) for x in rows), c.dtype) / max(tokens, 1)
+            loss = get_loss(model, *(x.to(device) for x in rows), c.dtype) / max(learned, 1)
             scaler.scale(loss).backward()
             total += loss.item()
-        trained = [getattr(p, "master", p) for p in model.parameters()]  # variants/offload.py has gradients elsewhere
+        trained = [getattr(p, "master", p) for p in model.parameters()]  # where variants/offload.py has the gradients
         total = sum_over_processes(total, trained)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
@@ -218,7 +220,7 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=No
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         overflow = not is_finite and math.isfinite(total) and scaler.get_scale() > 1
-        scaler.update()  # after an overflow the scale is halved, and nothing is wrong
+        scaler.update()  # halves the scale after an overflow, which is nothing wrong
         step += 1
         metrics = {"step": step, "steps": steps, "loss": total, "lr": lr, "grad_norm": grad_norm,
                    "tokens": int((batch[1] > 0).sum()), "skipped": float(not is_finite and not overflow),

@@ -6,7 +6,6 @@ Hugging Face does; special ones only where the caller asks for them.
 
     python tokenizer.py data "<think> 12 + 3 = 15 </think>"      # one token per line
 """
-
 import hashlib
 import itertools
 import json
@@ -38,7 +37,8 @@ TEMPLATES = {
 SYSTEM = "<|im_start|>system\n%s<|im_end|>\n" + TEMPLATES["chatml"]
 DATED = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n" \
         "Today Date: 26 Jul 2024\n\n<|eot_id|>" + TEMPLATES["llama-3"].removeprefix("<|begin_of_text|>")
-# What published chat templates come to for one question, and the start of the hash of each revision that does.
+LLAMA_3 = (TEMPLATES["llama-3"], DATED)  # they strip the spaces around a prompt
+# {prompt template: the first 16 digits of the sha256 of each published chat template that yields it}
 PUBLISHED = {
     SYSTEM % "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.": ["6037ec53ac59dea1"],  # Qwen2.5
     SYSTEM % "You are a helpful AI assistant named SmolLM, trained by Hugging Face": ["6e76f0d0a1bfb2ef"],  # SmolLM2
@@ -63,12 +63,12 @@ LONG = 100_000  # characters: on a million spaces tiktoken's regex engine overfl
 
 def recognise(chat_template: str | list | None) -> str | None:
     """The prompt template that a published chat template comes to for one question; None for one that is not known."""
-    if isinstance(chat_template, list):  # several, each with a name
-        chat_template = {each["name"]: each["template"] for each in chat_template}.get("default")
     if not chat_template:
         return TEMPLATES["none"]
-    words = " ".join(chat_template.replace("\\n", " ").split())  # its line breaks are written in both ways
-    digest = hashlib.sha256(words.encode()).hexdigest()[:16]  # a Jinja program: it is never run
+    if isinstance(chat_template, list):  # several, each with a name; transformers takes the default one, too
+        chat_template = {each["name"]: each["template"] for each in chat_template}.get("default", "")
+    words = " ".join(chat_template.replace("\\n", " ").split())  # a line break may be real or "\n"
+    digest = hashlib.sha256(words.encode()).hexdigest()[:16]  # Jinja: compared, never run
     return next((text for text, digests in PUBLISHED.items() if digest in digests), None)
 
 
@@ -76,7 +76,7 @@ def split_patterns(pre_tokenizer: dict) -> list[str]:
     """The regexes that cut text into pieces, one after the other: Split and Digits, then the ByteLevel's own."""
     *splits, byte_level = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if byte_level["type"] != "ByteLevel" or byte_level.get("add_prefix_space", True):
-        raise ValueError(f"pre_tokenizer {byte_level} is not supported: a last ByteLevel without add_prefix_space is")
+        raise ValueError(f"pre_tokenizer must end in ByteLevel without add_prefix_space, not in {byte_level}")
     patterns = []
     for split in splits:
         kind = (split["type"], split.get("behavior"), bool(split.get("invert")))
@@ -87,7 +87,7 @@ def split_patterns(pre_tokenizer: dict) -> list[str]:
         elif kind == ("Split", "Removed", True) and "Regex" in split["pattern"]:
             patterns.append(split["pattern"]["Regex"])  # what lies between the matches is left out
         else:
-            raise ValueError(f"pre_tokenizer {split} is not supported: Digits, or Split by a Regex, Isolated, is")
+            raise ValueError(f"{split} is not supported: only Digits, or Split by Regex, Isolated or inverted Removed")
     if byte_level.get("use_regex", True):
         patterns.append(ISOLATED.format(GPT2_PATTERN))
     return patterns or [r"[\s\S]+"]
@@ -95,19 +95,20 @@ def split_patterns(pre_tokenizer: dict) -> list[str]:
 
 def mergeable_ranks(model: dict, added: dict[str, int]) -> dict[bytes, int]:
     """{token: id} for tiktoken, which has no list of merges: it joins whichever neighbours make the token of lowest id.
-    So the ids must grow along tokenizer.json's list; lab/check_tokenizer.py proves what else must hold."""
-    if model["type"] != "BPE":
-        raise ValueError(f"model type {model['type']!r} is not supported: BPE is")
+    So the ids must rise in the order of its merges; lab/check_tokenizer.py proves what else must hold."""
+    fields = ("dropout", "byte_fallback", "fuse_unk", "continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(map(model.get, fields)):
+        raise ValueError(f"model {model['type']} is not supported: only BPE without {', '.join(fields)}")
     merged = ["".join(merge).replace(" ", "") for merge in model["merges"]]  # of "Ġ the" or ["Ġ", "the"]: "Ġthe"
     ids = [model["vocab"][token] for token in merged]
     if ids != sorted(ids):
         raise ValueError("model.merges are not supported: they are in another order than the ids")
-    mergeable = {*BYTE, *merged} | (model["vocab"].keys() - added)  # a vocabulary may name added tokens too
-    return {bytes(BYTE[char] for char in token): id for token, id in model["vocab"].items() if token in mergeable}
+    skip = added.keys() - BYTE.keys() - {*merged}  # added tokens that the vocabulary names too
+    return {bytes(BYTE[char] for char in token): id for token, id in model["vocab"].items() if token not in skip}
 
 
 def nfc(text: str) -> str:
-    """Unicode's NFC in linear time: unicodedata's own sort of a run of combining marks takes its length squared."""
+    """Unicode's NFC in linear time: unicodedata takes n² steps to sort n combining marks in a row."""
     if regex.search(r"\p{M}{100}", text):
         runs = itertools.groupby(text, key=lambda char: unicodedata.combining(char) > 0)
         text = "".join(char for _, run in runs for char in sorted(run, key=unicodedata.combining))
@@ -115,13 +116,13 @@ def nfc(text: str) -> str:
 
 
 def splitter(tokens: list[dict], normalized: bool) -> re.Pattern:
-    """Splits a text, normalized or not, at the added tokens to be found in it: they come out as every second part."""
+    """Splits at the added tokens that are sought in the raw or in the normalized text; they are the odd parts."""
     texts = [token["content"] for token in tokens if bool(token.get("normalized")) == normalized]
     texts.sort(key=len, reverse=True)  # the longest first
     return re.compile("(" + "|".join(map(re.escape, texts)) + ")" if texts else "(?!)")
 
 
-def cut(pattern: regex.Pattern, text: str) -> list[str]:  # a pattern may try too much: then TimeoutError
+def cut(pattern: regex.Pattern, text: str) -> list[str]:  # TimeoutError if it backtracks too long
     return [match[0] for match in pattern.finditer(text, timeout=2 + len(text) / 1e5) if match[0]]
 
 
@@ -130,7 +131,7 @@ def read_json(path: Path) -> dict:
 
 
 class Tokenizer:
-    """The tokenizer of a model directory. template: a name in TEMPLATES or a text with {prompt}; or the directory's."""
+    """The tokenizer of a model directory. template: a name in TEMPLATES, a text with {prompt}, or the directory's."""
 
     def __init__(self, dir: str | Path, template: str | None = None):
         dir = Path(dir)
@@ -141,8 +142,10 @@ class Tokenizer:
             self.config["chat_template"] = (dir / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
         self._read_added_tokens()
         self._read_model()
-        self._chosen = template or self.config.get("prompt_template")  # save writes it
+        self._chosen = template or self.config.get("prompt_template")  # written by save
         self._template = TEMPLATES.get(self._chosen, self._chosen) or recognise(self.config.get("chat_template"))
+        if self._chosen and self._template.count("{prompt}") != 1:
+            raise ValueError(f"{self._chosen!r} is no template with one {{prompt}}, and none of {', '.join(TEMPLATES)}")
         self.end_ids = self._find_ends(read_json(dir / "generation_config.json").get("eos_token_id"))
         self.end_id = self.end_ids[0]
 
@@ -152,13 +155,13 @@ class Tokenizer:
             raise ValueError("added_tokens with lstrip, rstrip or single_word are not supported")
         self.added = {token["content"]: token["id"] for token in added}
         self.special_ids = {token["id"] for token in added if token.get("special")}
-        tags = [token for token in added if not token.get("special")]
+        always = [token for token in added if not token.get("special")]
         self._all_added = splitter(added, normalized=False), splitter(added, normalized=True)
-        self._tags = splitter(tags, normalized=False), splitter(tags, normalized=True)
+        self._always = splitter(always, normalized=False), splitter(always, normalized=True)
         self.start_ids = []  # of the tokens that a post_processor puts before a text, as Llama's <|begin_of_text|>
         post_processor = self.spec.get("post_processor") or {"processors": []}
         for part in post_processor.get("processors", [post_processor]):
-            *before, last = part.get("single", [{"Sequence": "the text"}])
+            *before, last = part.get("single", [{"Sequence": "the text"}])  # ByteLevel puts nothing before it
             if part["type"] not in ("ByteLevel", "TemplateProcessing") or "Sequence" not in last:
                 raise ValueError(f"post_processor {part} is not supported: ByteLevel, and tokens before the text, are")
             self.start_ids += [self.added[item["SpecialToken"]["id"]] for item in before]
@@ -190,6 +193,8 @@ class Tokenizer:
             named = [self.added[eos_token["content"] if isinstance(eos_token, dict) else eos_token], *named]
         after_prompt = (self._template or "").partition("{prompt}")[2]
         turn_ends = [self.added[end] for end in ("<|im_end|>", "<|eot_id|>") if after_prompt.startswith(end)]
+        if not named and len(self.special_ids) != 1:
+            raise ValueError(f"{self.path}: neither eos_token nor eos_token_id says which token ends a text")
         return list(dict.fromkeys(turn_ends + (named or list(self.special_ids))))
 
     @property
@@ -200,17 +205,15 @@ class Tokenizer:
         return self._template
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        in_raw, in_normalized = self._all_added if allow_special else self._tags
+        in_raw, in_normalized = self._all_added if allow_special else self._always
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates become U+FFFD
         ids = []
         for i, part in enumerate(in_raw.split(text)):
             if i % 2:
                 ids.append(self.added[part])
                 continue
             for j, plain in enumerate(in_normalized.split(self.normalize(part))):
-                if j % 2:
-                    ids.append(self.added[plain])
-                else:
-                    ids += self._encode_plain(plain)
+                ids += [self.added[plain]] if j % 2 else self._encode_plain(plain)
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -220,11 +223,11 @@ class Tokenizer:
             pieces = [part for piece in pieces for part in cut(pattern, piece)]
         ids = []
         for piece in pieces:
-            if len(piece) < LONG and set(self._lacking).isdisjoint(piece.encode("utf-8", "replace")):
+            if len(piece) < LONG and set(self._lacking).isdisjoint(piece.encode()):
                 ids += self.encoding.encode_ordinary(piece)
-            else:
+            else:  # too long for tiktoken's regex engine, or with bytes that are no tokens
                 for part in cut(self._last, piece):
-                    ids += self._merge(part.encode("utf-8", "replace"))
+                    ids += self._merge(part.encode())
         return ids
 
     def _merge(self, piece: bytes) -> list[int]:
@@ -235,14 +238,15 @@ class Tokenizer:
         return [id if id < self.vocab_size else self._unknown_id for id in ids]
 
     def encode_prompt(self, prompt: str, later: bool = False) -> list[int]:
-        """The ids of a prompt in its template, whose control tokens alone are recognised: a prompt that says <|im_end|>
-        ends nothing. later: of any turn but the first of a conversation."""
+        """The ids of a prompt in its template. Special tokens are recognised in the template alone, so a prompt that
+        says <|im_end|> ends nothing; those with "special": false, as DeepSeek's <｜User｜> is, are in the prompt, too.
+        later: not the first turn of a conversation."""
         if not prompt:
             return []
         template = self.template
-        if template in (TEMPLATES["llama-3"], DATED):
-            prompt = prompt.strip()  # as Llama's own chat template does
-        if later:  # a start token and a system prompt come once; ChatML's turns end in a line break
+        if template in LLAMA_3:
+            prompt = prompt.strip()
+        if later:  # the start token and the system prompt come once; ChatML has a line break between turns
             turn = r"<\|im_start\|>user|<\|start_header_id\|>user|<｜User｜>"
             template = re.sub(rf"\A.*?(?={turn})|\A<\|begin_of_text\|>", "", template, count=1, flags=re.DOTALL)
             template = "\n" + template if template.startswith("<|im_start|>") else template
@@ -252,12 +256,11 @@ class Tokenizer:
         closing_start = min([after.find(token) for token in self.added if token in after], default=len(after))
         question = before[opening_end:] + prompt + after[:closing_start]
         ids = self.encode(before[:opening_end], True) + self.encode(question) + self.encode(after[closing_start:], True)
-        if not later and ids[:len(self.start_ids)] != self.start_ids:
-            ids = self.start_ids + ids
-        return ids
+        is_started = later or ids[:len(self.start_ids)] == self.start_ids
+        return ids if is_started else self.start_ids + ids
 
     def decode(self, ids: list[int]) -> str:
-        """Tags are text; special tokens are left out, and so are ids that only a padded embedding has."""
+        """Tags are text; special tokens and the unused ids of a padded embedding are left out."""
         return self.encoding.decode([id for id in ids if id in self.known and id not in self.special_ids])
 
     def save(self, dir: str | Path):
@@ -265,14 +268,13 @@ class Tokenizer:
         end = self.encoding.decode([self.end_id])
         config = {"pad_token": end, "clean_up_tokenization_spaces": False} | self.config
         if self._chosen:
-            template = self.template
-            if not template.startswith(("<|begin", "<｜begin")):  # Llama's and DeepSeek's bring their start token
-                template = self.encoding.decode(self.start_ids) + template
-            before, after = map(json.dumps, template.split("{prompt}"))
+            start, trim = self.encoding.decode(self.start_ids), " | trim" * (self.template in LLAMA_3)
+            before, after = map(json.dumps, (start + self.template.removeprefix(start)).split("{prompt}"))
             config["prompt_template"] = self._chosen
-            config["chat_template"] = f"{{{{ {before} + messages[-1]['content'] + {after} }}}}"  # for transformers
+            config["chat_template"] = f"{{{{ {before} + messages[-1]['content']{trim} + {after} }}}}"
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
         Path(dir).mkdir(parents=True, exist_ok=True)
+        Path(dir, "chat_template.jinja").unlink(missing_ok=True)  # it would override config's
         for name, content in (("tokenizer.json", self.spec), ("tokenizer_config.json", config)):
             text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
             Path(dir, name).write_text(text, encoding="utf-8")

@@ -108,7 +108,7 @@ DOUBT = re.compile("|".join([  # what extract_answer does not look for beside th
     r"[0-9] ?!",                                                              # 5!
     r"^[\[({](?=.*[\])}]$)[^,]*,",                                            # (5,5)
     r"[-+*/].*=",                                                             # -x = 5
-    rf"[{OPERATORS}*0-9] +[0-9]",                                             # 5 5
+    rf"[{OPERATORS}0-9] +[0-9]",                                              # 5 5
     r"\.[0-9]+ ?(?:\.\.|…)",                                                  # 4.99...
     rf"[0-9](?!{UNIT}){AZ}{{1,3}}(?!{AZ})", rf"[0-9]{AZ}(?!{AZ})",            # 5ab, 5x
     rf"[0-9] (?!{UNIT}){AZ}{{1,2}}$",                                         # 5 n

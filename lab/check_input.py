@@ -114,8 +114,6 @@ def check_rl(c) -> None:
     if c.importance_cap and c.old_logprobs == "sampler":
         raise ValueError(f"importance_cap {c.importance_cap} compares sampler and trainer: "
                          "it needs old_logprobs trainer")
-    if not 0 < c.top_p <= 1:
-        raise ValueError(f"top_p {c.top_p} is not above 0 and at most 1")
 
 
 def check_length_buffer(dapo, c) -> None:

@@ -177,7 +177,7 @@ def check_single(items, added):
 def check_pre_tokenizer(spec):
     *splits, byte_level = parts_of(spec, "pre_tokenizer", "pretokenizers") or [{"type": None}]
     if byte_level["type"] != "ByteLevel" or byte_level.get("add_prefix_space", True):
-        raise ValueError(f"pre_tokenizer {byte_level} is not supported: a last ByteLevel without add_prefix_space is")
+        raise ValueError(f"pre_tokenizer must end in ByteLevel without add_prefix_space, not in {byte_level}")
     patterns = [pattern_of(split) for split in splits]
     try_patterns(patterns, must_match_all=not byte_level.get("use_regex", True))
 
@@ -189,7 +189,8 @@ def pattern_of(split):
     is_removed = split.get("behavior") == "Removed" and split.get("invert")  # all but the matches is removed
     regexes = split.get("pattern")
     if split["type"] != "Split" or not (is_isolated or is_removed) or "Regex" not in expect(regexes, dict, "a pattern"):
-        raise ValueError(f"pre_tokenizer {split} is not supported: Digits, or Split by a Regex, Isolated, is")
+        raise ValueError(f"pre_tokenizer {split} is not supported: only Digits, or Split by Regex, Isolated or "
+                         "inverted Removed")
     pattern = expect(regexes["Regex"], str, "Regex of pre_tokenizer")
     # No published pattern is long, calls itself, looks back at a group, matches fuzzily or counts to 100. Those that
     # do can take memory without bound.

@@ -751,5 +751,5 @@ def _model_files(dir: Path) -> list[Path]:
     return sorted(file for file in files if file.is_file())
 
 
-def code_hash(*paths: str | Path) -> str:
-    return hashlib.sha256(b"\0".join(Path(path).read_bytes() for path in paths)).hexdigest()
+def file_hash(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -252,8 +252,6 @@ def claims_of_budgets(values):
         points = [f"{row['step']}: {row[stage]:.0f}%" for row in rows if stage in row]
         curves.append(f"{stage} " + ", ".join(points))
     detail = "accuracy within so many tokens of thinking: " + "; ".join(curves)
-    if values.of("lengthened", "accuracy_any") is not None:
-        detail += f". r1 with one Wait: {values.percent('lengthened', 'accuracy_any'):.0f}%"
     first, last = rows[0]["step"], rows[-1]["step"]
     return [Claim("12", "accuracy grows with the thinking budget (cutting; r1)",
                   "s1 fig. 1", "AIME 50 -> 57 (lengthening)",

@@ -174,11 +174,6 @@ def template_text(text):
     return text.replace("\\n", "\n")
 
 
-def add_compile(parser):
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the layers: needs a C++ compiler and half a minute")
-
-
 def add_memory(parser, leave_out=()):
     """Memory's fields as options; None where one was not given."""
     for name, default in vars(Memory()).items():

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 import evaluate
-import grpo
 from grpo import GRPOConfig
 from lab import checkpoint, graphs, measure
 from lab.command import Parser
-from lab.run import changed_files
+from lab.stale import changed_files
 from variants.configs import METHODS, PLAIN, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
 from variants.ppo import PPO, PPOConfig

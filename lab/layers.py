@@ -5,10 +5,10 @@
 
 On a CPU torch's fused attention is made for long rows; short ones take half the time as two products and a softmax, and
 in bfloat16 its backward pass is five times slower than in float32. Each new shape of a product costs a kernel.
-Autograd's RMSNorm passes over its input twice as often as the gradient by hand. A group shares a long prompt
-(lab/prompts.py); a GPU computes whole rows faster, and needs no copy of keys and values for each query head.
+Autograd's RMSNorm passes over its input twice as often as the gradient by hand. A GPU needs no copy of keys and values
+for each query head.
 
-Shapes: B rows, T positions, S cached columns, D hidden size, H heads, K key/value heads, d head size.
+Shapes: B rows, T positions, S columns of keys, D hidden size, H heads, K key/value heads, d head size.
 """
 
 import math
@@ -17,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab.prompts import SharingTransformer
-from model import Attention, Block, RMSNorm, Transformer, rotate
+from model import Attention, Block, RMSNorm, rotate
 from variants import deepseek_v3
 
 
 def fast_layers(model):
     """The model, with the layers that its device computes fastest."""
     if next(model.parameters()).device.type == "cpu":
-        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, Transformer: SharingTransformer,
-                        torch.nn.Linear: CPULinear, deepseek_v3.Attention: CPULatentAttention,
-                        deepseek_v3.RMSNorm: CPURMSNorm, deepseek_v3.Experts: CPUExperts})
+        replace(model, {Attention: CPUAttention, RMSNorm: CPURMSNorm, torch.nn.Linear: CPULinear,
+                        deepseek_v3.Attention: CPULatentAttention, deepseek_v3.RMSNorm: CPURMSNorm,
+                        deepseek_v3.Experts: CPUExperts})
     else:
         # cuDNN's attention makes a plan for each new shape, and our rows have many
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -7,8 +7,6 @@ import torch
 from tqdm import tqdm
 
 from lab import checkpoint, measure, records, watch
-from lab.architectures import is_deepseek
-from lab.routing import share_rerouted
 
 WATCHED = 6  # validation problems whose answers are kept from step to step, for the report
 
@@ -72,8 +70,6 @@ class RLLog(StageLog):
             lengths = rollout.lengths.view(len(problems), -1)
             metrics["length_of_problems"] = lengths[problems].float().mean().item() if problems.any() else float("nan")
         step = metrics["step"]
-        if is_deepseek(self.model) and (step == 1 or step % self.config.validate_every == 0):
-            metrics["rerouted"] = share_rerouted(self.model, rollout, self.config.dtype)
         self.count_cost(rollout)
         self.show(metrics, self.config.rollouts, "reward", "accuracy", "length", "kl")
         self.write_metrics(metrics)

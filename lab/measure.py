@@ -150,37 +150,22 @@ def score_many(run, name):
 
 
 def thinking_budgets(run):
-    """Accuracy with the thinking cut at each budget of tokens; and r1's, lengthened once by "Wait" [s1]."""
+    """Accuracy with the thinking cut at each budget of tokens."""
     for name in ("base", "zero", "r1"):
-        model = run.model(name)
-        run.extra(f"budgets_{name}", partial(accuracy_within, run, model))
-    run.extra("lengthened", partial(accuracy_lengthened, run, model))
+        run.extra(f"budgets_{name}", partial(accuracy_within, run, name))
 
 
-def accuracy_within(run, model):
+def accuracy_within(run, name):
     """{budget: accuracy in any style, per problem}"""
     def thinking_is_over(text):
         return "</think>" in text
 
-    close = run.tokenizer.encode("</think><answer>")
-    texts = evaluate.with_budgets(*ready_to_sample(run, model), BUDGETS, close, thinking_is_over)
-    return {str(budget): accuracy_of(run, cut) for budget, cut in texts.items()}
-
-
-def accuracy_lengthened(run, model):
-    end, wait = run.tokenizer.encode("</think>")[0], run.tokenizer.encode(" Wait,")
-    return {"accuracy_any": accuracy_of(run, evaluate.lengthened(*ready_to_sample(run, model), end, wait))}
-
-
-def ready_to_sample(run, model):
-    """The first arguments of with_budgets and lengthened: prompts, a sampler, decode, settings."""
     problems = run.source.test[:200]
     prompts = [run.prompt(example) for example in problems]
-    sampler = run.sampler(model, torch.Generator(device=run.device).manual_seed(0))
+    sampler = run.sampler(run.model(name), torch.Generator(device=run.device).manual_seed(0))
     # Continued completions share no prompt: reading 512 long ones at once was the peak of the whole run's memory.
     config = evaluate.EvalConfig(samples=2, max_new_tokens=run.preset.zero.max_new_tokens, batch_rows=128)
-    return prompts, sampler, decoder(run.tokenizer, problems), config
-
-
-def accuracy_of(run, texts):
-    return means(rules()["accuracy_any"], run.source.test[:200], texts)
+    close = run.tokenizer.encode("</think><answer>")
+    texts = evaluate.with_budgets(prompts, sampler, decoder(run.tokenizer, problems), config, BUDGETS, close,
+                                  thinking_is_over)
+    return {str(budget): means(rules()["accuracy_any"], problems, cut) for budget, cut in texts.items()}

@@ -113,38 +113,20 @@ def shared(generate):
     All draw one number from the common generator, which so stays the same in all: any one can save it. A process's own
     seed is this number plus its rank; another number of processes samples other completions.
     """
-    def sample(model, prompts, n=1, *, generator, kept=None, **settings):
+    def sample(model, prompts, n=1, *, generator, **settings):
         if not dist.is_initialized():
-            return generate(model, prompts, n=n, generator=generator, **settings, **kept_argument(kept))
+            return generate(model, prompts, n=n, generator=generator, **settings)
         seed = torch.randint(2 ** 62, (), generator=generator, device=generator.device).item() + rank()
         own = prompts[rank()::dist.get_world_size()] or prompts[:1]  # without a prompt: the first, dropped in in_order
         own_generator = torch.Generator(generator.device).manual_seed(seed)
-        own_kept = None if kept is None else []
-        results = generate(model, own, n=n, generator=own_generator, **settings, **kept_argument(own_kept))
+        results = generate(model, own, n=n, generator=own_generator, **settings)
         wait()  # names who is late; the messages below would only time out
         ids, lengths, logprobs = (gather_rows(result) for result in results)
-        if kept is not None:
-            kept += in_order(gather_sets(own_kept, lengths, ids[0].device), len(prompts), n)
         return tuple(torch.stack(in_order(parts, len(prompts), n)) for parts in (ids, lengths, logprobs))
 
     return sample
 
 
-def kept_argument(kept):
-    return {} if kept is None else {"kept": kept}  # another generate need not know it
-
-
 def in_order(parts, prompts, n):
     """The rows of `prompts` prompts, n each: prompt i is in process i % len(parts), there the i // len(parts)-th."""
     return [parts[i % len(parts)][(i // len(parts)) * n + j] for i in range(prompts) for j in range(n)]
-
-
-def gather_sets(own, lengths, device):
-    """The ids that top-p kept, of each process: for each of its rows as many sets as `lengths` says."""
-    sets = [ids for row in own for ids in row]
-    values, sizes = gather_rows(torch.cat(sets)), gather_rows(torch.tensor([len(ids) for ids in sets], device=device))
-    parts = []
-    for ids, of_sets, of_rows in zip(values, sizes, lengths):
-        pieces = iter(ids.split(of_sets.tolist()))
-        parts.append([[next(pieces) for _ in range(length)] for length in of_rows.tolist()])
-    return parts

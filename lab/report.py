@@ -36,7 +36,7 @@ CURVES = [("Reward and its parts", REWARDS, [0]),
           ("Language consistency", ["language_consistency"], [0, 1])]
 HEALTH = [("KL to reference", ["kl"], [0]), ("Clip fraction", ["clip_fraction"], [0]), ("Entropy", ["entropy"], [0]),
           ("Gradient norm", ["grad_norm"], [0]), ("Without signal", ["no_signal"], [0, 1]),
-          ("Unfinished", ["unfinished"], [0]), ("Sent to other experts", ["rerouted"], [0])]
+          ("Unfinished", ["unfinished"], [0])]
 
 SIGNS = {"holds": "✓", "contradicted": "✗", "unsettled": "~"}  # a verdict is read without its colour
 MOST_SAMPLES, MOST_CHARACTERS = 12, 1200  # of a stage, of a sample: a long run stays a small page

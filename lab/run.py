@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from lab.asking import decoder, to_learn
 from lab.scripts import cut_warning, rules, save_trained
 from lab.memory import Memory
 from lab.parallel import first, shared, wait
+from lab.stale import changed_files, code_of
 from lab.terminal import line_of
 from lab.trainee import Trainee
 from variants.v3_pretraining import Objective
@@ -47,20 +47,10 @@ PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
 DEEPSEEK_CODE = ("variants/deepseek_v3.py", "variants/v3_pretraining.py", "variants/v3_weights.py")  # on such a base
 CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
         "distill.py", "lab/graphs.py", "lab/asking.py", "lab/lots.py")
+MEASURED_BY = ("evaluate.py", "lab/measure.py", "lab/claims.py", "lab/compare.py")
 
 LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "lengths.jsonl",
         "completions.jsonl")
-
-
-def code_of(files):
-    """{file: its hash}, which tells later that a result was made by other code."""
-    return {file: checkpoint.code_hash(ROOT / file) for file in files}
-
-
-def changed_files(code):
-    """Those files of {file: hash} that are different now, or gone."""
-    return [file for file, old in code.items()
-            if not (ROOT / file).exists() or checkpoint.code_hash(ROOT / file) != old]
 
 
 def coin(text, example):

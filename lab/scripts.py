@@ -17,18 +17,15 @@ from lab.asking import decoder, to_learn, with_room
 from lab.check_adapter import base_directory
 from lab.check_input import check_directory, check_example, check_length_buffer
 from lab.checkpoint import FiniteGuard, is_first, print_flush, save_directory
-from lab.command import (Parser, add_compile, add_foretelling, add_going_on, add_memory, add_saving, add_template,
-                         fast_dtype, fields_of, new_directory, saving, tell_of_unused_gpu)
+from lab.command import (Parser, add_foretelling, add_going_on, add_memory, add_saving, add_template, fast_dtype,
+                         fields_of, new_directory, saving, tell_of_unused_gpu)
 from lab.graphs import generate
 from lab.judges import models_among, select_with
-from lab.layers import replace
 from lab.lots import in_lots
 from lab.memory import Memory, report
 from lab.own_rules import chosen_rules, chosen_weights
 from lab.parallel import shared
-from lab.prompts import SharingTransformer
 from lab.trainee import Trainee
-from model import Transformer
 from tokenizer import Tokenizer
 from variants.configs import METHODS, PUBLISHED, SAMPLING
 from variants.dapo import DAPO, DAPOConfig
@@ -105,11 +102,6 @@ def open_to_train(dir, args, seed):
         how.append(f"LoRA of rank {memory.lora}: {trained:,} parameters are trained")
     if memory.offload_optimizer:
         how.append("Adam on the CPU")
-    if getattr(args, "compile", False):
-        replace(model, {SharingTransformer: Transformer})  # each layer would be compiled for its place in the cache
-        for layer in model.layers:
-            layer.compile(dynamic=True)
-        how.append("compiled")
     print(", ".join(how), flush=True)
     return trainee, tokenizer
 
@@ -166,7 +158,6 @@ def parse_reinforce(description, config_class, estimator_config, defaults, leave
     parser.add_fields(DAPOConfig)
     if estimator_config is not None:
         parser.add_fields(estimator_config, estimator_config.__dataclass_fields__.keys() - {"model"})
-    add_compile(parser)
     add_memory(parser, leave_out)
     if estimator_config is None:  # what a variant adds is not in the formula
         add_foretelling(parser)
@@ -294,7 +285,6 @@ def fine_tune(config_class, tokenize, train, make_optimizer):
     add_template(parser)
     parser.add_argument("--pretrain", action="store_true", help="put the loss on the prompt too")
     parser.add_fields(config_class, ("lr", "epochs", "batch_tokens", "micro_batch_rows", "row_length", "dtype", "seed"))
-    add_compile(parser)
     add_memory(parser, leave_out=("cache_tokens",))
     add_foretelling(parser)
     add_saving(parser)

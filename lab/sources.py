@@ -178,7 +178,7 @@ class OwnModel:
         """Paths, and the content of the problem sets. Students may join later."""
         args, files = self.args, {}
         for name, path in (("train", args.train), ("test", args.test_file), ("general", args.general)):
-            files[name] = [str(Path(path).resolve()), checkpoint.code_hash(path)] if path else None
+            files[name] = [str(Path(path).resolve()), checkpoint.file_hash(path)] if path else None
         for name in ("prompt_field", "answer_field"):
             if getattr(args, name) is not None:
                 files[name] = getattr(args, name)

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import re
-import subprocess
 from pathlib import Path
 
 import rewards
@@ -19,6 +18,8 @@ from data import search
 from lab.elements import counts_in_words, number, quantity, words
 from lab.figures import budgets_svg, curve_svg, recipe_svg
 from lab.read_run import read_objects
+from lab.run import CODE, MEASURED_BY
+from lab.stale import made_by
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = "world"  # whose pictures stand in the README
@@ -410,18 +411,12 @@ def files_to_keep(run_dir):
         if name in CURVES:
             samples += [{"stage": name} | row for row in cheats_to_keep(path)]
     files = {"results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
-             "kept.json": json.dumps({"commit": commit()}) + "\n",
+             "kept.json": json.dumps(made_by((*CODE, *MEASURED_BY, "pipeline.py")), indent=1) + "\n",
              "samples.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)}
     for path in (run_dir / "times.json", *(run_dir / name / "metrics.jsonl" for name in CURVES)):
         if path.is_file():
             files[str(path.relative_to(run_dir))] = path.read_text(encoding="utf-8")
     return files
-
-
-def commit():
-    """Of the code beside this file, with a mark where files have changed since."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
 
 
 def keep(run_dir, out):

@@ -12,8 +12,8 @@ COLLAPSED_ENTROPY = 0.05  # of the first rollout's; healthy runs lower it too, s
 NO_SIGNAL = 0.9           # share of groups whose rewards are all equal: from the others alone comes a gradient
 RISEN_ENTROPY = 3         # times the first rollout's, plus RISEN_ENTROPY_NATS: the model writes at random
 RISEN_ENTROPY_NATS = 0.5  # so that a first entropy near 0 may triple
-KL_GROWTH = 10            # times the median so far; nats per token
-KL_ALWAYS_FINE = 0.5      # below it no growth is a sign
+KL_GROWTH = 10            # times the median so far, in two rollouts in a row: one clamped token may be 22,000 nats
+KL_ALWAYS_FINE = 0.5      # nats per token; below it no growth is a sign
 KL_NEVER_FINE = 5         # above it no earlier value excuses it
 UNFINISHED = 0.5          # share of outputs that reach max_new_tokens
 ALL_UNFINISHED = 0.9      # in every rollout: a model that never ends
@@ -37,7 +37,7 @@ def signs(rows):
                             "has a signal: other prompts, or stop here")
     if now["entropy"] > RISEN_ENTROPY * first["entropy"] + RISEN_ENTROPY_NATS:
         found["entropy"] = f"entropy rose from {first['entropy']:.2g} to {now['entropy']:.2g}: {SMALLER_STEP}"
-    if now["kl"] > kl_limit(before):
+    if before and all(row["kl"] > kl_limit(rows[:-2]) for row in rows[-2:]):
         found["kl"] = f"the KL to the reference rose to {now['kl']:.2g}: {SMALLER_STEP}"
     if min(row["unfinished"] for row in rows) >= ALL_UNFINISHED:  # from the start: there is nothing to compare with
         found["length"] = (f"{100 * now['unfinished']:.0f}% of the outputs run over max_new_tokens: raise it; "

@@ -1,4 +1,4 @@
-"""Speed, memory and growth: ours beside nanoGPT, transformers and TRL if installed, and beside the machine's limits.
+"""Speed and memory: ours beside nanoGPT, transformers and TRL if installed, and beside the machine's limits.
 
     python tests/bench.py                               # ours, and the limits
     PEERS/bin/python tests/bench.py --nanogpt DIR       # the Python of an environment with transformers and trl
@@ -35,8 +35,7 @@ import grpo
 import model as ours
 import sft
 from lab import graphs
-from lab.layers import fast_layers, replace
-from lab.prompts import SharingTransformer
+from lab.layers import fast_layers
 
 # 0.8M parameters and the world's vocabulary, as nanoGPT with 4 layers of 128
 SMALL = dict(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -124,13 +123,6 @@ def our_model(c, dtype=torch.float32):
     return fast_layers(model.to(DEVICE, dtype)).eval()
 
 
-def compiled_layers(model, **options):
-    replace(model, {SharingTransformer: ours.Transformer})
-    for layer in model.layers:
-        layer.compile(**options)
-    return model
-
-
 def hf_model(c, dtype=torch.float32):
     import transformers
     transformers.logging.set_verbosity_error()
@@ -154,9 +146,8 @@ def adam_step(model, optimizer, backward):
     return step
 
 
-def train_ours(c, rows, length, dtype, compiled=False):
-    model = compiled_layers(our_model(c)) if compiled else our_model(c)
-    ids = random_ids(c, rows, length + 1)
+def train_ours(c, rows, length, dtype):
+    model, ids = our_model(c), random_ids(c, rows, length + 1)
     micro_batches = ids.split(max(1, 2048 // length)) if DEVICE == "cpu" else [ids]  # as sft.py has them
 
     def backward():
@@ -205,26 +196,6 @@ def decode_hf(c, prompts, samples, prompt, new, dtype):
                                   top_p=1.0, max_new_tokens=new, min_new_tokens=new, num_return_sequences=samples)
 
 
-def prefill_ours(c, rows, length, dtype):
-    model, ids = our_model(c, DTYPES[dtype]), random_ids(c, rows, length)
-    start = torch.zeros(rows, dtype=torch.long, device=DEVICE)
-
-    @torch.no_grad()
-    def run():
-        cache = ours.KVCache(model.config, start, DTYPES[dtype])
-        return model.head(model.hidden(ids, cache=cache)[:, -1])
-    return run
-
-
-def prefill_hf(c, rows, length, dtype):
-    model, ids = hf_model(c, DTYPES[dtype]), random_ids(c, rows, length)
-
-    @torch.no_grad()
-    def run():
-        return model(ids, use_cache=True, logits_to_keep=1)
-    return run
-
-
 # A GRPO step: 256 sequences of 40 + 64 tokens, one update, with a reference
 PROMPTS, GROUP, PROMPT, NEW = 16, 16, 40, 64
 
@@ -234,10 +205,8 @@ def is_even(text, _=None):
     return float(sum(map(ord, text)) % 2)
 
 
-def grpo_ours(c, dtype, compiled=False, old_logprobs="sampler"):
+def grpo_ours(c, dtype, old_logprobs="sampler"):
     model, prompts = our_model(c), random_ids(c, PROMPTS, PROMPT).tolist()
-    if compiled:
-        compiled_layers(model, dynamic=True)
     config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=PROMPTS, group_size=GROUP, minibatches=1,
                              max_new_tokens=NEW, beta=0.04, old_logprobs=old_logprobs, dtype=NAMES[dtype],
                              micro_batch_tokens=2048 if DEVICE == "cpu" else 65536)
@@ -288,7 +257,6 @@ def grpo_trl(c, dtype):
 
 def train_race(c, rows, length, nanogpt):
     contenders = {
-        "ours bf16 compiled": partial(train_ours, c, rows, length, "bf16", True),
         "ours bf16": partial(train_ours, c, rows, length, "bf16"),
         "ours fp32": partial(train_ours, c, rows, length, "fp32"),
     }
@@ -317,23 +285,9 @@ def decode_race(c, prompts, samples, prompt, new):
     return "tokens/s", rows * new, contenders, limit
 
 
-def prefill_race(c, rows, length):
-    contenders = {}
-    for dtype in DTYPES:
-        contenders[f"ours {dtype}"] = partial(prefill_ours, c, rows, length, dtype)
-    if has("transformers"):
-        for dtype in DTYPES:
-            contenders[f"transformers {dtype}"] = partial(prefill_hf, c, rows, length, dtype)
-
-    def limit():  # the head multiplies the last token of each row only
-        return product_seconds({**c, "vocab_size": 0}, rows * length, torch.bfloat16)
-    return "tokens/s", rows * length, contenders, limit
-
-
 def grpo_race(c):
     contenders = {
         "ours bf16": partial(grpo_ours, c, "bf16"),
-        "ours bf16 compiled": partial(grpo_ours, c, "bf16", compiled=True),
         "ours bf16, pi_old scored": partial(grpo_ours, c, "bf16", old_logprobs="trainer"),
         "ours fp32": partial(grpo_ours, c, "fp32"),
     }
@@ -357,37 +311,8 @@ def races(nanogpt):
     found["decode 256 in groups of 16"] = partial(decode_race, SMALL, 16, 16, PROMPT, NEW)
     found["decode 1024"] = partial(decode_race, SMALL, 1024, 1, PROMPT, NEW)
     found["decode 32, SmolLM2-135M"] = partial(decode_race, SMOLLM2, 32, 1, PROMPT, 32)
-    found["prefill 64 x 128"] = partial(prefill_race, SMALL, 64, 128)
     found["grpo"] = partial(grpo_race, SMALL)
     return found
-
-
-def size(width, layers):
-    return SMALL | dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                        num_attention_heads=width // 32, num_key_value_heads=width // 64)
-
-
-def growth():
-    """{what grows: [(its value, make)]}, one thing at a time."""
-    sizes = [size(64, 4), size(128, 4), size(256, 8), size(512, 10)]
-
-    def decode(rows, new, c=SMALL):
-        return partial(decode_ours, c, rows, 1, PROMPT, new, "bf16")
-
-    def train(rows, length, c=SMALL):
-        return partial(train_ours, c, rows, length, "bf16")
-
-    return {
-        "decode: rows": [(n, decode(n, NEW)) for n in (1, 4, 16, 64, 256, 1024)],
-        "decode: new tokens, 64 rows": [(n, decode(64, n)) for n in (32, 128, 512, 1024)],
-        "decode: M parameters, 64 rows": [(millions(c), decode(64, NEW, c)) for c in sizes],
-        "train: rows of 128": [(n, train(n, 128)) for n in (1, 4, 16, 64)],
-        "train: length, 8,192 tokens": [(n, train(8192 // n, n)) for n in (64, 256, 1024, 2048)],
-        "train: M parameters, 16 x 128": [(millions(c), train(16, 128, c)) for c in sizes]}
-
-
-def millions(c):
-    return sum(i * o * count for i, o, count in matrices(c)) / 1e6
 
 
 def peak_megabytes(*which):
@@ -449,44 +374,23 @@ def show_race(name, make, repeats, nanogpt):
               f"{memory:>7}", flush=True)
 
 
-def show_growth(name, points, repeats):
-    print(f"\n{name}\n  {'':10} {'seconds':>9}  slope  peak MB")
-    before = None
-    for value, make in points:
-        run = make()
-        run()
-        seconds = statistics.median(timed(run) for _ in range(repeats))
-        slope = math.log(seconds / before[1]) / math.log(value / before[0]) if before else math.nan
-        print(f"  {value:10.4g} {seconds:9.4f}  {slope:5.2f}  {peak_megabytes(name, str(value)):>7}", flush=True)
-        before = value, seconds
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nanogpt", help="a folder with nanoGPT's model.py")
-    parser.add_argument("--only", nargs="+", default=[""], help="races and growths whose name begins with one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="races whose name begins with one of these")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     all_races = races(args.nanogpt)
     if args.once:
-        once(maker_of(*args.once, all_races))
+        name, contender = args.once
+        once(all_races[name]()[2][contender])
     print_machine()
     wanted = tuple(args.only)
     for name, make in all_races.items():
         if name.startswith(wanted):
             show_race(name, make, args.repeats, args.nanogpt)
-    for name, points in growth().items():
-        if f"growth {name}".startswith(wanted):
-            show_growth(name, points, args.repeats)
     os._exit(0)
-
-
-def maker_of(name, which, all_races):
-    """Of a race's contender, or of a growth's point."""
-    if name in all_races:
-        return all_races[name]()[2][which]
-    return {str(value): make for value, make in growth()[name]}[which]
 
 
 def print_machine():

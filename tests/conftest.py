@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine, and forks; tests/gpu.py is for a GPU
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -2,7 +2,6 @@
 
 import weakref
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretend_cuda import Pretended, tensors_in

@@ -35,6 +35,8 @@ from lab.elements import el  # noqa: E402
 from lab.figures import panel, picture  # noqa: E402
 from lab.graphs import generate  # noqa: E402
 from lab.layers import fast_layers  # noqa: E402
+from lab.run import CODE, DEEPSEEK_CODE, MEASURED_BY  # noqa: E402
+from lab.stale import made_by  # noqa: E402
 from variants.v3_pretraining import Objective  # noqa: E402
 
 DENSE = pipeline.PRESETS["cpu"].model
@@ -113,16 +115,13 @@ def figures(dir):
         found["second"] = statistics.mean(row["mtp_loss"] for row in last)
     if "zero" in stages:
         found["zero"] = 100 * stages["zero"]["evaluation"]["accuracy_any"][0]
-        rerouted = [row["rerouted"] for row in rows_of(dir / "zero", "metrics.jsonl") if "rerouted" in row]
-        if rerouted:
-            found["rerouted"] = 100 * statistics.mean(rerouted)
     return found
 
 
 COLUMNS = {"active": "parameters, active", "parameters": "all", "loss": "base's loss", "base": "base solves, %",
            "zero": "R1-Zero solves, %", "cache": "cache, bytes a token", "second": "second token's loss",
-           "busiest": "busiest expert", "rerouted": "rerouted, %"}
-SHOWN = {"loss": ".3f", "second": ".3f", "busiest": ".2f", "rerouted": ".2f"}
+           "busiest": "busiest expert"}
+SHOWN = {"loss": ".3f", "second": ".3f", "busiest": ".2f"}
 
 
 def write_table(seeds, out, results):
@@ -133,6 +132,7 @@ def write_table(seeds, out, results):
     print("\n".join(lines))
     results.mkdir(parents=True, exist_ok=True)
     kept = {"seeds": seeds, "torch": torch.__version__, "runs": found}
+    kept |= made_by((*CODE, *MEASURED_BY, "pipeline.py", *DEEPSEEK_CODE))
     (results / "figures.json").write_text(json.dumps(kept, indent=1))
     rows = []
     for of_bias, without in zip(*(rows_of(out / f"{arm}-{seeds[0]}" / "base", "metrics.jsonl")

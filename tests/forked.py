@@ -9,7 +9,7 @@
 
 A fresh interpreter would spend 1.4 s on importing torch; a fork has it already. The child starts with a copy of this
 process: modules as imported (and patched) here, their caches, the random state. What it changes stays in the child.
-It computes on one thread, since the threads of a pool do not survive a fork, and sees no GPU, which cannot be shared.
+It computes on one thread, since the threads of a pool do not survive a fork.
 """
 
 import faulthandler
@@ -24,10 +24,8 @@ import traceback
 import warnings
 from typing import NamedTuple
 
-import pytest
 import torch
 
-WITHOUT_GPU = "a process that has used a GPU cannot fork one that trains: CUDA_VISIBLE_DEVICES= python -m pytest"
 QUIET_BY_DEFAULT = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
@@ -97,8 +95,6 @@ def start_forked(function, *args, argv=None, cwd=None, env=None, stdout=None, st
     write to, in place of what is captured. limits: {resource.RLIMIT_FSIZE: bytes}, set last; this one also binds the
     captured output.
     """
-    if torch.cuda.is_available():
-        pytest.skip(WITHOUT_GPU)
     stdout, stderr = stdout or tempfile.TemporaryFile(), stderr or tempfile.TemporaryFile()
     sys.stdout.flush(), sys.stderr.flush()  # or the child would write it once more
     pid = os.fork()

@@ -14,7 +14,9 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -28,13 +30,16 @@ sys.path.insert(0, str(ROOT))
 
 import lab  # noqa: E402, F401
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import grpo  # noqa: E402
 import model as transformer  # noqa: E402
 import sft  # noqa: E402
-from lab import architectures, checkpoint, graphs  # noqa: E402
+from lab import architectures, checkpoint, graphs, parallel  # noqa: E402
 from lab.layers import CUDAExperts, SortedExperts, fast_layers, recompute  # noqa: E402
 from lab.memory import Memory  # noqa: E402
+from lab.sharding import shard  # noqa: E402
 from lab.trainee import Trainee  # noqa: E402
 from pipeline import PRESETS, deepseek_sizes  # noqa: E402
 from variants.ppo import PPO  # noqa: E402
@@ -148,7 +153,8 @@ def catching(name):
         yield
     except Exception as error:
         failed.append(name)
-        note(name, verdict=f"FAILED: {type(error).__name__}: {error}"[:300])
+        said = f"{type(error).__name__}: {error}"
+        note(name, verdict=f"FAILED: {said[:150]} ... {said[-600:]}" if len(said) > 750 else f"FAILED: {said}")
 
 
 def correct():
@@ -253,9 +259,11 @@ class RandomTrainee(Trainee):
         return plain.float()
 
 
-def updated(name, device, memory=Memory(), shape=TINY):
+def updated(name, device, memory=Memory(), shape=TINY, sharded=False):
     """The weights after one step of a method from the same weights and samples on this device."""
     trainee = RandomTrainee(fast_layers(new_model(shape, "cpu").to(device)), memory)
+    if sharded:
+        shard(trainee.model)
     model, ids = trainee.model, random_ids(96, 16, 24)
     if name.startswith("SFT"):
         objective = Objective() if architectures.is_deepseek(model) else None
@@ -274,6 +282,69 @@ def updated(name, device, memory=Memory(), shape=TINY):
 
 def is_even(text, _=None):
     return float(sum(map(ord, text)) % 2)
+
+
+# One process with NCCL; two with gloo, since NCCL wants a card for each.
+TOGETHER = ((1, "nccl"), (2, "gloo"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def processes():
+    """Under torchrun: an update beside the CPU's alone, plain and sharded; the smoke recipe; grpo.py --shard."""
+    for count, backend in TOGETHER:
+        for sharded in (False, True):
+            for name in ("GRPO", "PPO", "PRIME", "SFT")[:1 if sharded else 4]:
+                with catching(f"{count} x {backend}, {name}"):
+                    compare_together(count, backend, name, sharded)
+        with catching(f"{count} x {backend}, scripts"):
+            scripts_together(count, backend)
+
+
+def compare_together(count, backend, name, sharded):
+    with tempfile.TemporaryDirectory() as dir:
+        run_together(count, backend, "update", name, str(int(sharded)), f"{dir}/weights.safetensors")
+        found = load_file(f"{dir}/weights.safetensors")["weights"]
+    start = flat(new_model(TINY, "cpu"))
+    check(f"{count} x {backend}, {name}{', sharded' if sharded else ''}: update beside the CPU's",
+          relative(found - start, updated(name, "cpu") - start), 0.02)
+
+
+def scripts_together(count, backend):
+    with tempfile.TemporaryDirectory() as dir:
+        run, out = f"{dir}/run", f"{dir}/grpo"
+        started = time.time()
+        run_together(count, backend, "script", "pipeline.py", "--preset", "smoke", "--out", run)
+        check(f"{count} x {backend}: the smoke recipe", 0, 0, seconds=time.time() - started)
+        data = Path(dir, "problems.jsonl")
+        data.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(8)))
+        more = ["--shard"] if count > 1 else []
+        run_together(count, backend, "script", "grpo.py", "--model", f"{run}/base", "--data", str(data), "--out", out,
+                     "--rollouts", "2", "--max-new-tokens", "20", *more)
+        check(f"{count} x {backend}: grpo.py {' '.join(more)}", 0, 0)
+
+
+def run_together(count, backend, *args):
+    """Raises RuntimeError with the end of what it printed, where a process fails."""
+    command = [*TORCHRUN, str(count), __file__, "--together", backend, *args]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    if result.returncode != 0:
+        raise RuntimeError(f"{args[:3]}: {(result.stdout + result.stderr)[-3000:]}")
+
+
+def together(backend, what, *args):
+    """What one of torchrun's processes does: all are on one card, whatever their number."""
+    os.environ["LOCAL_RANK"] = "0"
+    if backend == "gloo":
+        init_process_group = dist.init_process_group
+        dist.init_process_group = lambda _, **settings: init_process_group("gloo", **settings)
+    if what == "script":
+        sys.argv = list(args)
+        return runpy.run_path(args[0], run_name="__main__")
+    name, sharded, path = args
+    with parallel.processes():
+        weights = updated(name, DEVICE, sharded=sharded == "1")
+        if parallel.rank() == 0:
+            save_file({"weights": weights}, path)
 
 
 def compare_resumed(shape=TINY):
@@ -530,8 +601,8 @@ def recipe(stages="base,zero", limit=280):
 
 # ------------------------------------------------------------------------------------------- the parts
 
-PARTS = {"correct": (correct, 150), "decode": (decode, 120), "train": (train, 100), "step": (step, 100),
-         "cards": (cards, 240), "recipe": (recipe, 300)}
+PARTS = {"correct": (correct, 150), "processes": (processes, 200), "decode": (decode, 120), "train": (train, 100),
+         "step": (step, 100), "recipe": (recipe, 300), "cards": (cards, 240)}
 
 
 def run_part(name, path):
@@ -550,16 +621,21 @@ def main():
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--json", help="where the figures go; default: results/gpu/NAME.json, where there is a GPU")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--together", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         return run_part(*args.part)
-    found, bad = {}, []
+    if args.together:
+        return together(*args.together)
+    found, bad, path = {}, [], args.json
+    if path is None and ON_CARD:
+        path = ROOT / "results" / "gpu" / (re.sub(r"\W+", "_", torch.cuda.get_device_name()) + ".json")
     for name in args.only:
         started = time.time()
         print(f"\n{name}: {PARTS[name][0].__doc__}", flush=True)
         with tempfile.TemporaryDirectory() as dir:
-            path = Path(dir) / "part.json"
-            command = [sys.executable, __file__, "--part", name, str(path)]
+            figures = Path(dir) / "part.json"
+            command = [sys.executable, __file__, "--part", name, str(figures)]
             try:
                 code = subprocess.run(command, timeout=PARTS[name][1]).returncode
             except subprocess.TimeoutExpired:
@@ -567,14 +643,11 @@ def main():
             if code != 0:
                 bad.append(name)
                 print(f"  {name} FAILED: {code}", flush=True)
-            found[name] = json.loads(path.read_text()) if path.exists() else []
+            found[name] = json.loads(figures.read_text()) if figures.exists() else []
         print(f"  ({time.time() - started:.0f} s)", flush=True)
-    path = args.json
-    if path is None and ON_CARD:
-        path = ROOT / "results" / "gpu" / (re.sub(r"\W+", "_", torch.cuda.get_device_name()) + ".json")
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(found, indent=1))
+        if path is not None:  # after each part: one that hangs costs its own figures alone
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(found, indent=1))
     print(f"\n{'failed: ' + ', '.join(bad) if bad else 'all parts went well'}")
     sys.exit(1 if bad else 0)
 

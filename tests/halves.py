@@ -14,8 +14,6 @@ import traceback
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 
-import torch
-
 
 class Second:
     """The fork, seen from the first process."""
@@ -126,9 +124,9 @@ def run_test(session, item, next_item):
 
 
 def can_be_shared(session):
-    """Whether two processes pay for themselves, and may be: one that has used a GPU cannot be forked."""
+    """Whether two processes pay for themselves."""
     files = {item.path for item in session.items}
-    return len(files) > 20 and os.cpu_count() > 1 and not torch.cuda.is_available() and not session.testsfailed
+    return len(files) > 20 and os.cpu_count() > 1 and not session.testsfailed
 
 
 def uses_shared_run(items):

@@ -85,15 +85,6 @@ def test_a_completion_is_learned_after_the_thinking_that_its_prompt_opened_and_n
     assert to_learn(untouched, TEMPLATES["chatml"]) == untouched
 
 
-@pytest.mark.parametrize("prompt, completion, score", [
-    ("12+45? <think>", CONTINUED, 1), ("12+45? <think>", "<think>" + CONTINUED, 1), ("12+45?", CONTINUED, 0),
-    ("12+45? <think>\n", "\n<think>\n" + CONTINUED, 1), ("12+45? <think>", "We add.", 0)])
-def test_completions_of_a_file_are_scored_with_what_their_prompt_opened(prompt, completion, score):
-    from lab.score import read_scored_rows
-    row, = read_scored_rows([json.dumps(EXAMPLE | {"prompt": prompt, "completion": completion})])
-    assert rewards.accuracy(row["completion"], row) == rewards.format(row["completion"], row) == score
-
-
 # ---- a model whose template opens the thinking, in each script
 
 OPENING = ["--template", "{prompt}<think>\\n"]
@@ -221,7 +212,6 @@ def test_the_tokens_of_a_row_past_its_neighbours_context_are_those_that_the_mode
 
 @pytest.mark.parametrize("lengths", [[3, 60], [60, 3], [40, 2, 61]])
 def test_a_rollout_whose_rows_fill_the_context_at_different_places_is_scored_as_it_was_sampled(lengths, tiny):
-    """Also where its prompts are read once for all their completions (lab/prompts.py)."""
     model = fast_layers(tiny().eval())  # the context is 64
     config = grpo.GRPOConfig(group_size=2, max_new_tokens=50, dtype="float32")
     r = grpo.rollout(model, [[5] * length for length in lengths], encode=list, decode=str, end_ids=[99],

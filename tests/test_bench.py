@@ -28,12 +28,12 @@ def test_the_cache_of_the_limit_is_that_of_the_model():
 
 
 RACES = {"train": partial(bench.train_race, SHAPE, 4, 8, None), "decode": partial(bench.decode_race, SHAPE, 2, 3, 5, 4),
-         "prefill": partial(bench.prefill_race, SHAPE, 2, 8), "grpo": partial(bench.grpo_race, SHAPE)}
+         "grpo": partial(bench.grpo_race, SHAPE)}
 
 
 @pytest.fixture
 def show(monkeypatch, capsys):
-    """show(race) -> its rows, at small sizes, of the contenders that need neither a compiler nor a peer."""
+    """show(race) -> its rows, at small sizes, of our contenders."""
     monkeypatch.setattr(bench, "peak_megabytes", lambda *which: "7")
     monkeypatch.setattr(bench, "median_time", lambda run, *_: bench.timed(run))
     for name, value in dict(PROMPTS=2, GROUP=2, PROMPT=4, NEW=3).items():
@@ -41,7 +41,7 @@ def show(monkeypatch, capsys):
 
     def rows(race, **more):
         unit, work, contenders, limit = race()
-        chosen = {name: make for name, make in contenders.items() if name.startswith("ours") and "compiled" not in name}
+        chosen = {name: make for name, make in contenders.items() if name.startswith("ours")}
         bench.show_race("race", lambda: (unit, work, chosen | more, limit), 1, None)
         return [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
     return rows
@@ -66,15 +66,7 @@ def test_a_ratio_is_to_the_best_peer_of_the_same_run(monkeypatch, show):
     assert [row[-2] for row in rows] == ["12%", "12%", "3%", "8%"]
 
 
-def test_a_growth_prints_the_slope_between_points(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "peak_megabytes", lambda *which: "7")
-    monkeypatch.setattr(bench, "timed", lambda run: run())
-    bench.show_growth("rows", [(n, lambda n=n: lambda: 0.5 * n ** 2) for n in (1, 4, 8)], 3)
-    slopes = [line.split()[2] for line in capsys.readouterr().out.splitlines()[3:]]
-    assert slopes == ["nan", "2.00", "2.00"]
-
-
 def test_a_separate_process_reports_its_own_peak_and_not_its_parents():
     ballast = torch.ones(300 * 2**18)  # 300 MB in this process
-    peak = int(bench.peak_megabytes("decode: rows", "1"))
+    peak = int(bench.peak_megabytes("decode 1", "ours fp32"))
     assert 100 < peak < 600 and ballast.sum() > 0

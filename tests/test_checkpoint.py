@@ -17,7 +17,7 @@ import model
 import pretend_cuda
 from forked import run_forked, start_forked
 from lab import checkpoint
-from lab.checkpoint import (STATE, Checkpointer, Terminated, append_jsonl, atomic_write, code_hash, finished, load,
+from lab.checkpoint import (STATE, Checkpointer, Terminated, append_jsonl, atomic_write, file_hash, finished, load,
                             mark_finished, read_jsonl, restore, save, save_directory, state_of, write_jsonl)
 
 ROOT = Path(__file__).parent.parent
@@ -137,13 +137,15 @@ def test_there_is_no_state_before_the_first_save(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_truncated_state_is_named(keep, tmp_path):
+def test_a_truncated_state_is_named_and_left_as_it_is(keep, tmp_path):
     save(tmp_path, *state_of(model=Tied(), step=1))
     path = tmp_path / STATE
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="state.safetensors: not a whole training state") as caught:
+    left = path.read_bytes()[:keep]
+    path.write_bytes(left)
+    with pytest.raises(ValueError, match="state.safetensors: not a whole training state.*from the beginning") as caught:
         load(tmp_path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert path.read_bytes() == left
 
 
 def test_a_weights_file_without_counters_is_not_taken_for_a_state(tmp_path):
@@ -414,10 +416,10 @@ def test_a_wrong_line_that_is_not_the_last_is_named(tmp_path):
 def test_done_holds_what_made_the_stage(tmp_path):
     source = tmp_path / "sft.py"
     source.write_text("lr = 1\n")
-    mark_finished(tmp_path, {"settings": {"lr": 1e-4}, "code": code_hash(source)})
-    assert finished(tmp_path) == {"settings": {"lr": 1e-4}, "code": code_hash(source)}
+    mark_finished(tmp_path, {"settings": {"lr": 1e-4}, "code": file_hash(source)})
+    assert finished(tmp_path) == {"settings": {"lr": 1e-4}, "code": file_hash(source)}
     source.write_text("lr = 2\n")
-    assert finished(tmp_path)["code"] != code_hash(source)
+    assert finished(tmp_path)["code"] != file_hash(source)
 
 
 def test_a_broken_marker_is_named(tmp_path):

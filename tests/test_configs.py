@@ -3,12 +3,16 @@
 import pytest
 
 import grpo
+from lab.check_input import check_settings
 from variants.configs import METHODS, PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED | METHODS)
 def test_every_named_configuration_is_a_valid_one(name):
-    grpo.GRPOConfig(**(PUBLISHED | METHODS)[name])
+    settings = (PUBLISHED | METHODS)[name]
+    check_settings(grpo.GRPOConfig(**settings))
+    with pytest.raises(ValueError, match="group_size 1"):
+        check_settings(grpo.GRPOConfig(**settings | {"group_size": 1}))
 
 
 def test_the_published_values_are_the_papers():
@@ -21,6 +25,7 @@ def test_the_published_values_are_the_papers():
     assert zero.rollouts * zero.minibatches == 10_400 and zero.reference_every * zero.minibatches == 400
     assert abs(rl2.rollouts * rl2.minibatches - 1700) < rl2.minibatches
     assert (zero.temperature, rl1.temperature, rl2.temperature) == (1.0, 1.0, 0.7)
+    assert all((c.max_new_tokens, c.reference_every) == (32768, 25) for c in (zero, rl1, rl2))
     assert rl1.clip_low >= 1 and 1 + rl1.clip_high == 11  # eps 10: no lower clip, an upper one at 11
     assert (dsm.lr, dsm.beta, dsm.group_size, dsm.max_new_tokens) == (1e-6, 0.04, 64, 1024)
     assert dsm.prompts_per_rollout * dsm.group_size == 1024 and dsm.minibatches == dsm.inner_epochs == 1

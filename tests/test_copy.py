@@ -105,10 +105,7 @@ EXAMPLES = {
             loss.backward(), optimizer.step(), optimizer.zero_grad()
         assert loss < 0.1 and torch.equal(net[0].weight, weight), loss
         after = net(x)
-        with lora.adapters_off(net):
-            assert torch.equal(net(x), before)
-        assert torch.allclose(lora.merge(net)(x), after, atol=1e-5)
-        assert torch.allclose(lora.unmerge(net)[0].weight, weight, atol=1e-6)
+        assert torch.allclose(lora.merge(net)(x), after, atol=1e-5) and not lora.adapters(net)
     """,
     "variants/deepseek_v3": """
         import torch
@@ -435,7 +432,8 @@ def test_what_two_files_hold_twice_agrees():
     from variants import ppo, prime
     assert list(tokenizer.TAGS) == list(rewards.TAGS)
     for copy in (ppo, prime):
-        assert inspect.getsource(copy.micro_batches) == inspect.getsource(grpo.micro_batches)
+        for name in ("share", "sum_over_processes", "micro_batches"):
+            assert inspect.getsource(getattr(copy, name)) == inspect.getsource(getattr(grpo, name))
 
 
 def test_no_line_of_a_python_file_is_longer_than_120_characters():

@@ -10,7 +10,6 @@ import torch
 
 import grpo
 import model as model_module
-from lab.layers import fast_layers
 from sevens import share_of_sevens, train_on_sevens
 from test_grpo import canned, roll, small, stopped_and_resumed, weights_of
 from variants.dapo import DAPO, DAPOConfig, has_signal, length_penalty, together
@@ -179,52 +178,3 @@ def test_a_rollout_of_fewer_completions_than_mini_batches_makes_no_empty_update(
 def test_a_run_with_dynamic_sampling_resumes_identically(tiny, tmp_path, stop):
     dapo = DAPO(DAPOConfig(resample=2), 6)
     stopped_and_resumed(tiny, tmp_path, stop, small(rollouts=4, warmup=5), rewards=RULES, select=dapo.select)
-
-
-# ------------------------------------------------------------------------------------------- overlong filtering
-
-def test_a_cut_completion_leaves_the_mask_and_keeps_its_reward():
-    completions = [7, 3], [7, 7, 3], [7] * 6, [7] * 6
-    plain = roll(torch.nn.Linear(1, 1), small(group_size=2), [[5], [8]], canned(*completions))
-    before = plain.mask.clone(), plain.rewards.clone(), plain.sampled_logprobs.clone()
-    r, _ = DAPO(DAPOConfig(mask_cut=True), 6).select(lambda examples: plain, iter([[5], [8]]), 2)
-    assert r.finished.tolist() == [True, True, False, False]
-    assert torch.equal(r.mask[:2], before[0][:2]) and not r.mask[2:].any() and before[0][2:].any()
-    assert torch.equal(r.sampled_logprobs[:2], before[2][:2]) and not r.sampled_logprobs[2:].any()
-    assert torch.equal(r.rewards, before[1])
-
-
-@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
-@pytest.mark.parametrize("micro_batch_tokens", [12, 10_000])
-@pytest.mark.parametrize("layers", [lambda model: model, fast_layers], ids=["plain", "prompts shared"])
-def test_the_gradient_is_that_of_the_finished_completions_alone(layers, mean, micro_batch_tokens, tiny):
-    """By hand, on a copy: -sum A log pi over the finished completions, in a first update, where pi / pi_old is 1."""
-    seen = []
-    config = small(rollouts=1, minibatches=1, beta=0.0, mean=mean, scale="none", group_size=8, dtype="float32",
-                   micro_batch_tokens=micro_batch_tokens, grad_clip=1e9)
-    run(layers(tiny()), config, DAPOConfig(mask_cut=True), log=lambda metrics, r: seen.append((metrics, r)))
-    (metrics, r), = seen
-    assert 0 < r.finished.sum() < len(r.finished)
-    model, total = tiny(), 0.0
-    advantages = (r.rewards - r.rewards.mean(1, keepdim=True)).flatten()
-    for i in r.finished.nonzero()[:, 0].tolist():
-        n, ids = int(r.lengths[i]), r.ids[i, :r.ends[i]]
-        logprobs = model(ids[None, :-1]).log_softmax(-1)[0].gather(1, ids[1:, None])[-n:, 0]
-        total = total - advantages[i] * (logprobs.mean() if mean == "sequence" else logprobs.sum())
-    count = {"sequence": len(r.finished), "token": int(r.lengths[r.finished].sum()),
-             "constant": len(r.finished) * config.max_new_tokens}[mean]
-    (total / count).backward()
-    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 0
-
-
-@pytest.mark.parametrize("old_logprobs", ["trainer", "sampler"])
-@pytest.mark.parametrize("mean", ["sequence", "token", "constant"])
-@pytest.mark.parametrize("layers", [lambda model: model, fast_layers], ids=["plain", "prompts shared"])
-def test_where_all_are_cut_nothing_changes_and_every_figure_is_finite(layers, mean, old_logprobs, tiny):
-    model = layers(tiny())
-    config = small(rollouts=2, mean=mean, old_logprobs=old_logprobs)
-    history = run(model, config, DAPOConfig(mask_cut=True, resample=1), end_ids=[99])
-    assert torch.equal(weights_of(model), weights_of(tiny())) and len(history) == 2
-    assert all(math.isfinite(value) for metrics in history for value in metrics.values())
-    assert all(metrics["unfinished"] == 1 and metrics["skipped"] == 0 for metrics in history)

@@ -7,7 +7,6 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import grpo
 import model as dense
 import sft
 from forked import run_forked
-from lab import checkpoint, graphs, layers, routing
+from lab import checkpoint, graphs, layers
 from lab.architectures import load
 from lab.check_model import check_model, read_fields, tensor_shapes
 from lab.layers import fast_layers
@@ -485,29 +484,6 @@ def test_the_reward_rises_within_a_few_rollouts(method):
         assert torch.equal(router.e_score_correction_bias, before)
 
 
-def test_the_share_of_rerouted_choices_is_a_loop_over_completion_tokens_and_layers(monkeypatch):
-    """Of a sampler with other biases; of the same model it is 0 in float32."""
-    model, other = (wide(num_hidden_layers=3) for _ in range(2))
-    with torch.no_grad():
-        for router in other.routers():
-            router.e_score_correction_bias += torch.linspace(-0.2, 0.2, 8)
-    rows = [([3, 5, 7], [9, 11, 6, 4]), ([2], [8]), ([4, 4], [1, 2, 3, 4, 5, 6])]
-    ids = torch.tensor([(prompt + completion + [0] * 9)[:9] for prompt, completion in rows])
-    mask = torch.tensor([[len(p) - 1 <= t < len(p) + len(c) - 1 for t in range(8)] for p, c in rows])
-    rollout = SimpleNamespace(ids=ids, mask=mask)
-    assert routing.share_rerouted(model, rollout, "float32") == 0
-    differ = []
-    for prompt, completion in rows:
-        alone = torch.tensor([(prompt + completion)[:-1]])
-        of_both = [net.states(net.embed(alone), net.layout(alone))[1] for net in (model, other)]
-        for (_, ours), (_, theirs) in zip(*of_both):
-            for token in range(len(prompt) - 1, alone.shape[1]):
-                differ.append(set(ours[token].tolist()) != set(theirs[token].tolist()))
-    monkeypatch.setattr(routing, "cast_copy", lambda *_: other)
-    assert routing.share_rerouted(model, rollout, "float32") == pytest.approx(sum(differ) / len(differ))
-    assert 0.1 < sum(differ) / len(differ) < 1
-
-
 # ------------------------------------------------------------------------------------------- every command
 
 @pytest.fixture(scope="module")
@@ -571,7 +547,7 @@ def test_the_recipe_on_such_a_base_resumes_after_kills_as_if_it_had_run_through(
     assert ended.status == 0, ended.stderr
     assert run_with_kills(tmp_path / "killed", args, [5, 9, 12, 20]) > 0
     page = (tmp_path / "through" / "run" / "report.html").read_text()
-    assert "busiest expert" in page and "Sent to other experts" in page
+    assert "busiest expert" in page
     for stage in ("base", "zero", "r1"):
         through, killed = (tmp_path / folder / "run" / stage / "model.safetensors" for folder in ("through", "killed"))
         assert through.read_bytes() == killed.read_bytes()

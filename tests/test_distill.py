@@ -136,7 +136,6 @@ def test_without_general_examples_a_student_is_trained_on_the_traces_alone_in_th
 def test_a_student_learns_its_teachers_traces(tiny, tokenizer):
     """The teacher always thinks before it answers; the student never has."""
     from functools import partial
-    from model import save
     from sft import SFTConfig, train
     traces, _ = rejection_sample([EXAMPLE | {"prompt": str(i), "answer": str(i)} for i in range(10)],
                                  [[f"<think>{i}</think>{i}", f"<think>{i}</think>x"] for i in range(10)],

@@ -45,29 +45,18 @@ def test_the_readmes_algorithm_names_functions_that_exist():
     assert "stage_table" in names_of("pipeline.py")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "moved.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_runs_a_file_that_exists(page):
     for module_flag, name in COMMANDS.findall(page.read_text(encoding="utf-8")):
         file = name.replace(".", "/") + ".py" if module_flag else name
         assert file in MADE_BY_THE_READER or (ROOT / file).exists(), f"python {module_flag}{name}"
 
 
-def test_every_command_that_moved_is_where_the_page_says():
-    text = (ROOT / "docs" / "moved.md").read_text(encoding="utf-8")
-    commands = text.partition("## Commands")[2].partition("\n## ")[0]
-    for row in re.findall(r"^\| `.*\|$", commands, re.MULTILINE):
-        (module_flag, name), = COMMANDS.findall(row.split(" | ")[1])
-        file = name.replace(".", "/") + ".py" if module_flag else name
-        assert (ROOT / file).exists(), row
-
-
 def prose_of(path):
-    """What a page or a docstring says today (of moved.md what it calls "now"), each command on one line."""
+    """What a page or a docstring says today, each command on one line."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
-    if path.name == "moved.md":
-        text = re.sub(r"^\|.*?\| ", "", text, flags=re.MULTILINE)
     text = re.sub(r"\\\n *", "", text)
     return IN_CODE.sub(lambda code: code[0].replace("\n", " "), text)
 

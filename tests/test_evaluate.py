@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 import rewards
 from data.math_answers import READERS
 from lab.check_input import check_settings
@@ -191,22 +190,6 @@ def test_an_answer_under_way_at_the_budget_is_finished(tokenizer):
         assert budgeted(tokenizer, budget) == [[THOUGHT] * 2] * 2
 
 
-def test_the_end_of_the_first_thinking_is_replaced_once_by_wait(tokenizer):
-    """"|" stands for the one token that ends the thinking."""
-    def reply(prompt, j):
-        return "more|7" if "Wait" in prompt else ("first|5" if j == 0 else "5")
-
-    texts = evaluate.lengthened(
-        [tokenizer.encode("a")],
-        scripted(reply),
-        tokenizer.decode,
-        EvalConfig(samples=2),
-        ord("|"),
-        tokenizer.encode("Wait "),
-    )
-    assert texts == [["firstWait more|7", "5"]]
-
-
 # ------------------------------------------------------------------------------------------- metrics
 
 EXAMPLES = [{"prompt": "2+3", "answer": "5", "language": "en", "kind": "reasoning"},
@@ -239,7 +222,8 @@ def test_each_metric_is_the_mean_over_a_problems_samples():
     ("20", ["0.2", "20%", "0.2", "0.2"], 0),
     ("2 × 19", ["2 × 19", r"2 \times 19", "19 × 2", "38"], 1),     # as text, each other text against it
     ("2 × 19", ["2 × 19", "19 × 2", "19 × 2", "38"], 0),
-    ("5", ["5 or 6 or so", "5 or 6 or so", "5 or 6 or so", "5"], 1)])  # what is in doubt does not vote beside a number
+    ("5", ["5 or 6 or so", "5 or 6 or so", "5 or 6 or so", "5"], 1),  # what is in doubt does not vote beside a number
+    ("\\begin{pmatrix}\n1&2\\\\\n3&4\n\\end{pmatrix}", [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"] * 2 + ["5", "6"], 1)])
 def test_a_right_answer_votes_for_the_reference_and_a_text_only_beside_a_text(reference, answers, majority):
     example = EXAMPLES[0] | {"answer": reference}
     texts = [[f"<think>so</think><answer>{answer}</answer>" for answer in answers]]
@@ -263,20 +247,25 @@ def test_the_gain_in_accuracy_splits_into_thinking_more_and_thinking_better():
 
 def test_no_problems_give_empty_metrics():
     values = measured([], [], np.zeros((0, 4), dtype=int))
-    assert values.keys() == measured(ks=()).keys() and all(column.shape == (0,) for column in values.values())
+    assert values.keys() == measured().keys() and all(column.shape == (0,) for column in values.values())
     assert values["length"].dtype == float and summarise(values) == {}
 
 
-def test_requests_that_are_no_problems_have_no_votes():
-    general = [example | {"kind": "general"} for example in EXAMPLES]
-    assert not {"pass@1", "maj@1"} & measured(general).keys() and {"pass@1", "maj@1"} <= measured().keys()
+def test_requests_beside_problems_have_neither_pass_nor_majority_nor_need_an_answer():
+    request = {"prompt": "hello", "kind": "general", "language": "en"}
+    values = measured([EXAMPLES[0], request, EXAMPLES[1]], [TEXTS[0], ["hi"] * 4, TEXTS[1]], COUNTS[[0, 1, 1]])
+    alone = measured()
+    for name in ("pass@1", "pass@2", "pass@4", "maj@1", "maj@2", "maj@4"):
+        assert values[name][[0, 2]].tolist() == alone[name].tolist() and np.isnan(values[name][1])
+    assert values["length"].tolist() == [5.5, 1, 1] and summarise(values)["pass@4"][0] == 1
+    assert not {"pass@1", "maj@1"} & summarise(measured([request], [["hi"] * 4], COUNTS[:1])).keys()
 
 
-def test_a_summary_holds_means_with_intervals_and_accuracy_by_group():
-    groups = {"level_1": [0, 1], "level_2": [2, 3], "level_3": []}
-    summary = summarise({"accuracy_any": np.array([1.0, 0.0, 1.0, 1.0])}, groups)
-    assert summary["accuracy_any"][0] == 0.75 and summary["accuracy_any_level_1"][0] == 0.5
-    assert summary["accuracy_any_level_2"] == [1, 1, 1] and "accuracy_any_level_3" not in summary
+def test_a_summary_holds_means_with_intervals_of_what_has_a_value():
+    values = {"accuracy": np.array([1.0, 0.0, 1.0, 1.0]), "some": np.array([np.nan, 1, 1]), "none": np.full(4, np.nan)}
+    summary = summarise(values)
+    assert summary["accuracy"] == list(bootstrap(values["accuracy"])) and summary["accuracy"][0] == 0.75
+    assert summary["some"] == [1, 1, 1] and summary.keys() == {"accuracy", "some"}
 
 
 @pytest.mark.parametrize("fields, culprit", [({"samples": 0}, "samples 0"), ({"temperature": -1}, "temperature -1"),

@@ -9,10 +9,7 @@ import torch
 import grpo
 import model as transformer
 import sft
-from gap import DTYPES, gaps
 from lab import checkpoint
-from lab.scripts import open_model
-from runs import make
 from variants.ppo import PPO
 from variants.prime import PRIME
 
@@ -193,17 +190,3 @@ def test_a_state_of_another_precision_is_refused(tmp_path):
     checkpoint.save(tmp_path, *state)
     with pytest.raises(ValueError, match="not a state of this training"):
         checkpoint.Checkpointer(tmp_path).resume(scaler=torch.amp.GradScaler("cpu"))
-
-
-def test_sampler_and_trainer_are_nearer_in_float16_than_in_bfloat16_by_its_three_bits(tmp_path):
-    make(tmp_path / "model", "qwen3", "qwen")
-    model, tokenizer = open_model(tmp_path / "model", torch.float32)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3)  # far from uniform
-    examples = [{"prompt": f"What is {i} + 1?", "answer": "1"} for i in range(8)]
-    found = {}
-    for dtype in DTYPES:
-        found[dtype] = [gap.mean().item() for gap in gaps(model.eval(), tokenizer, examples, dtype, 4, 16)]
-    assert found["float32"][0] < 1e-6 and found["float16"][0] < 0.01
-    assert 4 < found["bfloat16"][1] / found["float16"][1] < 16, found

@@ -19,7 +19,7 @@ from lab.layers import fast_layers, plain_products, recompute
 from lab.memory import Memory
 from lab.trainee import Trainee
 from model import Config, Transformer, generate, hf_tensors, load, save
-from variants.lora import LoRALinear, adapters, adapters_off, add_adapters, merge, unmerge
+from variants.lora import adapters, add_adapters, merge
 from variants.ppo import PPO
 from variants.prime import PRIME
 
@@ -87,6 +87,12 @@ def test_logits_and_gradients_are_pefts_where_a_shared_a_has_the_sum_of_theirs(f
     assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_logits_are_pefts(family):
+    model, expected = theirs(family)
+    torch.testing.assert_close(merge(model)(expected["ids"]), expected["logits"], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_directory_of_pefts_is_merged_on_loading(family, kind, tmp_path):
@@ -130,15 +136,11 @@ def test_what_is_saved_opens_in_peft(family, tmp_path):
 # ------------------------------------------------------------------------------------------- the adapters themselves
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_at_first_and_switched_off_the_model_is_its_base_to_the_last_bit(dtype):
+def test_at_first_the_model_is_its_base_to_the_last_bit(dtype):
     base = tiny(dtype)
     expected = base(IDS)
     assert torch.equal(add_adapters(copy.deepcopy(base), 4)(IDS), expected)
-    model = trained(copy.deepcopy(base))
-    assert not torch.equal(model(IDS), expected)
-    with adapters_off(model):
-        assert torch.equal(model(IDS), expected)
-    assert not torch.equal(model(IDS), expected)
+    assert not torch.equal(trained(base)(IDS), expected)
 
 
 def test_each_matrix_of_the_layers_has_an_adapter_and_nothing_else_is_trained():
@@ -162,32 +164,21 @@ def test_the_scale_is_alpha_over_the_rank():
     assert part.delta().tolist() == [[4, 0, 0], [8, 12, 0]]
 
 
-def test_merged_and_unmerged_are_the_adapted_model_and_the_base_to_rounding():
-    base, model = tiny(), trained(tiny())
-    adapted = model(IDS)
-    torch.testing.assert_close(merge(model)(IDS), adapted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(unmerge(model)(IDS), adapted, atol=1e-5, rtol=1e-5)
-    with adapters_off(model):
-        torch.testing.assert_close(model(IDS), base(IDS), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merged_model_is_a_plain_one_of_sums_that_were_rounded_once_however_often_it_is_merged(dtype):
+    model, expected = trained(tiny(dtype)), tiny(dtype).state_dict()
+    for name, part in adapters(model).items():
+        product = part.lora_B @ part.lora_A
+        expected[f"{name}.weight"] = (part.weight.float() + 32 / 2 * product).to(dtype)
+    for _ in range(2):
+        merged = merge(model).state_dict()
+        assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert {type(part) for part in model.modules()} == {type(part) for part in tiny().modules()}
 
 
-def test_switches_out_of_order_are_refused_where_they_would_count_an_adapter_twice_or_not_at_all():
-    model = trained(tiny())
-    expected = model(IDS)
-    with adapters_off(model), pytest.raises(RuntimeError, match="are not on"):
-        merge(model)
-    with pytest.raises(RuntimeError, match="are not merged"):
-        unmerge(model)
-    with adapters_off(model), pytest.raises(RuntimeError, match="are not on"), adapters_off(model):
-        pass
-    assert torch.equal(model(IDS), expected)
-    merged = merge(model)(IDS)
-    for wrong in (merge, lambda model: adapters_off(model).__enter__()):
-        with pytest.raises(RuntimeError, match="are not on"):
-            wrong(model)
-    assert torch.equal(model(IDS), merged)
+def test_a_second_set_of_adapters_is_refused():
     with pytest.raises(ValueError, match="already"):
-        add_adapters(model, 2)
+        add_adapters(trained(tiny()), 2)
 
 
 def test_a_bias_is_added_once():
@@ -237,13 +228,13 @@ def test_sampler_trainer_reference_and_critic_have_one_base_and_their_own_adapte
         assert storage_of(part, True) == base and not storage_of(part, False) & own
 
 
-def test_the_reference_is_the_model_with_its_adapters_off_to_the_last_bit():
-    model, references = add_adapters(plain_products(fast_layers(tiny(torch.bfloat16))), 2), []
+def test_the_reference_is_the_base_to_the_last_bit():
+    base, references = plain_products(fast_layers(tiny(torch.bfloat16))), []
+    model = add_adapters(copy.deepcopy(base), 2)
     rows = run(model, save=lambda **parts: references.append(parts["reference"]))
     r = rows[-1][1]  # its reference log-probabilities were of the base, though the adapters had moved by then
     assert all(part.lora_B.abs().max() > 0 for part in adapters(model).values())
-    with adapters_off(model):
-        assert torch.equal(grpo.all_logprobs(model, r, CONFIG), r.ref_logprobs)
+    assert torch.equal(grpo.all_logprobs(base, r, CONFIG), r.ref_logprobs)
     assert torch.equal(grpo.all_logprobs(references[-1], r, CONFIG), r.ref_logprobs)
     assert not torch.equal(grpo.all_logprobs(model, r, CONFIG), r.ref_logprobs)
 

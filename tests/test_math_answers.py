@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import rewards
-from data.math_answers import READERS, equal, last_box, read_answer, read_end, read_expression, read_both
+from data.math_answers import READERS, last_box, read_answer, read_end, read_expression, read_both
 from data.problems import NoAnswer
 from lab.check_input import check_example
 
@@ -110,7 +110,9 @@ WRONG = {  # reference: answers that are wrong, or in doubt, and look right
           "5 point two", "5 over two", "5 divided by two", "5 less two", "never 5", "5 false", "5萬", "5億", "5仟", "5佰",
           "5兆", "5成", "5折", "5個半", "5又二分之一", "零点5", "点5", "壹5", "根号5", "5或六", "约5", "大于5", "不等于5", "并非5", "至少5", "5以上",
           "1" + "0" * 1999 + "5", r"5\text{ plus one}", r"\text{minus }5", r"5\text{ or }6", 
-          r"\left.5\right.5", r"\frac{5}{0}", r"\frac{5}", r"\frac5", "5^", "√25√", "x", "?",
+          "- (5)", "-( 5 )", "less than **5**", "**5** plus one", "5 times 5", "5 divided by 5", "5B", "5xy", "isn’t 5",
+          "5万米", "5亿克", "sqrt(5)", "f(5)", r"\left.5\right.5",
+          r"\frac{5}{0}", r"\frac{5}", r"\frac5", "5^", "√25√", "x", "?",
           "none"],
     "540": [r"12\pi\cdot45/\pi", r"\sqrt{12} \cdot 45 \cdot \sqrt{12}", "12i*45/i",
             r"(\sqrt{600}+\sqrt{60})(\sqrt{600}-\sqrt{60})"],

@@ -266,6 +266,18 @@ def test_there_is_a_recording_of_each_architecture_tied_and_untied_and_of_each_r
     assert {(c.rope_scaling or {}).get("rope_type") for c in configs} == {None, "linear", "llama3", "yarn"}
 
 
+def test_a_rope_scaling_of_another_kind_is_named_and_a_null_is_as_absent():
+    c = model_module.Config(rope_scaling={"rope_type": "longrope"})
+    with pytest.raises(ValueError, match="'longrope' is not supported"):
+        scaled_frequencies(c)
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    c.rope_scaling = yarn | {"attention_factor": None}
+    found = scaled_frequencies(c)
+    c.rope_scaling = yarn
+    expected = scaled_frequencies(c)
+    assert torch.equal(found[0], expected[0]) and found[1] == expected[1] > 1
+
+
 def random_config(rng):
     """A transformers config of one of the three families, of random sizes and features."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config

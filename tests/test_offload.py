@@ -132,6 +132,14 @@ def test_in_float16_an_overflow_leaves_masters_weights_and_moments_alone(tiny):
         assert all(torch.equal(*pair) for pair in zip(before, now)) != is_fine and math.isfinite(loss.item())
 
 
+def test_what_a_parameter_keeps_hides_no_method_of_a_tensor(tiny):
+    """Such as half, which model.half() calls."""
+    masters = tiny()
+    model = copy.deepcopy(masters)
+    step_on_cpu(sft.adamw(masters.parameters(), lr=0.1), model, masters)
+    assert not any(hasattr(torch.Tensor, name) for p in model.parameters() for name in vars(p))
+
+
 def test_a_state_of_masters_comes_back_into_model_and_masters_bit_for_bit(tiny, tmp_path):
     def start(seed):
         masters = tiny(seed=seed)

@@ -222,49 +222,34 @@ def test_each_step_of_sft_has_the_loss_of_one_process(tiny, tmp_path):
 
 # ------------------------------------------------------------------------------------------- sampling
 
-def sampled(model, prompts, n, top_p, processes_alike=True):
-    generator, kept = torch.Generator().manual_seed(5), []
-    settings = dict(top_p=top_p, kept=kept) if top_p < 1 else {}
+def sampled(model, prompts, n):
+    generator = torch.Generator().manual_seed(5)
     ids, lengths, logprobs = parallel.shared(transformer.generate)(
-        model, prompts, n=n, max_new_tokens=8, end_ids=(END,), generator=generator, **settings)
-    found = {"ids": ids, "lengths": lengths, "logprobs": logprobs, "generator": generator.get_state()}
-    if kept:
-        found |= {"sizes": torch.tensor([len(ids) for row in kept for ids in row]),
-                  "sets": torch.cat([ids for row in kept for ids in row])}
-    return found
+        model, prompts, n=n, max_new_tokens=8, end_ids=(END,), generator=generator)
+    return {"ids": ids, "lengths": lengths, "logprobs": logprobs, "generator": generator.get_state()}
 
 
 @pytest.mark.parametrize("count, prompts", [(2, 5), (4, 6), (4, 2), (2, 1)])
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_all_processes_get_all_completions_each_in_its_place(count, prompts, top_p, tiny, tmp_path):
+def test_all_processes_get_all_completions_each_in_its_place(count, prompts, tiny, tmp_path):
     rng, n = torch.Generator().manual_seed(count + prompts), 3
     asked = [torch.randint(4, 16, (int(size),), generator=rng).tolist()
              for size in torch.randint(1, 9, (prompts,), generator=rng)]
-    parts = results_of(count, lambda: sampled(tiny().eval(), asked, n, top_p), tmp_path)
+    parts = results_of(count, lambda: sampled(tiny().eval(), asked, n), tmp_path)
     found = parts[0]
     assert all(part.keys() == found.keys() and torch.equal(part[name], found[name]) for part in parts for name in part)
     assert found["ids"].shape == (prompts * n, 8) and found["lengths"].min() >= 1
-    sets = iter(found["sets"].split(found["sizes"].tolist())) if top_p < 1 else None
     model = tiny().eval()
     for row in range(prompts * n):  # each completion has its prompt's probability
         prompt, length = asked[row // n], int(found["lengths"][row])
         completion = found["ids"][row, :length]
-        logits = model(torch.tensor([prompt + completion.tolist()]))[0, len(prompt) - 1:-1]
-        if sets is None:
-            logprobs = logits.log_softmax(-1)
-        else:
-            outside = torch.ones_like(logits, dtype=torch.bool)
-            for t in range(length):
-                outside[t, next(sets)] = False
-            logprobs = logits.masked_fill(outside, -torch.inf).log_softmax(-1)
+        logprobs = model(torch.tensor([prompt + completion.tolist()]))[0, len(prompt) - 1:-1].log_softmax(-1)
         expected = logprobs.gather(1, completion[:, None])[:, 0]
         torch.testing.assert_close(found["logprobs"][row, :length], expected, atol=1e-4, rtol=1e-4)
         assert not found["ids"][row, length:].any()
-    assert sets is None or next(sets, None) is None
 
 
 def test_processes_sample_different_completions_of_one_prompt_each(tiny, tmp_path):
-    found = results_of(4, lambda: sampled(tiny().eval(), [[5, 6]] * 4, 4, 1.0), tmp_path)[0]["ids"]
+    found = results_of(4, lambda: sampled(tiny().eval(), [[5, 6]] * 4, 4), tmp_path)[0]["ids"]
     assert len({tuple(row) for row in found.tolist()}) > 8  # of 16: two of one seed would give the same four
 
 
@@ -379,7 +364,7 @@ def test_a_process_that_does_not_come_in_time_is_named(monkeypatch):
 def test_a_slow_process_is_waited_for(tiny, tmp_path):
     def slow():
         time.sleep(3 * parallel.rank())
-        return sampled(tiny().eval(), [[5], [6], [7]], 2, 1.0)
+        return sampled(tiny().eval(), [[5], [6], [7]], 2)
 
     parts = results_of(2, slow, tmp_path)
     assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
@@ -477,7 +462,7 @@ SMALL = ["--rollouts", "2", "--prompts-per-rollout", "3", "--group-size", "3", "
          "--model", "model"]
 SCRIPTS = {
     "grpo": (grpo.main, [*SMALL, "--resample", "1"]), "grpo sharded": (grpo.main, [*SMALL, "--shard"]),
-    "grpo top-p": (grpo.main, [*SMALL, "--top-p", "0.9"]), "grpo lora": (grpo.main, [*SMALL, "--lora", "2"]),
+    "grpo lora": (grpo.main, [*SMALL, "--lora", "2"]),
     "grpo offload": (grpo.main, [*SMALL, "--offload-optimizer"]), "ppo": (ppo.main, [*SMALL, "--shard"]),
     "prime": (prime.main, [*SMALL, "--shard"]), "sft": (sft.main, ["--model", "model", "--epochs", "1"]),
     "distill": (distill.main, ["--teacher", "teacher", "--student", "model", "--samples", "2", *SMALL[6:8]]),

@@ -1,7 +1,6 @@
 """PRIME's equations 3-5 against plain loops, and the process reward model's learning inside grpo.train."""
 
 import copy
-import inspect
 import json
 import math
 import sys
@@ -19,14 +18,7 @@ from sevens import MANY_ENDS, train_on_sevens
 from variants import prime as prime_module
 from variants.dapo import DAPO, DAPOConfig
 from variants.reward_model import draw_once
-from variants.prime import (
-    PRIME,
-    PRIMEConfig,
-    implicit_rewards,
-    others_mean,
-    outcome_loss,
-    prime_advantages,
-)
+from variants.prime import PRIME, PRIMEConfig, implicit_rewards, others_mean, outcome_loss, prime_advantages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,22 +40,13 @@ def test_the_outcome_loss_is_the_cross_entropy_of_the_summed_rewards():
         by_hand -= outcome * math.log(right) + (1 - outcome) * math.log(1 - right)
     assert outcome_loss(rewards, outcomes).item() == pytest.approx(by_hand / 6)
     torch.testing.assert_close(outcome_loss(rewards, outcomes), torch.nn.BCELoss()(rewards.sum(1).sigmoid(), outcomes))
-    parts = outcome_loss(rewards[:2], outcomes[:2], normaliser=6) + outcome_loss(
-        rewards[2:], outcomes[2:], normaliser=6
-    )
-    torch.testing.assert_close(parts, outcome_loss(rewards, outcomes))
+    parts = [outcome_loss(rewards[part], outcomes[part], normaliser=6) for part in (slice(2), slice(2, 6))]
+    torch.testing.assert_close(sum(parts), outcome_loss(rewards, outcomes))
 
 
-@pytest.mark.parametrize(
-    "reward, outcome, loss, gradient",
-    [
-        (1000.0, 1.0, 0.0, 0.0),
-        (1000.0, 0.0, 1000.0, 1.0),
-        (-1000.0, 1.0, 1000.0, -1.0),
-        (-1000.0, 0.0, 0.0, 0.0),
-        (0.0, 1.0, math.log(2), -0.5),
-    ],
-)
+@pytest.mark.parametrize("reward, outcome, loss, gradient", [
+    (1000.0, 1.0, 0.0, 0.0), (1000.0, 0.0, 1000.0, 1.0), (-1000.0, 1.0, 1000.0, -1.0), (-1000.0, 0.0, 0.0, 0.0),
+    (0.0, 1.0, math.log(2), -0.5)])
 def test_the_outcome_loss_and_its_gradient_are_finite_at_any_reward(reward, outcome, loss, gradient):
     rewards = torch.tensor([[reward / 2, reward / 2]], requires_grad=True)
     result = outcome_loss(rewards, torch.tensor([outcome]))
@@ -103,10 +86,8 @@ def test_a_small_case_by_hand():
     process, mask = torch.tensor([[1., 2.], [4., 0.]]), torch.tensor([[1, 1], [1, 0]])
     # baselines 4 and 1.5, each the other's mean; outcome advantages 1 and -1
     assert prime_advantages(process, torch.tensor([[1., 0.]]), mask).tolist() == [[-3 - 2 + 1, -2 + 1], [2.5 - 1, 0]]
-    assert prime_advantages(process, torch.tensor([[1.0, 0.0]]), mask, 0.5).tolist() == [
-        [-3 - 1 + 1, -2 + 1],
-        [2.5 - 1, 0],
-    ]
+    halved = prime_advantages(process, torch.tensor([[1., 0.]]), mask, 0.5)
+    assert halved.tolist() == [[-3 - 1 + 1, -2 + 1], [2.5 - 1, 0]]
 
 
 def test_what_stands_in_prompt_and_padding_changes_no_advantage():
@@ -122,10 +103,14 @@ def leave_one_out(x):
 
 def test_leave_one_out_compares_with_the_mean_of_the_others():
     x = torch.tensor([[1., 0, 0, 0], [1, 2, 3, 6]], dtype=torch.float64)
-    assert leave_one_out(x).tolist() == [
-        pytest.approx([1, -1 / 3, -1 / 3, -1 / 3]),
-        pytest.approx([-8 / 3, -4 / 3, 0, 4]),
-    ]
+    expected = torch.tensor([[1, -1 / 3, -1 / 3, -1 / 3], [-8 / 3, -4 / 3, 0, 4]], dtype=torch.float64)
+    torch.testing.assert_close(leave_one_out(x), expected)
+
+
+def test_a_group_of_one_completion_is_refused():
+    """Its others' mean would be 0 / 0."""
+    with pytest.raises(ValueError, match="K is 1"):
+        prime_advantages(torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
@@ -156,9 +141,8 @@ def test_not_even_nan_or_inf_outside_the_mask_reaches_the_reward_models_gradient
     gradients = []
     for outside in (0.0, rubbish):
         logprobs = torch.where(mask, process, outside).requires_grad_()
-        outcome_loss(
-            implicit_rewards(logprobs, torch.where(mask, -process, outside), mask, 0.3), outcomes.flatten()
-        ).backward()
+        rewards = implicit_rewards(logprobs, torch.where(mask, -process, outside), mask, 0.3)
+        outcome_loss(rewards, outcomes.flatten()).backward()
         gradients.append(logprobs.grad)
     assert torch.equal(*gradients) and not gradients[0][~mask].any() and gradients[0][mask].all()
 
@@ -395,12 +379,8 @@ def test_the_papers_bounds_of_four_completions_are_neither_all_right_nor_all_wro
 @pytest.mark.parametrize("count", [5, 10, 15, 20, 40])
 def test_an_accuracy_of_exactly_a_fifth_or_four_fifths_is_not_between_them(tiny, count):
     estimator = PRIME(tiny(), small())
-    for right, kept in (
-        (count // 5, False),
-        (count // 5 + 1, True),
-        (count * 4 // 5, False),
-        (count * 4 // 5 - 1, True),
-    ):
+    fifth = count // 5
+    for right, kept in ((fifth, False), (fifth + 1, True), (4 * fifth, False), (4 * fifth - 1, True)):
         scores = torch.tensor([[1.0] * right + [0.0] * (count - right)])
         assert estimator.keep(SimpleNamespace(parts={"accuracy": scores})) == [kept]
 
@@ -408,7 +388,7 @@ def test_an_accuracy_of_exactly_a_fifth_or_four_fifths_is_not_between_them(tiny,
 def test_the_outcome_is_the_rule_that_was_named_and_not_the_reward(tiny):
     model, config = sharp(tiny), small()
     r = rolled(model, config, rule="right")
-    r.rewards = torch.randn(r.rewards.shape)
+    r.rewards = torch.randn(r.rewards.shape)  # as other rules, a length penalty or a Judge would make them
     estimator = PRIME(model, config, outcome="right")
     torch.testing.assert_close(estimator.advantages(r), leave_one_out(r.parts["right"]).flatten()[:, None] * r.mask)
     r = SimpleNamespace(parts={"right": torch.tensor([[1., 0.]]), "accuracy": torch.tensor([[0., 0.]])})
@@ -417,9 +397,7 @@ def test_the_outcome_is_the_rule_that_was_named_and_not_the_reward(tiny):
 
 def test_an_outcome_that_is_no_rule_of_the_run_is_refused_by_name(tiny):
     with pytest.raises(ValueError, match="'right' is none of the rules accuracy, format"):
-        PRIME(tiny(), small(), outcome="right").keep(
-            SimpleNamespace(parts={"accuracy": torch.ones(1, 2), "format": torch.ones(1, 2)})
-        )
+        PRIME(tiny(), small(), outcome="right").keep(SimpleNamespace(parts=dict.fromkeys(("accuracy", "format"))))
 
 
 # ------------------------------------------------------------------------------------------- inside the loop
@@ -471,9 +449,8 @@ def test_a_run_that_stopped_resumes_identically(tiny, tmp_path, stop):
     rest = run(resumed, config, estimator=other, resample=1,
                resume=partial(checkpoint.restore, *checkpoint.load(tmp_path)))
     assert len(rest) == 4 - stop and rest == history[stop:]
-    assert torch.equal(
-        weights_of(resumed, other.prm, other.reference), weights_of(through, estimator.prm, estimator.reference)
-    )
+    ours, theirs = (resumed, other.prm, other.reference), (through, estimator.prm, estimator.reference)
+    assert torch.equal(weights_of(*ours), weights_of(*theirs))
 
 
 @pytest.mark.parametrize("fields, culprit", [
@@ -493,10 +470,8 @@ def test_its_optimizer_is_the_policys_but_for_the_learning_rate(tiny):
     run(model, config, estimator=estimator, save=lambda **state: states.append(state))
     ours, policys = estimator.optimizer, states[0]["optimizer"]
     assert type(ours) is type(policys) and ours.defaults["lr"] == 0.123
-    assert all(
-        ours.defaults[name] == policys.defaults[name]
-        for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")
-    )
+    names = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+    assert all(ours.defaults[name] == policys.defaults[name] for name in names)
 
 
 def test_the_defaults_are_the_papers():
@@ -511,17 +486,11 @@ def test_none_of_its_settings_has_the_name_of_one_of_the_loops():
 
 # ------------------------------------------------------------------------------------------- the file by itself
 
-def test_the_copies_of_what_shares_out_the_rows_agree():
-    for name in ("share", "sum_over_processes", "micro_batches"):
-        assert inspect.getsource(getattr(prime_module, name)) == inspect.getsource(getattr(grpo, name))
-
-
 def test_its_script_trains_a_model_directory(tmp_path, monkeypatch, capsys):
     from tokenizer import Tokenizer
     tokenizer = Tokenizer(ROOT / "data")
-    sizes = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1)
     model = model_module.Transformer(model_module.Config(vocab_size=tokenizer.vocab_size, **sizes))
     model_module.save(model.init_weights(torch.Generator().manual_seed(0)), tmp_path / "model", tokenizer)
     row = {"prompt": "2 + 3?", "answer": "5", "language": "en", "kind": "reasoning"}

@@ -82,6 +82,11 @@ def test_a_step_outside_the_completion_is_refused(tiny):
         train(tiny(), ProcessSupervision(lambda ids, e: [(99, 1.0)], 4), [{"prompt": [1]}], NO_RULE)
 
 
+def test_two_steps_that_end_at_one_token_are_refused(tiny):
+    with pytest.raises(ValueError, match="two steps end at token 0"):
+        train(tiny(), ProcessSupervision(lambda ids, e: [(0, 1.0), (0, 0.0)], 4), [{"prompt": [1]}], NO_RULE)
+
+
 def test_step_rewards_alone_teach(tiny):
     def steps(ids, example):  # each token is a step
         return [(i, float(token == 7)) for i, token in enumerate(ids)]

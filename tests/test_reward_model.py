@@ -46,6 +46,20 @@ def test_a_score_is_of_the_last_token_whatever_stands_beside_it_in_the_batch():
         assert score.item() == pytest.approx((state @ model.score.weight[0]).item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("rows", [[[1, 2], []], [[]]], ids=["beside another", "alone"])
+def test_a_row_without_a_token_is_refused(rows):
+    """Its last token would be the padding's."""
+    with pytest.raises(ValueError, match="without a token"):
+        rm.score(tiny(), rows, "float32")
+
+
+def test_a_tie_of_a_pair_is_wrong_and_a_score_of_zero_means_a_label_of_zero():
+    model = tiny()
+    model.score.weight.data.zero_()  # every score is 0
+    assert rm.loss_of(model, [([1], [2]), ([3], [4])], "float32")[1] == 0
+    assert rm.loss_of(model, [([1], 1.0), ([2], 0.0), ([3], 0.0)], "float32")[1] == 2
+
+
 def test_scores_in_small_batches_come_back_in_order():
     model = tiny()
     assert torch.allclose(rm.score(model, ROWS, "float32", batch_tokens=7), rm.scores_of(model, ROWS, "float32"),
@@ -253,6 +267,19 @@ def test_a_judge_adds_its_weighted_score_or_probability_where_it_applies_and_log
     expected = 1 / (1 + (-expected).exp()) if is_probability else expected
     assert unused == 0 and torch.allclose(got.parts["kind"], torch.stack([expected, torch.zeros(2)]))
     assert torch.allclose(got.rewards, torch.tensor([[1.0, 0.0], [0.5, 0.5]]) + 0.5 * got.parts["kind"])
+
+
+def test_the_processes_sum_a_judges_scores_on_the_device_of_the_rewards(monkeypatch):
+    """NCCL sums nothing on the CPU."""
+    summed = []
+    for name, result in {"is_initialized": True, "get_rank": 1, "get_world_size": 3}.items():
+        monkeypatch.setattr(rm.dist, name, lambda result=result: result)
+    monkeypatch.setattr(rm.dist, "all_reduce", lambda scores: summed.append(scores.device.type))
+    terms = [rm.Term("judge", tiny(), lambda example, text: [1], is_probability) for is_probability in (False, True)]
+    for texts in (["a", "b"], ["a"]):  # the second process of three judges one of two, and none of one
+        rm.Judge(terms, "float32").judge(SimpleNamespace(
+            examples=[{}], texts=texts, rewards=torch.zeros(1, len(texts), device="meta"), parts={}))
+    assert summed == ["meta"] * 4
 
 
 def test_reinforcement_raises_the_models_score():

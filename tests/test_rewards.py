@@ -1,8 +1,6 @@
 """Each attack on a reward is a test of its own: the rules are what GRPO will try to fool."""
 import ast
-import json
 import re
-import subprocess
 import sys
 import time
 from fractions import Fraction
@@ -17,7 +15,6 @@ from lab.check_input import check_example
 from rewards import (accuracy, accuracy_any, extract_answer, final_answer, format, harmlessness, helpfulness,
                      is_refusal, language_consistency, split, thinks)
 
-ROOT = Path(rewards.__file__).parent
 PROBLEM = {"prompt": "Ann has 12 apples and buys 45. How many?", "answer": "57", "language": "en",
            "kind": "reasoning"}
 CHINESE = {"prompt": "小明有12个苹果，又买了45个，一共多少？", "answer": "57", "language": "zh", "kind": "reasoning"}
@@ -85,7 +82,8 @@ def test_several_different_numbers_are_no_answer(text):
 @pytest.mark.parametrize("text", [
     "12+3", "12=12", "12 = 12", "12 - 12", "2*2", "2**2", "2 × 2", "2 x 2", "12 12", "57^2", "57 +", "57*x",
     "57 = x", "10-5", "a-57", "√57", "~57", "<57", ">= 57", "!= 57", "x≠57", r"2 \times 2", r"\sqrt{57}", "-(57)",
-    "**2**2**2**"])
+    "**2**2**2**", "- (57)", "- ( 57 )", "≠ (57)", "12 + (57)", "2 times 2", "2 times $2", "three times 57",
+    "one plus 57", "12 divided by 12", "2 multiplied by 2", "sqrt(57)", "f(57)", "log(57)", "5(5)"])
 def test_an_expression_or_relation_is_no_answer(text):
     assert extract_answer(text) is None
 
@@ -101,10 +99,26 @@ def test_a_malformed_or_ambiguous_number_is_no_answer(text):
 @pytest.mark.parametrize("text", [
     "5 thousand", "5k", "5 million", "5 dozen", "5万", "5 百", "5千", "5个半", "5十", "5‰", "minus 5", "negative 5",
     "负5", "百分之5", "not 5", "less than 5", "不是5", "twice 5", "half of 5", "isn't 5", "5 plus one", "5 squared",
-    "5x", "5π", "5M", "5多", "5分之一", "5点五", "五5", "5 and a half"])
+    "5x", "5π", "5M", "5多", "5分之一", "5点五", "五5", "5 and a half", "isn’t 5", "5B", "5xy", "5 xyz", "not (5)",
+    "minus (5)"])
 def test_a_word_that_changes_the_value_is_not_overlooked(text):
     assert extract_answer(text) is None
     assert extract_answer(text.replace("5", "$5")) is None
+
+
+@pytest.mark.parametrize("markup", ["**{}**", "** {} **", r"\boxed{{{}}}", r"\boxed{{ {} }}", r"\( {} \)",
+                                    "$$ {} $$"])
+@pytest.mark.parametrize("text", [
+    "not {}", "minus {}", "less than {}", "≈ {}", "3 - {}", "isn’t {}", "f({})", "- ({})", "{} and a half",
+    "{} plus one", "{} x", "{} thousand", "{} = 3", "{} %", "x = {}", "She has {}.", "{} apples"])
+def test_a_number_in_markup_is_read_as_it_is_without(text, markup):
+    assert extract_answer(text.format(markup.format(5))) == extract_answer(text.format(5))
+
+
+@pytest.mark.parametrize("unit", "克米瓦")
+def test_of_the_chinese_numerals_before_a_unit_only_kilo_belongs_to_it(unit):
+    assert extract_answer(f"57千{unit}") == 57
+    assert {extract_answer(f"57{numeral}{unit}") for numeral in ["十", "百", "万", "亿", "萬", "億", "半", "点五"]} == {None}
 
 
 @pytest.mark.parametrize("text", ["- $5", "3 - $5", "-($5)", "<= $5", "12+$5", "more than $5$"])
@@ -408,7 +422,8 @@ def test_whatever_else_makes_the_target_scores_nothing(expression, nums, target)
 
 @pytest.mark.parametrize("thinking, share", [
     ("first add them", 1.0), ("先加起来", 0.0), ("add 加 them 起", 0.5), ("add плюс", 0.5), ("add たす", 0.5),
-    ("añadir", 1.0), ("12 + 45 = 57", 0.0), ("add 12 + 45 = 57 × 3 ÷ 2²!", 1.0), ("ａｄｄ it", 0.5)])
+    ("añadir", 1.0), ("12 + 45 = 57", 0.0), ("add 12 + 45 = 57 × 3 ÷ 2²!", 1.0), ("ａｄｄ it", 0.5),
+    ("add 2πr² and 5 µm, so θ = π/2 in ℝ, 𝑥 = 3ℓ", 1.0), ("π", 0.0), ("add ένα", 0.5), ("add я", 0.5)])
 def test_language_consistency_is_the_share_of_words_in_the_target_language(thinking, share):
     assert language_consistency(reply("x", thinking), PROBLEM) == share
 
@@ -538,6 +553,12 @@ def test_helpfulness_is_nothing_for_problems_and_harmful_requests():
     assert helpfulness(reply("Take a knife."), LOOKALIKE) == 1.0
 
 
+def test_a_rule_for_other_kinds_scores_an_example_without_what_it_would_read():
+    countdown = {"prompt": "Make 8 of 3 and 5.", "nums": [3, 5], "target": 8}
+    assert {name: rule(reply("3 + 5", "add them"), countdown) for name, rule in NUMBERS.items()} == {
+        "accuracy": 1, "format": 1, "language_consistency": 1, "helpfulness": 0, "harmlessness": 1, "accuracy_any": 1}
+
+
 # ---- harmlessness ----
 
 @pytest.mark.parametrize("text", [
@@ -630,47 +651,6 @@ def test_a_long_text_of_anything_is_scored_in_linear_time(text):  # quadratic: m
             extract_answer(completion), thinks(completion)
             assert time.process_time() - start < 0.4
             assert all(isinstance(score, float) and 0 <= score <= 1 for score in results)
-
-
-# ---- the script ----
-
-def run(*arguments):
-    command = [sys.executable, "-m", "lab.score", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_the_script_prints_each_mean_by_kind(tmp_path):
-    rows = [PROBLEM | {"completion": GOOD}, PROBLEM | {"completion": "no"}, CAPITAL | {"completion": reply("Paris")}]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = run(file).stdout.splitlines()
-    assert lines[0].startswith("reasoning (2): accuracy 0.500, format 0.500")
-    assert "helpfulness 1.000" in lines[1]
-
-
-def test_the_script_reads_mathematical_answers_and_fills_in_the_defaults(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "?", "answer": r"\sqrt{8}", "completion": reply(r"2\sqrt2", "so")},
-            {"prompt": "?", "answer": "8", "nums": [3, 5], "target": 8, "completion": r"\boxed{3 + 5}"}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line, = run(file).stdout.splitlines()
-    assert line.startswith("reasoning (2): accuracy 0.500, ") and line.endswith("accuracy_any 1.000")
-
-
-@pytest.mark.parametrize("line, culprit", [
-    ("{", "line 2"), ("[]", "completion"), (json.dumps(PROBLEM), "completion"),
-    (json.dumps(PROBLEM | {"completion": "", "answer": "?"}), "'?'")])
-def test_a_broken_row_is_one_clear_line_and_exit_code_2(tmp_path, line, culprit):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(PROBLEM | {"completion": GOOD}) + "\n" + line + "\n")
-    result = run(file)
-    assert result.returncode == 2 and culprit in result.stderr and "line 2" in result.stderr
-    assert len(result.stderr.splitlines()) == 1 and not result.stdout
-
-
-def test_a_missing_file_is_one_clear_line_and_exit_code_2(tmp_path):
-    result = run(tmp_path / "absent.jsonl")
-    assert result.returncode == 2 and "absent.jsonl" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 # ---- the file ----

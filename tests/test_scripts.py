@@ -6,7 +6,6 @@ import signal
 from functools import partial
 
 import pytest
-import torch
 
 import grpo
 import sft
@@ -249,16 +248,3 @@ def test_a_stopped_training_resumes_with_more_rollouts_than_it_was_to_have(files
     assert ended.status == 0 and "rollout 2/3" in ended.stdout and "rollout 1/" not in ended.stdout, ended.stderr
     assert call(grpo.main, files, tmp_path / "whole", "--rollouts", "3").status == 0
     assert differing(tmp_path / "out", tmp_path / "whole") == []
-
-
-# ---- cut completions
-
-@pytest.mark.parametrize("name", MAINS)
-def test_cut_completions_are_masked_where_the_switch_says_so(name, files, tmp_path):
-    from model import load
-    ended = call(MAINS[name], files, tmp_path / "out", "--mask-cut", "--rewards", "format", "accuracy")
-    assert ended.status == 0, ended.stderr
-    metrics = rows_of(tmp_path / "out" / "metrics.jsonl")
-    assert all(row["unfinished"] == 1 and row["skipped"] == 0 and row["grad_norm"] == 0 for row in metrics), metrics
-    before, after = (load(dir, "cpu").state_dict() for dir in (files / "model", tmp_path / "out"))
-    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -205,8 +205,7 @@ def test_a_known_chat_template_whose_tokens_are_not_there_is_refused(tmp_path):
         open_checked(tmp_path / "model").encode_prompt("2+3")
 
 
-@pytest.mark.parametrize("chat_template", [5, [5], ["x"], {"a": 1}, [{"name": "default"}],
-                                           [{"name": "tool_use", "template": "x"}]])
+@pytest.mark.parametrize("chat_template", [5, [5], ["x"], {"a": 1}, [{"name": "default"}]])
 def test_a_chat_template_of_another_type_is_one_line(chat_template, tmp_path):
     shutil.copytree(FIXTURES / "qwen", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
@@ -217,24 +216,45 @@ def test_a_chat_template_of_another_type_is_one_line(chat_template, tmp_path):
         assert "\n" not in str(error) and "tokenizer_config.json: " in str(error) and "chat_template" in str(error)
 
 
-@pytest.mark.parametrize("named", ["r1-zero", "chatml", "llama-3"])
-def test_what_is_saved_with_a_template_is_asked_so_by_transformers_too(named, tmp_path):
+def test_of_several_chat_templates_the_default_one_counts_and_without_it_none_is_known():
+    other = {"name": "tool_use", "template": "x"}
+    assert recognise([other, {"name": "default", "template": CHATML}]) == TEMPLATES["chatml"]
+    assert recognise([other]) is recognise([other | {"template": CHATML}]) is None
+    assert recognise(None) == recognise("") == recognise([]) == TEMPLATES["none"]
+
+
+@pytest.mark.parametrize("start", ["<|endoftext|>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>"])
+@pytest.mark.parametrize("template", ["r1-zero", "chatml", "llama-3", tokenizer_module.DATED, "deepseek-think",
+                                      "<|endoftext|>Q: {prompt}\nA:", "Q: {prompt}\nA:"])
+def test_what_is_saved_with_a_template_is_asked_so_by_transformers_too(template, start, tmp_path):
     shutil.copytree(FIXTURES / "llama", tmp_path / "model")
     spec = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
-    tokens = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokens = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+              "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
     for i, token in enumerate(tokens):
         spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 700 + i, "content": token})
-    if named == "llama-3":
-        spec["post_processor"]["processors"][1]["single"][0]["SpecialToken"]["id"] = "<|begin_of_text|>"
+    spec["post_processor"]["processors"][1]["single"][0]["SpecialToken"]["id"] = start
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
-    ours = open_checked(tmp_path / "model", named)
-    ends = ["<|eot_id|>", "<|im_end|>"] if named == "llama-3" else ["<|im_end|>"]
+    ours = open_checked(tmp_path / "model", template)
+    ends = ["<|eot_id|>", "<|im_end|>"] if template in ("llama-3", tokenizer_module.DATED) else ["<|im_end|>"]
     assert ours.end_ids == [ours.added[end] for end in ends]
     ours.save(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["chat_template"]
-    ids = ours.encode(renders(saved, "What is 17 + 25?"), allow_special=True)
-    assert ids == ours.encode_prompt("What is 17 + 25?")
-    assert ids == open_checked(tmp_path / "saved").encode_prompt("What is 17 + 25?")
+    for prompt in ("What is 17 + 25?", " \n17 + 25?\n "):
+        ids = ours.encode(renders(saved, prompt), allow_special=True)
+        assert ids == ours.encode_prompt(prompt) == open_checked(tmp_path / "saved").encode_prompt(prompt)
+        assert ids[0] == ours.added[start]
+
+
+def test_a_chat_template_that_lies_where_a_tokenizer_is_saved_does_not_go_before_its_own(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    for tokenizer in Tokenizer(FIXTURES / "qwen", "r1-zero"), Tokenizer(FIXTURES / "qwen"):
+        tokenizer.save(tmp_path)
+        again = Tokenizer(tmp_path)
+        assert again.template == tokenizer.template
+        saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert again.config == saved and not (tmp_path / "chat_template.jinja").exists()
+        (tmp_path / "chat_template.jinja").write_text(CHATML)
 
 
 SYSTEM = tokenizer_module.SYSTEM % "Be brief."
@@ -276,6 +296,20 @@ def test_a_later_turn_has_no_second_start_token_or_system_prompt(template, first
 def test_a_template_that_is_unknown_or_whose_tokens_are_not_there_is_refused(template, culprit):
     with pytest.raises(ValueError, match=re.escape(culprit)):
         open_checked(FIXTURES / "qwen", template)
+
+
+@pytest.mark.parametrize("template", ["chatlm", "Q: {question}", "{prompt} {prompt}"])
+def test_a_misspelt_template_is_refused_without_the_check_too(template):
+    with pytest.raises(ValueError, match=re.escape(f"{template!r} is no template with one {{prompt}}")):
+        Tokenizer(FIXTURES / "qwen", template)
+
+
+def test_of_added_tokens_in_a_prompt_those_that_are_not_special_are_recognised(tmp_path):
+    def add(spec):
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 800, "content": "<｜User｜>", "special": False})
+    tokenizer = Tokenizer(break_it(tmp_path, add), "<｜User｜>{prompt}<|end|>")
+    ids = tokenizer.encode_prompt("7<｜User｜><|end|>")
+    assert (ids.count(800), ids.count(tokenizer.end_id)) == (2, 1)
 
 
 def test_a_prompt_is_asked_within_the_template_and_its_own_control_tokens_are_text(tmp_path):
@@ -323,6 +357,21 @@ def test_any_text_comes_back_as_it_was(ours):
     anything = ["".join(map(chr, rng.choices(characters, k=20))) for _ in range(200)]
     for text in STRINGS + anything + SAMPLE:
         assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("lacks", ["", "\x04", "\ufffd"])
+def test_half_of_a_surrogate_pair_is_a_replacement_character_and_a_whole_one_its_character(lacks, tmp_path):
+    def drop(spec):
+        chars = {char for char, byte in tokenizer_module.BYTE.items() if byte in lacks.encode()}
+        model = spec["model"]
+        model["vocab"] = {token: id for token, id in model["vocab"].items() if chars.isdisjoint(token)}
+        model["merges"] = [merge for merge in model["merges"] if chars.isdisjoint(merge)]
+    tokenizer = open_checked(break_it(tmp_path, drop))
+    for text, same in [("a\ud800b", "a\ufffdb"), ("\udc00\ud800", "\ufffd\ufffd"), ("\ud83c\udf4e", "🍎")]:
+        for beside in ("", "\x04", "\ufffd"):
+            ids = tokenizer.encode(text + beside)
+            assert ids == tokenizer.encode(same + beside)
+            assert all(id < tokenizer.vocab_size for id in ids)
 
 
 def test_an_nfc_tokenizer_gives_the_composed_text_back():
@@ -467,6 +516,11 @@ def test_what_is_not_supported_is_named_with_its_file(culprit, change, tmp_path)
     ("add_prefix_space", lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
     ("Removed", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
     ("Unigram", lambda s: s["model"].update(type="Unigram")),
+    *((field, lambda s, field=field: s["model"].update({field: value})) for field, value in [
+        ("dropout", 0.1), ("byte_fallback", True), ("fuse_unk", True), ("continuing_subword_prefix", "##"),
+        ("end_of_word_suffix", "</w>")]),
+    ("which token ends", lambda s: s["added_tokens"][-1].update(special=False)),
+    ("which token ends", lambda s: s["added_tokens"][0].update(special=True)),
     ("another order", lambda s: s["model"].update(merges=s["model"]["merges"][::-1])),
     ("lstrip", lambda s: s["added_tokens"][0].update(lstrip=True)),
 ])

@@ -1,10 +1,13 @@
 """Warnings on a run's metrics: each is provoked by rows that run away, none by rows of a healthy run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import grpo
 import model as model_module
+from lab.checkpoint import read_jsonl
 from lab.watch import new_warnings, signs
 
 HEALTHY = {"entropy": 0.2, "no_signal": 0.2, "kl": 0.01, "unfinished": 0.05, "length": 40.0, "format": 0.8,
@@ -35,9 +38,9 @@ def test_a_healthy_run_gives_no_warning():
     ({"sampler_gap": 0.1}, "sampler and trainer differ"), ({"skipped": 2.0}, "not finite"),
 ])
 def test_what_runs_away_is_named_with_its_step_and_a_fix_and_only_once(change, named):
-    lines = new_warnings(rows(change))
-    assert len(lines) == 1 and named in lines[0] and lines[0].startswith("step 3: ") and ":" in lines[0][8:], lines
-    assert not new_warnings(rows(change, change))
+    step = 4 if "kl" in change else 3  # a KL counts only in two rollouts in a row
+    line, = all_warnings(rows(change, change, change))
+    assert named in line and line.startswith(f"step {step}: ") and ":" in line[8:], line
 
 
 @pytest.mark.parametrize("change", [
@@ -45,7 +48,24 @@ def test_what_runs_away_is_named_with_its_step_and_a_fix_and_only_once(change, n
     {"unfinished": 0.49}, {"length": 12.1}, {"format": 0.51}, {"reward": 0.51}, {"sampler_gap": 0.049},
 ])
 def test_what_stays_within_its_bound_is_not_named(change):
-    assert not new_warnings(rows(change))
+    assert not all_warnings(rows(change, change))
+
+
+def test_a_single_rollout_of_a_high_kl_is_no_sign():
+    """One token whose log-ratio is clamped at 10 weighs 22,015 nats."""
+    assert not all_warnings(rows({"kl": 22015.0}, {}, {"kl": 3.5}, {}))
+
+
+LOGS = {}  # {path: rows} of the committed trainings by RL, all of which were healthy
+for path in sorted((Path(__file__).parent.parent / "results").rglob("*metrics.jsonl")):
+    logged = read_jsonl(path)
+    if "reward" in logged[0]:
+        LOGS["/".join(path.parts[-4:])] = logged
+
+
+@pytest.mark.parametrize("path", LOGS)
+def test_no_committed_training_gives_a_warning(path):
+    assert len(LOGS[path]) >= 24 and not all_warnings(LOGS[path])
 
 
 def test_many_unfinished_outputs_from_the_beginning_are_no_sign():
@@ -92,11 +112,12 @@ def test_a_model_that_never_ends_is_told_of_in_the_first_line_of_its_training(ti
     assert "100% of the outputs" in said[0] and "no group has a signal" in said[1]
 
 
-def test_a_first_rollout_that_already_left_the_reference_is_named():
-    assert "step 1: the KL to the reference rose to 25" in new_warnings([{"step": 1, **HEALTHY, "kl": 25.0}])[0]
+def test_a_training_that_left_the_reference_at_once_is_named_at_its_second_rollout():
+    lines = all_warnings([{"step": step, **HEALTHY, "kl": kl} for step, kl in ((1, 25.0), (2, 26.0))])
+    assert len(lines) == 1 and "step 2: the KL to the reference rose to 26" in lines[0]
 
 
-@pytest.mark.parametrize("kl", [[0.01 * 1.5 ** i for i in range(30)], [0.06, 0.4, 0.55, 3.0, 4.5, 100.0],
+@pytest.mark.parametrize("kl", [[0.01 * 1.5 ** i for i in range(30)], [0.06, 0.4, 0.55, 3.0, 4.5, 100.0, 120.0],
                                 [0.5 + i for i in range(9)]])
 def test_a_kl_that_grows_step_by_step_is_named_too(kl):
     run = [{"step": i, **HEALTHY, "kl": value} for i, value in enumerate(kl, 1)]
@@ -110,7 +131,8 @@ def test_a_negative_first_reward_is_no_fall():
 def test_a_rollout_whose_metrics_are_not_finite_gives_no_warning_and_hides_none():
     healthy = {name: HEALTHY[name] for name in ("entropy", "kl", "unfinished", "length", "reward", "sampler_gap")}
     nan = dict.fromkeys(healthy, float("nan"))
-    run = [{"step": 1, **healthy}, {"step": 2, **nan}, {"step": 3, **healthy}, {"step": 4, **healthy, "kl": 7.0}]
+    high = healthy | {"kl": 7.0}
+    run = [{"step": step, **row} for step, row in enumerate([healthy, nan, healthy, high, high], 1)]
     assert signs(run[:2]) == {} and new_warnings(run[:3]) == [] and "KL" in new_warnings(run)[0]
 
 

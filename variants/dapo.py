@@ -1,13 +1,11 @@
-"""Dynamic sampling, the soft length penalty and the overlong filtering of DAPO.
+"""Dynamic sampling and the soft length penalty of DAPO.
 
 DAPO (arXiv 2503.14476) 3.2: a group whose completions all earn the same has no advantage, so other prompts are drawn in
-its place. 3.4: a completion that comes near the length limit loses up to 1, or one that was cut there is left out of
-the loss (overlong filtering). PRIME's prompt filter is the first with another condition. DAPO's other two changes,
-clip-higher and the mean over tokens, are settings (variants/configs.py).
+its place. PRIME's prompt filter is this with another condition. 3.4: a completion near the length limit loses up to 1.
+DAPO's other two changes, clip-higher and the mean over tokens, are settings (variants/configs.py).
 
     grpo.train(..., select=DAPO(DAPOConfig(resample=3), max_new_tokens=160).select)
     python grpo.py --config dapo --length-buffer 32 ...
-    python grpo.py --mask-cut ...
 
 Shapes: N prompts (groups), G completions each, B = N*G rows (prompt-major), T positions, as in grpo.Rollout.
 """
@@ -22,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 class DAPOConfig:
     resample: int = 0       # replace the groups that are refused, in at most this many extra rounds; DAPO: until full
     length_buffer: int = 0  # the penalty acts over this many last tokens. DAPO: 4,096 of 20,480
-    mask_cut: bool = False  # a completion that max_new_tokens cut leaves the loss: overlong filtering [DAPO 3.4]
 
     def __post_init__(self):
         for name in ("resample", "length_buffer"):
@@ -36,12 +33,12 @@ def length_penalty(lengths, max_length, buffer):
 
 
 def has_signal(r):
-    """Whether a group's rewards differ, (N,): equal ones have no advantage. DAPO looks at correctness alone."""
+    """(N,) whether a group's rewards differ, the length penalty included. DAPO compares correctness alone."""
     return r.rewards.amax(1) - r.rewards.amin(1) > 1e-6
 
 
 class DAPO:
-    """Its method is what grpo.train takes: select=DAPO(...).select.
+    """For grpo.train: select=DAPO(...).select.
 
     keep(rollout) -> (N,) bool, which groups to learn from; by default all, and with resample those with a signal.
     """
@@ -71,17 +68,10 @@ class DAPO:
         return together(kept), len(drawn) - len(kept)
 
     def judged(self, r):
-        """The rollout with the length penalty in its rewards, and without cut completions in its mask.
-
-        A cut completion keeps its reward, which its group's mean counts: only its own tokens teach nothing.
-        """
+        """The rollout with the length penalty in its rewards."""
         if self.config.length_buffer:
             penalty = length_penalty(r.lengths, self.max_new_tokens, self.config.length_buffer)
             r.rewards = r.rewards + penalty.view(r.rewards.shape)
-        if self.config.mask_cut:
-            r.mask = r.mask & r.finished[:, None]
-            r.sampled_logprobs = torch.where(r.mask, r.sampled_logprobs, 0)
-            r.kept = [kept if ended else [] for kept, ended in zip(r.kept, r.finished.tolist())]
         return r
 
 
@@ -92,7 +82,7 @@ def together(groups):
         G = r.rewards.shape[1]
         rows += [(r, i * G + j) for j in range(G)]
 
-    def rows_of(name, shorter=0):  # (B, longest of them)
+    def rows_of(name, shorter=0):  # (B, T+1 - shorter)
         return pad_sequence([getattr(r, name)[row, :r.ends[row] - shorter] for r, row in rows], batch_first=True)
 
     first = groups[0][0]
@@ -101,6 +91,5 @@ def together(groups):
         ids=rows_of("ids"), mask=rows_of("mask", 1), sampled_logprobs=rows_of("sampled_logprobs", 1),
         ends=[r.ends[row] for r, row in rows], lengths=torch.stack([r.lengths[row] for r, row in rows]),
         finished=torch.stack([r.finished[row] for r, row in rows]),
-        kept=[r.kept[row] for r, row in rows] if first.kept else [],
         parts={name: torch.stack([r.parts[name][i] for r, i in groups]) for name in first.parts},
         rewards=torch.stack([r.rewards[i] for r, i in groups]))

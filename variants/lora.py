@@ -6,19 +6,15 @@ learning rate is about ten times that of full training ["LoRA Without Regret", S
 
     add_adapters(model, rank=32)     # in place; then train as before:
     Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    merge(model)                     # after training: a plain model again, with W + (alpha / r) B A in place of W
 
-    with adapters_off(model):        # the model as it was, to the last bit: the reference of a KL penalty
-        model(ids)
-    merge(model)                     # the adapted function without the two small products; unmerge(model) goes back
-
-A and B are float32; W may be bfloat16 or float16, since training only reads it. `merge` writes W and rounds it: in half
-precision a small B A is lost in it, so merge for good into float32 weights. Memory: 16 bytes for each number in A and B
-(weights, gradients, Adam's moments), and for W what its precision takes. To save: what has "lora_" in its name in
-state_dict(), and alpha.
+A and B are float32; W may be bfloat16 or float16, since training only reads it. `merge` rounds to W's precision: in
+half precision a small B A is lost, so merge into float32 weights. Memory: 16 bytes for each number in A and B (weights,
+gradients, Adam's moments), and for W what its precision takes. To save: what has "lora_" in its name in state_dict(),
+and alpha.
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -29,11 +25,8 @@ class LoRALinear(nn.Linear):
     """y = x W' + bias + (alpha / r) x A' B'. An nn.Linear becomes one in place: its weights keep their names."""
 
     def forward(self, x):
-        y = super().forward(x)
-        if self.state != "on":
-            return y
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return y + F.linear(self.scale * F.linear(x, A), B)
+        return super().forward(x) + F.linear(self.scale * F.linear(x, A), B)
 
     @torch.no_grad()
     def delta(self):
@@ -59,7 +52,7 @@ def add_adapters(model, rank, alpha=32.0, leave_out=("lm_head",), generator=None
         bound = 1 / math.sqrt(linear.in_features)
         A = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
         linear.__class__ = LoRALinear
-        linear.scale, linear.state = alpha / rank, "on"
+        linear.scale = alpha / rank
         linear.lora_A = nn.Parameter(A.to(device))
         linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
     return model
@@ -70,38 +63,14 @@ def adapters(model):
     return {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
 
 
-@contextmanager
-def adapters_off(model):
-    """Within the block the model is as it was before add_adapters."""
-    switch(model, "on", "off")
-    try:
-        yield
-    finally:
-        switch(model, "off", "on")
-
-
-def switch(model, before, after):
-    """Each adapter is "on", "off" or "merged". Raises RuntimeError where one is not what it should be before."""
-    parts = adapters(model).values()
-    if any(part.state != before for part in parts):
-        raise RuntimeError(f"the adapters are not {before}, so they cannot be {after}")
-    for part in parts:
-        part.state = after
-
-
 @torch.no_grad()
 def merge(model):
-    """Adds the adapters to the matrices, in place: summed in float32, then in W's precision. Returns the model."""
-    switch(model, "on", "merged")
+    """Adds each adapter to its matrix, summed in float32, and removes it. Returns the model.
+
+    W is written in place, so whatever shares it changes too: a reference, PPO's critic, PRIME's models.
+    """
     for part in adapters(model).values():
         part.weight.copy_(part.weight.float() + part.delta())
-    return model
-
-
-@torch.no_grad()
-def unmerge(model):
-    """The matrices as they were before `merge`, up to rounding. Returns the model."""
-    switch(model, "merged", "on")
-    for part in adapters(model).values():
-        part.weight.copy_(part.weight.float() - part.delta())
+        del part.lora_A, part.lora_B, part.scale
+        part.__class__ = nn.Linear
     return model

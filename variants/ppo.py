@@ -7,8 +7,8 @@ DeepSeekMath (arXiv 2402.03300) eq. 1-2; R1 v2: DeepSeek-R1 (arXiv 2501.12948v2)
     grpo.train(..., config=config, advantage_estimator=PPO(model, config, PPOConfig()))
     python -m variants.ppo --model DIR --data FILE.jsonl --out DIR     # a problem set (data/problems.py)
 
-Shapes: N prompts, G completions each, B = N*G rows (prompt-major), T positions; position t stands for the state before
-token t+1 is sampled, as log-probabilities do.
+Shapes: N prompts, G completions each, B = N*G rows (prompt-major), T positions; position t is the state in which token
+t+1 is sampled, as for log-probabilities.
 """
 
 import copy
@@ -80,9 +80,9 @@ def value_loss(values, old_values, returns, mask, clip, normaliser=None):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(R - V) / Var(R) over the sampled tokens; 0 where all returns are equal: there is nothing to explain."""
+    """1 - Var(R - V) / Var(R) over the sampled tokens; 0 where there are none, or all returns are equal."""
     values, returns = values[mask], returns[mask]
-    variance = returns.var(unbiased=False)
+    variance = returns.var(unbiased=False) if len(returns) else 0.0
     if variance <= 1e-8:
         return 0.0
     return (1 - (returns - values).var(unbiased=False) / variance).item()
@@ -98,13 +98,13 @@ class Critic(nn.Module):
 
     def __init__(self, model, hidden=last_states):
         super().__init__()
-        # what is frozen, as LoRA's base, is shared: the critic is a second adapter beside the policy's
+        # frozen weights are shared: with LoRA the critic is a second adapter on the policy's base
         self.trunk = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
         self.hidden = hidden
         one_token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         with torch.no_grad():
             width = hidden(self.trunk, one_token).shape[-1]
-        self.head = nn.utils.skip_init(nn.Linear, width, 1, device=one_token.device)  # without a random draw
+        self.head = nn.utils.skip_init(nn.Linear, width, 1, device=one_token.device)  # leaves the random state alone
         nn.init.zeros_(self.head.weight)  # at first it expects nothing
         nn.init.zeros_(self.head.bias)
 
@@ -145,18 +145,19 @@ class PPO:
                 self.old_values[rows, :values.shape[1]] = values
         sum_over_processes(self.old_values)
         advantages, self.returns = gae(rewards, self.old_values, r.mask, self.ppo.gamma, self.ppo.lam)
+        self.explained = explained_variance(self.old_values, self.returns, r.mask)
         return whiten(advantages, r.mask) if self.ppo.whiten else advantages
 
     def values(self, r, rows):
-        """(len(rows), t); t is where the longest of these rows ends."""
-        read, dtype = rows or [0], self.config.dtype  # as grpo.py: a process whose share is empty makes a pass too
+        """(len(rows), t); t = max(ends) - 1 of these rows. Without rows (1, t), of row 0."""
+        read, dtype = rows or [0], self.config.dtype  # an empty share makes a pass too: FSDP's are collective
         t = max(r.ends[row] for row in read) - 1
         ids = r.ids[read, :t]
         with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False):
             return self.critic(ids)
 
     def learn(self, r, rows):
-        """One Adam step of the critic on the rows of the policy's update, towards the last `advantages`' returns."""
+        """One Adam step of the critic on the rows of the policy's update, towards this rollout's returns."""
         tokens = int(r.mask[rows].sum())  # of the whole update, before micro-batches
         total = 0.0
         for batch in micro_batches(rows, r.ends, self.config.micro_batch_tokens):
@@ -175,28 +176,28 @@ class PPO:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        explained = explained_variance(self.old_values, self.returns, r.mask)
-        return {"value_loss": total.item(), "explained_variance": explained}
+        return {"value_loss": total.item(), "explained_variance": self.explained}  # of the rollout's old values
 
 
 def share(rows):
-    """This process's part of the rows, of several under torchrun (lab/parallel.py)."""
+    """This process's part of the rows: all of them, unless torchrun has started several (lab/parallel.py)."""
     return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
 
 
 def sum_over_processes(*tensors):
-    """In place, of one dtype, 32 in a message. Sharded gradients (FSDP) are summed already."""
+    """All-reduces tensors of one dtype in place, 32 in a message. FSDP has summed sharded gradients already."""
     own = [t for t in tensors if not hasattr(t, "placements")] if dist.is_initialized() else []
     for i in range(0, len(own), 32):
         flat = torch.cat([t.flatten() for t in own[i:i + 32]])
         dist.all_reduce(flat)
-        for t, total in zip(own[i:], flat.split([t.numel() for t in own[i:i + 32]])):
+        for t, total in zip(own[i:i + 32], flat.split([t.numel() for t in own[i:i + 32]])):
             t.copy_(total.view_as(t))
 
 
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into batches of at most `budget` padded tokens; a longer row goes alone."""
-    rows, processes = sorted(rows, key=lambda r: -ends[r]), dist.get_world_size() if dist.is_initialized() else 1
+    rows = sorted(rows, key=lambda row: -ends[row])
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     while rows:
         count = processes * max(1, budget // ends[rows[0]])
         yield share(rows[:count])  # of several processes: this one's part, which may be empty

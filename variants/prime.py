@@ -1,14 +1,14 @@
 """PRIME: the advantage of each token from implicit process rewards, in place of GRPO's group advantages.
 
 What differs from grpo.py: a second language model, the process reward model, learns online to tell right completions
-from wrong ones, and rewards each token by beta log(pi_prm / pi_ref). Nobody labels a step; the outcome rule alone
+from wrong ones, and rewards each token by prm_beta log(pi_prm / pi_ref). Nobody labels a step; the outcome rule alone
 teaches. Sampling, clipped ratio and mini-batches are grpo.train's, with GRPOConfig(beta=0, mean="token"): PRIME has no
-KL term. PRIME (arXiv 2502.01456) algorithm 1, eq. 3-6. The authors' code departs: no beta in the reward, which is
-scaled, and the summed return is whitened.
+KL term. PRIME (arXiv 2502.01456) algorithm 1, eq. 3-6. The authors' code departs: another scale in place of beta,
+and the summed return is whitened.
 
-    prime = PRIME(model, config, PRIMEConfig())
-    filtered = DAPO(DAPOConfig(resample=3), config.max_new_tokens, prime.keep)                     # variants/dapo.py
-    grpo.train(..., config=config, advantage_estimator=prime, select=filtered.select)
+    estimator = PRIME(model, config, PRIMEConfig())
+    filtered = DAPO(DAPOConfig(resample=3), config.max_new_tokens, estimator.keep)                 # variants/dapo.py
+    grpo.train(..., config=config, advantage_estimator=estimator, select=filtered.select)
     python -m variants.prime --model DIR --data FILE.jsonl --out DIR     # a problem set (data/problems.py)
 
 Shapes: N prompts, K completions each, B = N*K rows (prompt-major), T positions; position t predicts token t+1.
@@ -28,7 +28,7 @@ LOGITS_AT_ONCE = 2 ** 28 if torch.cuda.is_available() else 2 ** 26  # positions 
 @dataclass(frozen=True)
 class PRIMEConfig:
     prm_beta: float = 0.05     # PRIME: 0.05
-    prm_lr: float = 2e-4       # twice the policy's, as PRIME: 1e-6 and 5e-7
+    prm_lr: float = 2e-4       # twice the policy's. PRIME: 1e-6, the policy's 5e-7
     gamma: float = 1.0         # PRIME: 1
     lowest: float = 0.2        # prompts are kept whose accuracy lies strictly between; PRIME: 0.2 and 0.8
     highest: float = 0.8
@@ -61,6 +61,8 @@ def outcome_loss(process_rewards, outcomes, normaliser=None):
 
 def others_mean(x):
     """The mean of the *other* completions of the group. (N, K) -> (N, K)"""
+    if x.shape[1] < 2:
+        raise ValueError(f"K is {x.shape[1]}: PRIME compares the completions of a group, so it takes 2 or more")
     return (x.sum(1, keepdim=True) - x) / (x.shape[1] - 1)
 
 
@@ -91,10 +93,11 @@ class PRIME:
     def __init__(self, model, config, prime=PRIMEConfig(), outcome="accuracy"):
         """The policy, the process reward model and its reference start from `model`, whose weights should be fp32.
 
-        config: the run's GRPOConfig; outcome: the name of the rule, 0 or 1, that is the outcome.
+        config: the run's GRPOConfig; outcome: the name of the rule, 0 or 1, that is the outcome. Other rules, a
+        length penalty and a Judge are logged, without effect.
         """
         self.config, self.prime, self.outcome = config, prime, outcome
-        # what is frozen, as LoRA's base, is shared: the reward model is a second adapter beside the policy's
+        # frozen weights are shared: with LoRA the reward model is a second adapter on the policy's base
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self.prm = copy.deepcopy(model, {id(p): p for p in frozen}).eval()
         self.reference = copy.deepcopy(model, {id(p): p for p in frozen}).eval().requires_grad_(False)
@@ -113,7 +116,7 @@ class PRIME:
 
     def keep(self, r):
         """The prompt filter, N booleans: neither too easy nor too hard, by the group's accuracy."""
-        accuracies = [sum(right) / len(right) for right in self.outcomes(r).tolist()]  # fp32's 1/5 is above 0.2
+        accuracies = [sum(right) / len(right) for right in self.outcomes(r).tolist()]  # not fp32: its 1/5 > 0.2
         return [self.prime.lowest < accuracy < self.prime.highest for accuracy in accuracies]
 
     def advantages(self, r):
@@ -147,17 +150,17 @@ class PRIME:
         return prime_advantages(rewards, outcomes, r.mask, self.prime.gamma)
 
     def logprobs(self, model, r, rows):
-        """(len(rows), t) of the sampled tokens, 0 elsewhere; t is where the longest of these rows ends.
+        """(len(rows), t) of the sampled tokens, 0 elsewhere; t = max(ends) - 1 of these rows. Without rows (1, t).
 
         A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes its logits in pieces.
         """
         def score(logits, targets):
-            return -F.cross_entropy(logits.float() / c.temperature, targets, reduction="none")
+            return -F.cross_entropy(logits.float() / self.config.temperature, targets, reduction="none")
 
         def score_states(states, targets):
             return score(model.head(states), targets)
 
-        c, read = self.config, rows or [0]  # as grpo.py: a process whose share is empty makes a pass too
+        c, read = self.config, rows or [0]  # an empty share makes a pass too: FSDP's are collective
         end = max(r.ends[row] for row in read)
         ids, mask = r.ids[read, :end], r.mask[read, :end - 1].bool() & bool(rows)
         sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
@@ -177,23 +180,24 @@ class PRIME:
 
 
 def share(rows):
-    """This process's part of the rows, of several under torchrun (lab/parallel.py)."""
+    """This process's part of the rows: all of them, unless torchrun has started several (lab/parallel.py)."""
     return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
 
 
 def sum_over_processes(*tensors):
-    """In place, of one dtype, 32 in a message. Sharded gradients (FSDP) are summed already."""
+    """All-reduces tensors of one dtype in place, 32 in a message. FSDP has summed sharded gradients already."""
     own = [t for t in tensors if not hasattr(t, "placements")] if dist.is_initialized() else []
     for i in range(0, len(own), 32):
         flat = torch.cat([t.flatten() for t in own[i:i + 32]])
         dist.all_reduce(flat)
-        for t, total in zip(own[i:], flat.split([t.numel() for t in own[i:i + 32]])):
+        for t, total in zip(own[i:i + 32], flat.split([t.numel() for t in own[i:i + 32]])):
             t.copy_(total.view_as(t))
 
 
 def micro_batches(rows, ends, budget):
     """Split row numbers, longest first, into batches of at most `budget` padded tokens; a longer row goes alone."""
-    rows, processes = sorted(rows, key=lambda r: -ends[r]), dist.get_world_size() if dist.is_initialized() else 1
+    rows = sorted(rows, key=lambda row: -ends[row])
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     while rows:
         count = processes * max(1, budget // ends[rows[0]])
         yield share(rows[:count])  # of several processes: this one's part, which may be empty

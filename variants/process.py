@@ -39,16 +39,18 @@ class ProcessSupervision:
         self.steps, self.group_size, self.scale_by_std = steps, group_size, scale_by_std
 
     def advantages(self, rollout):
-        rewards, ends = torch.zeros_like(rollout.old_logprobs), torch.zeros_like(rollout.mask)
+        rewards, is_last = torch.zeros_like(rollout.old_logprobs), torch.zeros_like(rollout.mask)
         for row, (end, length) in enumerate(zip(rollout.ends, rollout.lengths.tolist())):
             start = end - length  # tokens of the prompt; position t predicts token t+1
             completion, example = rollout.ids[row, start:end].tolist(), rollout.examples[row // self.group_size]
             for token, reward in self.steps(completion, example):
                 if not 0 <= token < length:
                     raise ValueError(f"a step ends at token {token} of a completion of {length} tokens")
+                if is_last[row, start - 1 + token]:
+                    raise ValueError(f"two steps end at token {token}")
                 rewards[row, start - 1 + token] = reward
-                ends[row, start - 1 + token] = True
-        return process_advantages(rewards, ends, self.group_size, self.scale_by_std)
+                is_last[row, start - 1 + token] = True
+        return process_advantages(rewards, is_last, self.group_size, self.scale_by_std)
 
     def learn(self, rollout, rows):
         return {}  # nothing here learns

@@ -1,10 +1,10 @@
-"""Reward models for RL-2: the policy's architecture with a scalar head, trained on preferences [R1 v1 2.3.4; v2 3.1].
+"""Reward models, for R1's second RL stage: a policy with a scalar head, trained on preferences [R1 v1 2.3.4; v2 3.1].
 
 helpful  pairwise: of two answers to a prompt the better one scores higher [Bradley-Terry]; reads the final summary
 safe     point-wise: a response is safe or it is not; reads all of it, the thinking included
 
-Rules stay for what can be checked, since a trained judge can be deceived. In grpo.train a Judge stands where dynamic
-sampling does, and scores a rollout's outputs in batches:
+Rules stay for what can be checked, since a trained judge can be deceived. In grpo.train a Judge is passed as
+select, and scores a rollout's outputs in batches:
 
     python -m variants.reward_model --model DIR --data FILE --out DIR     # rows: data/preferences.py
     grpo.train(..., select=Judge([Term("helpful", model, encode)]).select)
@@ -29,8 +29,8 @@ class RewardConfig:
     lr: float = 3e-4             # R1: 6e-6
     epochs: int = 1              # R1: 1
     batch_rows: int = 64         # pairs, or labelled responses, of one update. R1: 256
-    warmup: float = 0.05         # part of the steps
-    micro_batch_rows: int = 16   # of one forward pass; changes memory and speed alone
+    warmup: float = 0.05         # share of the steps in which lr rises
+    micro_batch_rows: int = 16   # of one forward pass; changes memory and speed, not the result
     grad_clip: float = 1.0
     dtype: str = "bfloat16"      # of the forward pass
     seed: int = 0
@@ -46,8 +46,8 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def forward(self, ids, ends):
-        """ids (B, T), ends (B,): the tokens of each row -> scores (B,): log-odds of a point-wise model; of a pairwise
-        one their differences are."""
+        """ids (B, T), ends (B,) row lengths -> scores (B,): log-odds if point-wise; if pairwise, a difference of two is
+        the log-odds."""
         states = self.transformer.hidden(ids)                                  # (B, T, D)
         last = states[torch.arange(len(ids), device=ids.device), ends - 1]     # (B, D)
         with torch.autocast(ids.device.type, enabled=False):  # in half precision near scores would be equal
@@ -66,6 +66,8 @@ def pointwise_loss(scores, is_safe):
 
 def scores_of(model, rows, dtype):
     """Scores (B,) of rows, lists of ids."""
+    if not all(rows):
+        raise ValueError("a row without a token has no score")
     device = model.score.weight.device
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     ends = torch.tensor([len(row) for row in rows], device=device)
@@ -75,18 +77,19 @@ def scores_of(model, rows, dtype):
 
 @torch.no_grad()
 def score(model, rows, dtype, batch_tokens=16384):
-    """Scores (len(rows),) on the CPU, in batches of at most so many padded tokens."""
+    """Scores (len(rows),), on the CPU. A batch has at most batch_tokens, padding included; a longer row goes alone."""
     scores = torch.empty(len(rows))
     left = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first
     while left:
-        count = max(1, batch_tokens // len(rows[left[0]]))
+        count = max(1, batch_tokens // (len(rows[left[0]]) or 1))
         batch, left = left[:count], left[count:]
         scores[batch] = scores_of(model, [rows[i] for i in batch], dtype).cpu()
     return scores
 
 
 def loss_of(model, rows, dtype):
-    """Of pairs (chosen, rejected) of ids, or of (ids, label); and how many the model has right, a tie being wrong."""
+    """The loss of rows (chosen ids, rejected ids) or (ids, label), and how many are right: the chosen one scores
+    higher, or the score is above 0 just where the label is 1."""
     first, second = zip(*rows)
     if isinstance(second[0], (int, float)):
         scores = scores_of(model, first, dtype)
@@ -147,7 +150,7 @@ class Term:
     name: str
     model: RewardModel
     encode: Callable    # (example, completion) -> the ids that the model reads: of the summary, or of all
-    is_probability: bool = False  # sigmoid(score) in its place
+    is_probability: bool = False  # reward: sigmoid(score)
     weight: float = 1.0
     applies: Callable = lambda example: True  # whether it judges the outputs for this prompt
 
@@ -158,7 +161,7 @@ def draw_once(draw, prompts, count):
 
 
 class Judge:
-    """Its method is what grpo.train takes: select=Judge(...).select. inner: dapo.py's, which selects by these too."""
+    """For grpo.train: select=Judge(...).select. inner: another select, as DAPO's, which sees the judged rewards."""
 
     def __init__(self, terms, dtype="bfloat16", inner=draw_once):
         self.terms, self.dtype, self.inner = terms, dtype, inner
@@ -167,21 +170,18 @@ class Judge:
         return self.inner(lambda examples: self.judge(draw(examples)), prompts, count)
 
     def judge(self, r):
-        """The rollout with the models' scores among its rewards and their parts."""
+        """The rollout with each model's scores in its parts, and weighted in its rewards."""
         G = r.rewards.shape[1]
         for term in self.terms:
             applies = [i for i, _ in enumerate(r.texts) if term.applies(r.examples[i // G])]
-            scores = torch.zeros(len(r.texts))
             if dist.is_initialized():  # torchrun's processes share the outputs out
                 applies = applies[dist.get_rank()::dist.get_world_size()]
-            if applies:
-                rows = [term.encode(r.examples[i // G], r.texts[i]) for i in applies]
-                scores[applies] = score(term.model, rows, self.dtype)
-                if term.is_probability:
-                    scores[applies] = scores[applies].sigmoid()
+            judged = score(term.model, [term.encode(r.examples[i // G], r.texts[i]) for i in applies], self.dtype)
+            scores = torch.zeros(len(r.texts), device=r.rewards.device)  # where NCCL can sum them
+            scores[applies] = (judged.sigmoid() if term.is_probability else judged).to(scores.device)
             if dist.is_initialized():
                 dist.all_reduce(scores)
-            r.parts[term.name] = scores.view(-1, G).to(r.rewards.device)
+            r.parts[term.name] = scores.view(-1, G)
             r.rewards = r.rewards + term.weight * r.parts[term.name]
         return r
 

@@ -1,6 +1,6 @@
 """Rotary positions for a longer context than a model was first trained on: linear, Llama 3's, and YaRN.
 
-In place of model.rope_frequencies; config.json's rope_scaling says which: {"rope_type": "llama3", "factor": 8.0, ...}.
+In place of model.rope_frequencies; Config.rope_scaling, from config.json, says which: {"rope_type": "llama3", ...}.
 
     model.load(dir, rope=scaled_frequencies)
 
@@ -18,25 +18,25 @@ def scaled_frequencies(c):
     frequency = c.rope_theta ** -exponent  # (d/2,)
     if c.rope_scaling is None:
         return frequency, 1.0
-    scaling = c.rope_scaling
+    scaling, kind = c.rope_scaling, c.rope_scaling["rope_type"]
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(f"rope scaling {kind!r} is not supported: linear, llama3 and yarn are")
     factor = scaling["factor"]
     first_context = scaling.get("original_max_position_embeddings", c.max_position_embeddings)
-    if scaling["rope_type"] == "linear":
+    if kind == "linear":
         return frequency / factor, 1.0
-    if scaling["rope_type"] == "llama3":  # by a pair's turns within the first context
+    if kind == "llama3":  # by a pair's turns within the first context
         turns = first_context * frequency / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return kept * frequency + (1 - kept) * frequency / factor, 1.0
-    if scaling["rope_type"] == "yarn":
-        slowed, scale = yarn(c, scaling, factor, first_context)
-        return (1 - slowed) * frequency + slowed * frequency / factor, scale
-    raise ValueError(f"rope scaling {scaling['rope_type']!r} is not supported: linear, llama3 and yarn are")
+    slowed, scale = yarn(c, scaling, factor, first_context)
+    return (1 - slowed) * frequency + slowed * frequency / factor, scale
 
 
 def yarn(c, scaling, factor, first_context):
     """How much each pair is slowed (d/2,), 0 to 1, and the factor for cos and sin (arXiv 2309.00071)."""
-    def pair_that_turns(times):  # so often within the first context; its index, as a fraction
+    def pair_that_turns(times):  # the index, a fraction, of the pair that makes so many turns in the first context
         return c.head_dim * math.log(first_context / (times * 2 * math.pi)) / (2 * math.log(c.rope_theta))
 
     def attention_scale(weight):
@@ -52,4 +52,4 @@ def yarn(c, scaling, factor, first_context):
     scale = attention_scale(1)
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         scale = attention_scale(scaling["mscale"]) / attention_scale(scaling["mscale_all_dim"])
-    return slowed, scaling.get("attention_factor", scale)
+    return slowed, scaling.get("attention_factor") or scale
