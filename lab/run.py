@@ -33,21 +33,12 @@ from lab.asking import decoder, to_learn
 from lab.scripts import cut_warning, rules, save_trained
 from lab.memory import Memory
 from lab.parallel import first, shared, wait
-from lab.stale import changed_files, code_of
+from lab.stale import CODE, DEEPSEEK_CODE, PRETRAINING_CODE, changed_files, code_of
 from lab.terminal import line_of
 from lab.trainee import Trainee
 from variants.v3_pretraining import Objective
 
-ROOT = Path(__file__).resolve().parent.parent
 write_report = checkpoint.by_first(report.write)
-
-# The files that a stage's weights depend on. Pretraining depends on no reward; every other stage does, at least through
-# the samples that it starts from.
-PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
-DEEPSEEK_CODE = ("variants/deepseek_v3.py", "variants/v3_pretraining.py", "variants/v3_weights.py")  # on such a base
-CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
-        "distill.py", "lab/graphs.py", "lab/asking.py", "lab/lots.py")
-MEASURED_BY = ("evaluate.py", "lab/measure.py", "lab/claims.py", "lab/compare.py")
 
 LOGS = ("metrics.jsonl", "times.jsonl", "samples.jsonl", "warnings.jsonl", "watched.jsonl", "lengths.jsonl",
         "completions.jsonl")

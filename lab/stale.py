@@ -17,6 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The files that a stage's weights depend on, and its figures. Pretraining depends on no reward; every other stage does, at
+# least through the samples that it starts from.
+PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
+DEEPSEEK_CODE = ("variants/deepseek_v3.py", "variants/v3_pretraining.py", "variants/v3_weights.py")  # on such a base
+CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
+        "distill.py", "lab/graphs.py", "lab/asking.py", "lab/lots.py")
+MEASURED_BY = ("evaluate.py", "lab/measure.py", "lab/claims.py", "lab/compare.py", "pipeline.py")
+
 
 def code_hash(text):
     """Of a Python file's code alone: comments, docstrings and empty lines do not count."""

@@ -18,8 +18,7 @@ from data import search
 from lab.elements import counts_in_words, number, quantity, words
 from lab.figures import budgets_svg, curve_svg, recipe_svg
 from lab.read_run import read_objects
-from lab.run import CODE, MEASURED_BY
-from lab.stale import made_by
+from lab.stale import CODE, MEASURED_BY, made_by
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = "world"  # whose pictures stand in the README
@@ -43,7 +42,8 @@ METHODS = ["accuracy", "accuracy_any", "format", "language_consistency", "length
 HEAD = """# Results
 
 Written by `python -m lab.tables` from the files in this folder, which `python -m lab.tables --keep RUN_DIR
-results/NAME/seed-S` copies from a finished run. Not to be changed by hand.
+results/NAME/seed-S` copies from a finished run. Not to be changed by hand. `python -m lab.stale` tells for each folder
+here by which commit its figures were made, and which of the files that they depend on have changed since.
 
 Percent of test problems, or tokens. With one seed a figure stands with its 95% interval [low, high], with several as
 their mean (lowest–highest). **accuracy** counts answers in the asked form, **any style** also those without the tags;
@@ -411,7 +411,7 @@ def files_to_keep(run_dir):
         if name in CURVES:
             samples += [{"stage": name} | row for row in cheats_to_keep(path)]
     files = {"results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
-             "kept.json": json.dumps(made_by((*CODE, *MEASURED_BY, "pipeline.py")), indent=1) + "\n",
+             "kept.json": json.dumps(made_by((*CODE, *MEASURED_BY)), indent=1) + "\n",
              "samples.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)}
     for path in (run_dir / "times.json", *(run_dir / name / "metrics.jsonl" for name in CURVES)):
         if path.is_file():

@@ -35,8 +35,7 @@ from lab.elements import el  # noqa: E402
 from lab.figures import panel, picture  # noqa: E402
 from lab.graphs import generate  # noqa: E402
 from lab.layers import fast_layers  # noqa: E402
-from lab.run import CODE, DEEPSEEK_CODE, MEASURED_BY  # noqa: E402
-from lab.stale import made_by  # noqa: E402
+from lab.stale import CODE, DEEPSEEK_CODE, MEASURED_BY, made_by  # noqa: E402
 from variants.v3_pretraining import Objective  # noqa: E402
 
 DENSE = pipeline.PRESETS["cpu"].model
@@ -132,7 +131,7 @@ def write_table(seeds, out, results):
     print("\n".join(lines))
     results.mkdir(parents=True, exist_ok=True)
     kept = {"seeds": seeds, "torch": torch.__version__, "runs": found}
-    kept |= made_by((*CODE, *MEASURED_BY, "pipeline.py", *DEEPSEEK_CODE))
+    kept |= made_by((*CODE, *MEASURED_BY, *DEEPSEEK_CODE))
     (results / "figures.json").write_text(json.dumps(kept, indent=1))
     rows = []
     for of_bias, without in zip(*(rows_of(out / f"{arm}-{seeds[0]}" / "base", "metrics.jsonl")

@@ -284,23 +284,25 @@ def is_even(text, _=None):
     return float(sum(map(ord, text)) % 2)
 
 
-# One process with NCCL; two with gloo, since NCCL wants a card for each.
+# One process with NCCL; two with gloo, since NCCL wants a card for each. Gloo cannot shard on a card: SIGSEGV.
 TOGETHER = ((1, "nccl"), (2, "gloo"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def processes():
-    """Under torchrun: an update beside the CPU's alone, plain and sharded; the smoke recipe; grpo.py --shard."""
+    """Under torchrun: updates beside the CPU's alone, plain and sharded; the smoke recipe; grpo.py."""
     for count, backend in TOGETHER:
-        for sharded in (False, True):
-            for name in ("GRPO", "PPO", "PRIME", "SFT")[:1 if sharded else 4]:
-                with catching(f"{count} x {backend}, {name}"):
-                    compare_together(count, backend, name, sharded)
+        for name in ("GRPO", "PPO", "PRIME", "SFT"):
+            with catching(f"{count} x {backend}, {name}"):
+                compare_together(count, backend, name)
+            if backend == "nccl":
+                with catching(f"{count} x {backend}, {name}, sharded"):
+                    compare_together(count, backend, name, sharded=True)
         with catching(f"{count} x {backend}, scripts"):
             scripts_together(count, backend)
 
 
-def compare_together(count, backend, name, sharded):
+def compare_together(count, backend, name, sharded=False):
     with tempfile.TemporaryDirectory() as dir:
         run_together(count, backend, "update", name, str(int(sharded)), f"{dir}/weights.safetensors")
         found = load_file(f"{dir}/weights.safetensors")["weights"]
@@ -317,10 +319,9 @@ def scripts_together(count, backend):
         check(f"{count} x {backend}: the smoke recipe", 0, 0, seconds=time.time() - started)
         data = Path(dir, "problems.jsonl")
         data.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(8)))
-        more = ["--shard"] if count > 1 else []
         run_together(count, backend, "script", "grpo.py", "--model", f"{run}/base", "--data", str(data), "--out", out,
-                     "--rollouts", "2", "--max-new-tokens", "20", *more)
-        check(f"{count} x {backend}: grpo.py {' '.join(more)}", 0, 0)
+                     "--rollouts", "2", "--max-new-tokens", "20")
+        check(f"{count} x {backend}: grpo.py", 0, 0)
 
 
 def run_together(count, backend, *args):

@@ -20,8 +20,7 @@ import torch  # noqa: E402
 from lab import checkpoint  # noqa: E402
 from lab.elements import el  # noqa: E402
 from lab.figures import panel, picture  # noqa: E402
-from lab.run import CODE, MEASURED_BY  # noqa: E402
-from lab.stale import made_by  # noqa: E402
+from lab.stale import CODE, MEASURED_BY, made_by  # noqa: E402
 
 STAGES = {"dev3": "Dev3, before RL-2", "r1": "R1, by rules", "r1_model": "RL-2 with reward models",
           "r1_long": "general requests alone, for long"}
@@ -63,7 +62,8 @@ def write(runs, results):
         print(f"{run.name}: judges {judges}, claim 14 {claim['verdict']}: {claim['ours']:+.1f} [{claim['low']:+.1f}, "
               f"{claim['high']:+.1f}], {claim['detail']}")
     results.mkdir(parents=True, exist_ok=True)
-    kept |= made_by((*CODE, *MEASURED_BY, "pipeline.py", "variants/reward_model.py", "lab/preferences.py", "data/preferences.py"))
+    of_judges = ("variants/reward_model.py", "lab/preferences.py", "data/preferences.py")
+    kept |= made_by((*CODE, *MEASURED_BY, *of_judges))
     (results / "figures.json").write_text(json.dumps(kept, indent=1))
     for key, title, file in (("model", "The reward model's score of the outputs", "score.svg"),
                              ("rule", "Helpful by the rule, %", "helpful.svg")):

@@ -31,10 +31,9 @@ from lab import checkpoint  # noqa: E402
 from lab.architectures import load  # noqa: E402
 from lab.graphs import generate  # noqa: E402
 from lab.layers import fast_layers  # noqa: E402
-from lab.run import CODE, MEASURED_BY  # noqa: E402
 from lab.scripts import final_answer, rules  # noqa: E402
 from lab.sources import MiniWorld  # noqa: E402
-from lab.stale import made_by  # noqa: E402
+from lab.stale import CODE, MEASURED_BY, made_by  # noqa: E402
 
 ROUTES = {  # name: (title, the model it starts from, the stage that makes it; None: the model itself)
     "base": ("the small base", "base_qwen", None),
@@ -163,7 +162,7 @@ def write_table(runs, out, results):
                  for column in COLUMNS]
         print(f"| {title} | " + " | ".join(cells) + " |")
     results.mkdir(parents=True, exist_ok=True)
-    kept |= made_by((*CODE, *MEASURED_BY, "pipeline.py", "lab/distill_script.py", "tests/routes.py"))
+    kept |= made_by((*CODE, *MEASURED_BY, "lab/distill_script.py", "tests/routes.py"))
     (results / "figures.json").write_text(json.dumps(kept, indent=1))
 
 

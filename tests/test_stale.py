@@ -25,7 +25,8 @@ class A:
 
 @pytest.mark.parametrize("old, new", [
     ("What it is.", "It.\n\nMore of it."), ("  # tries", ""), ("  # tries", "  # other words"),
-    ("LIMIT", "# x\n\n\nLIMIT"), ('    """Doubled."""\n', ""), ("# a mark", "#"), ("    return", "    # so\n\n    return")])
+    ("LIMIT", "# x\n\n\nLIMIT"), ('    """Doubled."""\n', ""), ("# a mark", "#"),
+    ("    return", "    # so\n\n    return")])
 def test_comments_docstrings_and_empty_lines_change_nothing(old, new):
     assert old in CODE and stale.code_hash(CODE.replace(old, new, 1)) == stale.code_hash(CODE)
 
