@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The files that a stage's weights depend on, and its figures. Pretraining depends on no reward; every other stage does, at
-# least through the samples that it starts from.
+# The files that a stage's weights depend on, and its figures. Pretraining depends on no reward; every other stage does,
+# at least through the samples that it starts from.
 PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
 DEEPSEEK_CODE = ("variants/deepseek_v3.py", "variants/v3_pretraining.py", "variants/v3_weights.py")  # on such a base
 CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",

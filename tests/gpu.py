@@ -1,6 +1,6 @@
 """What a CUDA GPU makes of this project: correctness beside the CPU, speeds beside the card's limits, the gpu preset.
 
-    python tests/gpu.py                        # about 8 minutes on an H100; a table, and results/gpu/NAME.json
+    python tests/gpu.py                        # about 10 minutes on an H200; a table, and results/gpu/NAME.json
     python tests/gpu.py --only correct decode  # some parts
     python tests/gpu.py --json FILE            # elsewhere
 
