@@ -22,7 +22,7 @@ FILTERS = ("correct", "one_language", "readable", "distinct", "enough")  # in th
 
 
 def repeats(text, shortest=12, longest=100, times=3):
-    """Whether a loop is in it: a string of so many characters, `times` times in a row. 25 ms for 10,000 characters."""
+    """Whether it loops: `shortest` to `longest` characters, `times` times in a row. 25 ms for 10,000 characters."""
     return re.search(rf"(.{{{shortest},{longest}}}?)\1{{{times - 1}}}", text, re.DOTALL) is not None
 
 
@@ -73,15 +73,14 @@ def mix(traces, general, ratio=3, seed=0):
     """Traces and general examples, `ratio` to 1, shuffled; the general ones are repeated or cut to fit."""
     if not traces or not general:
         raise ValueError(f"{len(traces)} traces and {len(general)} general examples: there must be some of both")
-    wanted = round(len(traces) / ratio)
-    reused = general * (wanted // len(general) + 1)
-    rows = traces + reused[:wanted]
-    random.Random(seed).shuffle(rows)
-    return rows
+    rng, wanted = random.Random(seed), round(len(traces) / ratio)
+    general = rng.sample(general, len(general))  # a file may be sorted by kind
+    rows = traces + (general * (wanted // len(general) + 1))[:wanted]
+    return rng.sample(rows, len(rows))
 
 
 def distill(student, traces, general, encode, train, ratio=3, seed=0):
-    """Train `student` in place by SFT alone, as R1 does: on the mixture, or where `general` is empty on the traces.
+    """Train `student` in place by SFT alone, as R1 does: on the mixture, or on the traces if `general` is empty.
 
     encode(row) -> what train takes as an example; train(model, examples) -> its result, which is returned.
     """
@@ -92,8 +91,8 @@ def distill(student, traces, general, encode, train, ratio=3, seed=0):
 class OnPolicy:
     """Replaces grpo.train's group advantages by A_t = log pi_teacher - log pi_student of each sampled token.
 
-    In expectation over the token, the policy gradient is then minus that of KL(student || teacher) at its prefix: no
-    token is credited for what comes after it. Teacher and student share a tokenizer.
+    Its expected policy gradient is minus the gradient of KL(student || teacher) at each sampled prefix: no token is
+    credited for what comes after it. Teacher and student share a tokenizer.
     logprobs_of(model, rollout) -> (B, T) of the rollout's tokens, without gradients (grpo.all_logprobs).
     """
 
@@ -107,7 +106,7 @@ class OnPolicy:
         return gap
 
     def learn(self, rollout, rows):
-        return {"reverse_kl": self.reverse_kl}  # there is no critic to train
+        return {"reverse_kl": self.reverse_kl}  # logged; there is no critic to train
 
 
 def main():

@@ -63,7 +63,7 @@ def bootstrap(values, draws=2000, seed=0):
 def paired_bootstrap(a, b, draws=2000, seed=0):
     """mean(b) - mean(a), with its 95% interval over problems, which are drawn for both together.
 
-    Each mean leaves out the problems where its own array has NaN: where these differ, so do the problems of the means.
+    A problem with NaN is left out of its own array's mean only, so the two means may be over different problems.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if len(a) != len(b):
@@ -81,8 +81,7 @@ def paired_bootstrap(a, b, draws=2000, seed=0):
 def complete(prompts, generate, decode, config, done=(), log=None):
     """config.samples completions of each prompt (lists of ids): texts (N lists of n) and token counts (N, n).
 
-    log(row) gets {"step", "texts", "counts"} of each finished batch; such rows of an earlier call, `done`, are not
-    sampled again.
+    log(row) gets {"step", "texts", "counts"} of each batch; to resume, pass these rows as `done`.
     """
     n = config.samples
     texts, counts = [None] * len(prompts), np.zeros((len(prompts), n), dtype=int)
@@ -113,9 +112,9 @@ def sample(prompts, generate, config, n, max_new_tokens):
 def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking, ks=()):
     """{metric: (N,) one value a problem, NaN where it does not apply} of the completions texts[i][j].
 
-    rules: {name: (completion, example) -> float}, averaged over the samples; measure itself reads "accuracy_any" and
-    "language_consistency". pass@k goes by accuracy_any, maj@k by final_answer(completion, example), where None is no
-    vote: both apply to examples of kind "reasoning" alone.
+    rules: {name: (completion, example) -> float}, averaged over the samples; "accuracy_any" and "language_consistency"
+    are needed. pass@k goes by accuracy_any, maj@k by final_answer(completion, example), where None is no vote; both
+    apply to examples of kind "reasoning" alone. count_thinking(text) -> tokens.
     """
     names = [*rules, "length", "thinks", "accuracy_any_if_thinking", "language_if_thinking", "length_if_thinking"]
     names += [f"{metric}@{k}" for k in ks for metric in ("pass", "maj")]
@@ -132,7 +131,7 @@ def measure(examples, texts, counts, rules, final_answer, thinks, count_thinking
             values["length_if_thinking"][i] = np.mean([count_thinking(text) for text in completions if thinks(text)])
         if ks and example.get("kind", "reasoning") == "reasoning":
             answers = [final_answer(text, example) for text in completions]
-            reference = final_answer(f"<answer>{example['answer']}</answer>", example)  # untagged, only its end is read
+            reference = final_answer(f"<answer>{example['answer']}</answer>", example)  # tags: all of it is read
             for k in ks:
                 values[f"pass@{k}"][i] = pass_at_k(len(completions), int(scores["accuracy_any"].sum()), k)
                 values[f"maj@{k}"][i] = majority_at_k(answers, reference, k)
@@ -161,10 +160,10 @@ def continue_from(beginnings, unfinished, prompts, generate, decode, config, new
 
 
 def with_budgets(prompts, generate, decode, config, budgets, end_thinking, thinking_over):
-    """{budget: texts as `complete` gives them, their thinking cut after so many tokens} [s1, arXiv 2501.19393].
+    """{budget: texts as `complete` gives them, each cut after so many tokens and ended} [s1, arXiv 2501.19393].
 
-    The same completions are cut at each budget, and what was cut goes on: where thinking_over(text) is False, after
-    `end_thinking`, the ids that close the thinking and open the answer.
+    All budgets cut the same completions. What was cut goes on, for 40 tokens at most; where thinking_over(text) is
+    False, after `end_thinking`, the ids that close the thinking and open the answer.
     """
     sampled, _ = sample(prompts, generate, config, config.samples, max(budgets) + 1)  # +1 tells cut from finished
     texts = {}

@@ -51,7 +51,7 @@ class GRPOConfig:
     clip_high: float = 0.2         # ratio <= 1 + clip_high. R1: 10; DAPO: 0.28
     sequence_ratio: bool = False   # GSPO: one ratio per sequence, the geometric mean of its tokens'
     detach_ratio: bool = False     # CISPO: the clipped ratio is a constant weight on A log pi
-    stale_limit: float = 0.0       # DeepSeek-V3.2: a negative A is dropped where a row's mean log(pi_old/pi) is above
+    stale_limit: float = 0.0       # DeepSeek-V3.2: above 0, drops a negative A in rows of a larger mean log(pi_old/pi)
     mean: str = "sequence"         # eq. 3: over each sequence, then over sequences. DAPO: "token"; Dr. GRPO: "constant"
     beta: float = 0.001            # weight of the KL. R1: 0.001, DeepSeekMath: 0.04
     weigh_kl: bool = False         # DeepSeek-V3.2: the KL times the ratio
@@ -108,7 +108,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
     """
     lengths, tokens = mask.sum(1).clamp(min=1), mask.sum().clamp(min=1)  # (B,), scalar
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    # padding may hold anything, even inf, and inf * 0 is NaN
+    # padding becomes 0, and so does its loss; multiplied by the mask it might be inf * 0, NaN
     logprobs, old_logprobs, ref_logprobs, advantages = (
         x if x is None else torch.where(mask > 0, x, 0) for x in (logprobs, old_logprobs, ref_logprobs, advantages))
     log_ratio = token_log_ratio = logprobs - old_logprobs
@@ -127,7 +127,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_
         objective = torch.where(is_stale[:, None] & (advantages < 0), 0, objective)
     penalty = torch.zeros_like(objective) if ref_logprobs is None else kl_divergence(logprobs, ref_logprobs)
     if weigh_kl:
-        penalty = penalty * ratio  # then its expected gradient is that of KL(pi || pi_ref), off-policy too
+        penalty = penalty * ratio  # its expected gradient is then, off-policy too, that of KL(pi || pi_ref)
     token_loss = beta * penalty - objective  # (B, T); the KL is part of the loss, not of the reward
     if mean == "sequence":
         token_loss = token_loss / lengths[:, None]
@@ -161,29 +161,29 @@ class Rollout:
 def rollout(model, examples, *, encode, decode, generate, end_ids, rewards, weights, config, generator):
     """config.group_size completions of each example, sampled and judged. Arguments as in `train`."""
     G, prompts = config.group_size, [encode(example) for example in examples]
-    ids, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens, end_ids=end_ids,
+    new, lengths, logprobs = generate(model, prompts, n=G, max_new_tokens=config.max_new_tokens, end_ids=end_ids,
                                       temperature=config.temperature, generator=generator)
-    device = ids.device
-    completions = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist())]
+    device = new.device
+    completions = [row[:length] for row, length in zip(new.tolist(), lengths.tolist())]
     texts = [decode(completion) for completion in completions]
     parts, total = {}, torch.zeros(len(examples), G, device=device)
     for name, rule in rewards.items():
         scores = torch.zeros(len(texts))
-        for row in share(range(len(texts))):  # torchrun's processes divide the judging; the sum is the whole
+        for row in share(range(len(texts))):  # each process has all texts and judges its share: then they are summed
             scores[row] = float(rule(texts[row], examples[row // G]))
         parts[name] = scores.to(device).view(-1, G)
         sum_over_processes(parts[name])
         total += weights.get(name, 1.0) * parts[name]  # (N, G)
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(G)  # (B,)
-    rows = [torch.tensor([*prompts[i // G], *completion]) for i, completion in enumerate(completions)]
-    rows = pad_sequence(rows, batch_first=True).to(device)  # (B, T+1)
-    target = torch.arange(1, rows.shape[1], device=device)  # a mask by length: the padding's id may be a real token's
+    ids = [torch.tensor([*prompts[i // G], *completion]) for i, completion in enumerate(completions)]
+    ids = pad_sequence(ids, batch_first=True).to(device)  # (B, T+1)
+    target = torch.arange(1, ids.shape[1], device=device)  # a mask by length: the padding's id may be a real token's
     mask = (target >= starts[:, None]) & (target < (starts + lengths)[:, None])
     sampled_logprobs = torch.zeros(mask.shape, device=device)
-    sampled_logprobs[mask] = logprobs[torch.arange(ids.shape[1], device=device) < lengths[:, None]].float()
+    sampled_logprobs[mask] = logprobs[torch.arange(new.shape[1], device=device) < lengths[:, None]].float()
     return Rollout(
-        examples=list(examples), texts=texts, ids=rows, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
-        finished=torch.isin(ids.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(list(end_ids), device=device)),
+        examples=list(examples), texts=texts, ids=ids, mask=mask, ends=(starts + lengths).tolist(), lengths=lengths,
+        finished=torch.isin(new.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(list(end_ids), device=device)),
         sampled_logprobs=sampled_logprobs, parts=parts, rewards=total)
 
 
@@ -204,7 +204,7 @@ def share(rows):
 
 
 def sum_over_processes(*tensors):
-    """All-reduces tensors of one dtype in place, 32 in a message. FSDP has summed sharded gradients already."""
+    """Sums tensors of one dtype in place, 32 in a message. Sharded gradients are summed already, by FSDP."""
     own = [t for t in tensors if not hasattr(t, "placements")] if dist.is_initialized() else []
     for i in range(0, len(own), 32):
         flat = torch.cat([t.flatten() for t in own[i:i + 32]])
@@ -228,12 +228,12 @@ def logprobs_of(model, r: Rollout, rows, config):
 
     A model with hidden(ids) -> (B, T, D), head(states) and config.vocab_size makes logits only for sampled tokens.
     """
-    read = rows or [0]  # an empty share reads row 0, fully masked: under FSDP every process must make each pass
+    read = rows or [0]  # an empty share reads row 0 and cuts it off again: under FSDP each process must make each pass
     t = max(r.ends[row] for row in read) - 1
-    ids, mask = r.ids[read, :t + 1], r.mask[read, :t] & bool(rows)
+    ids, mask = r.ids[read, :t + 1], r.mask[read, :t]
     sampled = mask.flatten().nonzero()[:, 0]  # (n,) positions that predict a sampled token
     targets = ids[:, 1:].flatten()[sampled]   # (n,)
-    # a cached bf16 cast of the head's weights would serve all of its pieces, and sum their gradients in bf16
+    # no cache: one bf16 cast of the head for all of head_logprobs' pieces would sum their gradients in bf16
     with torch.autocast(ids.device.type, getattr(torch, config.dtype), config.dtype != "float32", cache_enabled=False):
         if hasattr(model, "hidden") and hasattr(model, "head"):
             states = model.hidden(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, D)
@@ -241,7 +241,7 @@ def logprobs_of(model, r: Rollout, rows, config):
         else:
             logits = model(ids[:, :-1]).flatten(0, 1).index_select(0, sampled)  # (n, V)
             logprobs = token_logprobs(logits, targets, config.temperature)
-    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)[:len(rows)]
 
 
 def head_logprobs(model, states, targets, temperature):
@@ -294,7 +294,7 @@ def update(model, optimizer, r: Rollout, rows, advantages, config, scaler=torch.
     if is_finite:  # Adam would keep a NaN for good
         scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    # a finite loss whose scaled gradient alone is not finite is float16's overflow: scaler.update() halves the scale
+    # where the scaled gradient alone is not finite, float16 overflowed: update() halves the scale (1: no scaler)
     overflow = not is_finite and math.isfinite(metrics["loss"]) and scaler.get_scale() > 1
     metrics |= {"overflow": float(overflow), "skipped": float(not is_finite and not overflow)}
     scaler.update()
@@ -374,8 +374,8 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
 
     model(ids (B, T)) -> logits (B, T, V), causal: rows are padded on the right, without a mask; weights are fp32.
     encode(example) -> prompt ids; decode(completion ids, with the end token) -> text without it, for the rules.
-    generate(model, prompts, *, n, max_new_tokens, temperature, end_ids, generator), the model with weights in
-    config.dtype -> completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
+    generate(model in config.dtype, prompts, *, n, max_new_tokens, temperature, end_ids, generator) ->
+    completion ids (N*n, L), lengths (N*n,), and fp32 log-probabilities (N*n, L) of the sampled tokens
     under softmax(logits / temperature), no top-p or top-k; a completion ends at its first of end_ids, which counts.
     rewards: {name: rule(completion, example) -> float}; weights: {name: float}, 1 by default; 0 only logs the rule.
     advantage_estimator: an object in place of the group advantages (variants/): advantages(rollout) -> (B,) or (B, T);
@@ -399,7 +399,7 @@ def train(model, examples, *, encode, decode, generate, end_ids, rewards, config
     while counters["step"] < c.rollouts:
         started = time.time()
         model.eval()  # for the updates too: with dropout the ratio would measure its noise
-        # 1, 2: sample groups of completions from the current policy, or from a cast copy, freed at once; judge them
+        # 1, 2: sample groups from the current policy, or from its copy in config.dtype, freed at once; judge them
         as_is = not sharded and next(model.parameters()).dtype == getattr(torch, c.dtype)
         r, unused = select(partial(draw, model if as_is else cast_copy(model, c.dtype)), prompts, c.prompts_per_rollout)
         counters["prompts"] += len(r.examples) + unused

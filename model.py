@@ -126,7 +126,7 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the tokens so far, (layers, B, K, S, d), rows left-padded so that all end together.
 
-    `start` (B,) is each row's first real column: those before it are padding (at most `padding`), which no token sees.
+    `start` (B,) is each row's first real column: before it is padding (at most `padding`), which no real token sees.
     Attention runs over the whole capacity S, filled or not: its shape changes at every 32nd column only.
     """
 
@@ -197,22 +197,22 @@ class Transformer(nn.Module):
     def hidden(self, ids, positions=None, segments=None, cache=None):
         """The last layer's normed states (B, T, D), for callers that cannot afford (B, T, V); see forward."""
         T = ids.shape[1]
-        past = 0 if cache is None else cache.length - cache.padding  # in the shortest row: longer ones may be done
+        past = 0 if cache is None else cache.length - cache.padding  # of the shortest row: generate ends longer ones
         if past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed the model's context of {self.config.max_position_embeddings}")
         # which columns each token sees (B, T, S), and its position (B, T)
-        query = torch.arange(T, device=ids.device)  # the column of each token
+        query = key = torch.arange(T, device=ids.device)  # the column of each token
         seen = None  # plain causal attention
         positions = query[None] if positions is None else positions
         if cache is not None:
             query = cache.columns(T)
             positions = query - cache.start[:, None]
-            positions = positions.clamp(0, self.config.max_position_embeddings - 1)  # of padding, and of rows done
+            positions = positions.clamp(0, self.config.max_position_embeddings - 1)  # of padding; of ended rows
             key = torch.arange(cache.reserve(T), device=ids.device)
             seen = (key <= query[:, None]) & (key >= cache.start[:, None, None])
             seen |= key == query[:, None]  # padding sees itself: softmax of nothing is NaN
         elif segments is not None:  # packed rows: a token sees the earlier ones of its own example
-            seen = (segments[:, :, None] == segments[:, None, :]) & (query <= query[:, None])
+            seen = (segments[:, :, None] == segments[:, None, :]) & (key <= query[:, None])
 
         x = self.embed_tokens(ids)  # (B, T, D)
         if torch.is_autocast_enabled(ids.device.type):  # the residual stream too is half as wide
@@ -250,7 +250,7 @@ def nucleus(logits, temperature, top_p):
         return p, None
     # sorting a large V is slow: take the 8 likeliest, then 8 times as many for the rows where these fall short of top_p
     V = p.shape[1]
-    k = V if p.is_cuda and V <= 4096 else min(8, V)  # on a GPU sorting costs less than the check, which waits
+    k = V if p.is_cuda and V <= 4096 else min(8, V)  # on a GPU a small V is sorted sooner than .any() waits
     top, tokens = p.topk(k)
     while k < V and (short := top.sum(-1) < top_p).any():
         more = min(8 * k, V) - k
@@ -295,7 +295,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 
     prompts: N lists of token ids. A row ends with its first token of end_ids, included, or where its context ends.
     Returns, sample j of prompt i in row i*n + j: ids (N*n, max_new_tokens); lengths (N*n,); logprobs
-    (N*n, max_new_tokens) in the distributions that the tokens were drawn from. After a row's end both are 0.
+    (N*n, max_new_tokens) in the distributions drawn from. After a row's end ids and logprobs are 0.
     """
     logits, cache = prefill(model, prompts)  # (N, V)
     device = logits.device
@@ -318,7 +318,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
         lengths[active] += ~done
         done |= torch.isin(token, ends) | (room <= t + 1)
         # finished rows leave the batch, now and then: leaving copies the cache, and to check makes a GPU wait
-        if t % (4 if device.type == "cpu" else 16) == 3 or len(active) == 1:  # a lone row ends at once
+        if t % (4 if device.type == "cpu" else 16) == 3 or len(active) == 1:  # a lone row: at every step
             live = (~done).nonzero()[:, 0]
             if len(live) == 0:
                 break
@@ -334,7 +334,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_p=1.0
 # ------------------------------------------------------------------------------------------- weights in and out
 
 def hf_tensors(model, named=None):
-    """{Hugging Face's name: view} of the parameters, or of `named` tensors like them; fused matrices are split."""
+    """{Hugging Face's name: view} of the parameters, or of `named` {our name: tensor}; fused matrices are split."""
     c = model.config
     q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {"qkv_proj": {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
@@ -399,7 +399,7 @@ def read_config(dir) -> Config:
 
 @torch.no_grad()
 def load(dir, device=None, dtype=None, rope=rope_frequencies) -> Transformer:
-    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (for training, float32);
+    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (pass float32 to train);
     rope: what stands in place of rope_frequencies (variants/rope_scaling.py)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shards = sorted(Path(dir).glob("model*.safetensors"))

@@ -90,7 +90,7 @@ class Preset:
     sft2: SFTConfig = SFTConfig(lr=3e-3, epochs=3, batch_tokens=1024)
     zero: GRPOConfig = rl_config(rollouts=36, lr=1.5e-4, max_new_tokens=200)
     control: GRPOConfig = rl_config(rollouts=52, lr=3e-4, max_new_tokens=200)  # at least the compute of a student's SFT
-    on_policy: GRPOConfig = rl_config(rollouts=24, lr=3e-4, beta=0.0, max_new_tokens=200)
+    on_policy: GRPOConfig = rl_config(rollouts=24, lr=3e-4, beta=0.0, max_new_tokens=200)  # --ablations: distillation
     rl1: GRPOConfig = rl_config(rollouts=24, lr=2e-4, max_new_tokens=200)
     rl2: GRPOConfig = rl_config(rollouts=28, lr=2e-4, temperature=0.7, max_new_tokens=200)
     rl2_general_from: float = 0.3     # the part of RL-2 after which general prompts join; R1: 1,300 of 1,700 steps

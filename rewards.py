@@ -28,7 +28,7 @@ OTHER, SYMBOL = rf"[^\W\d_{LATIN}{HAN}{NUMERALS}]", "[ªµºΑ-ϵℂ-ⅎ𝐀-�
 WORDS = {"en": f"[{LATIN}]+", "zh": f"[{HAN}]", "other": rf"{OTHER}{{2,}}|(?!{SYMBOL}){OTHER}"}  # zh: each character
 WORD_OR_NUMBER = rf"[{HAN}]|[^\W_{HAN}]+"
 LETTER = rf"[^\W{HAN}]"  # or a digit; but not Chinese, which has no spaces between words
-EDGE = rf"(?:(?<!{LETTER})|(?!{LETTER}))"  # where a whole word may start or end
+EDGE = rf"(?:(?<!{LETTER})|(?!{LETTER}))"  # anywhere but between two LETTERs
 
 
 def squeeze(text: str) -> str:
@@ -70,17 +70,17 @@ def thinks(completion: str) -> bool:
 OPERATORS = r"-−–—+×÷·/⁄^√<>≤≥≠±~≈*"
 NUMERAL = "〇零一二三四五六七八九十百千万亿两壹贰叁肆伍陆柒捌玖拾佰仟萬億兆廿卅"
 NOT_AFTER = ("minus ", "plus ", "times ", "divided by ", "multiplied by ", "negative ", "not ", "n't ", "n’t ", "than ",
-             "twice ", "half of ", "负", "分之", "不是")
+             "twice ", "half of ", "root of ", "负", "分之", "不是")
 NUMBER = re.compile("".join([
     rf"(?<![{OPERATORS}.,{NUMERAL}])(?<!{LETTER})(?<!{LETTER}\()",  # no 12 in 3+12, 1.12.3, 五12, x12, f(12)
-    rf"(?<![{OPERATORS}][ ({{=])(?<![{OPERATORS}] [({{])",           # nor in 3 - 12, -(12), - (12)
-    rf"(?<![{OPERATORS}]= )(?<![{OPERATORS}{NUMERAL} (][$€£¥￥])",   # nor in <= 12, - $12; "x = 12" is fine
+    rf"(?<![{OPERATORS}}}][ ({{=])(?<![{OPERATORS}] [({{])",         # nor in 3 - 12, -(12), - (12), {x}{12}
+    rf"(?<![{OPERATORS}]= )(?<![{OPERATORS}{NUMERAL} (][$€£¥￥])",   # nor in <= 12; "$12" starts at its $
     *(f"(?<!{word})(?<!{word}[($€£¥￥])" for word in NOT_AFTER),  # nor in "minus 12"
     r"(?P<sign>[-−]?)[$€£¥￥]?(?P<whole>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)",           # -$1,234 or -$1234
     r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?(?P<percent> ?(?:[%％]|per ?cent\b))?",  # .50, /4, %
     rf"(?![0-9])(?! ?[{OPERATORS}=%％‰])",                   # no 12 in 1234, 12 + 3, 12=12
     r"(?! ?(?:[keπ]|[xyz]+|bn|pi|(?-i:[MB]))\b)",            # nor in 12k, 12 xy, 12M; "12 m" is fine
-    r"(?! ?(?:per ?cent|plus|squared|cubed|and (?:an?|one)\b))",  # nor in "12 plus one", "12 and a half"
+    r"(?! ?(?:per ?cent|plus|minus|divided|multiplied|squared|cubed|and (?:an?|one)\b))",  # nor in "12 plus one"
     rf"(?! ?(?:[多几]|分之|[个個點点]?(?!千[克米瓦])[半{NUMERAL}]))",  # nor in 12多, 12分之一, 12点五; 12千克 is 12 kg
 ]), re.IGNORECASE)
 SPELLED = (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)|eleven|twelve|twenty|dozen|hundred|thousand"
@@ -99,11 +99,12 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
         return None
     if any(c.isnumeric() and not re.match(f"[0-9{HAN}]", c) for c in text):  # ５, ², ½; 一 may be a word
         return None
-    text = re.sub(r"(?<!\\)\$ ?\$|\\[()[\]]", " ", text)  # "not $$5$$" must read "not 5"
+    text = re.sub(r"(?<!\\)\$ ?\$|\\[()[\]]", " ", text)  # $$5$$, \(5\) and \[5\] read as 5
     text = re.sub(r"\\([%$])", r"\1", text).replace("!=", "≠")
-    text = re.sub(r"\\(?:times|cdot|div|pm|sqrt|neq?|leq?|geq?|approx)(?![a-z])", "×", text)  # any operator will do
+    text = re.sub(r"(?:\b[A-Z]{1,3})?([$€£¥￥]) ?", r"\1", text)  # US$ 5
     text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
-    text = re.sub(r"(?<![0-9])\\boxed\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:[dt]?frac|times|cdot|div|pm|sqrt|log|ln|neq?|leq?|geq?|approx)(?![a-z])", "×", text)  # say ×
+    text = re.sub(r"(?<![0-9])\\(?:boxed|text)\{([^{}]*)\}", r"\1", text)
     text = squeeze(re.sub(r"\*\*([^*]*)\*\*", r" \1 ", text)).replace("( ", "(")
     values = [number_value(number) for number in NUMBER.finditer(text)]
     gaps = NUMBER.sub("\0", text).split("\0")  # the text around the numbers
@@ -139,7 +140,7 @@ def final_answer(completion: str, read=extract_answer, read_end=None):
     """What a completion ends on, with tags or without: for metrics and majority votes.
 
     read(text) -> a hashable value, or None in doubt. Without <answer>, read_end(completion) gives the value;
-    if there is no read_end, the last line does, or its last number: "12 + 45 = 57, so 57."
+    else the last line, or by extract_answer its last number: "12 + 45 = 57, so 57."
     """
     answer = split(completion)[1]
     if "<answer>" in completion:
@@ -288,5 +289,5 @@ REWARDS = {"accuracy": accuracy, "format": format, "language_consistency": langu
 
 
 def rules_with(**readers):
-    """REWARDS, with these keywords passed to both accuracies; for MATH, use READERS of data/math_answers.py."""
+    """REWARDS, with read, read_end ... passed to both accuracies; for MATH, READERS of data/math_answers.py."""
     return REWARDS | {"accuracy": partial(accuracy, **readers), "accuracy_any": partial(accuracy_any, **readers)}

@@ -132,7 +132,7 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
 
     learned = (targets.flatten() >= 0).nonzero()[:, 0]  # (n,) positions with a target
     targets = targets.flatten()[learned]                # (n,)
-    # a cached bf16 cast of the head's weights would serve all of its pieces, and sum their gradients in bf16
+    # no cache: one bf16 cast of the head for all of its pieces would sum their gradients in bf16
     with torch.autocast(ids.device.type, getattr(torch, dtype), dtype != "float32", cache_enabled=False):
         if not (hasattr(model, "hidden") and hasattr(model, "head")):
             logits = model(ids, positions=positions, segments=segments).flatten(0, 1)         # (B*T, V)
@@ -147,7 +147,7 @@ def loss_sum(model, ids, segments, positions, targets, dtype):
 
 
 def micro_batches(batch, count):
-    """Yields micro-batches: `count` rows of each of the batch's tensors; under torchrun `count` rows a process.
+    """Yields this process's micro-batches: up to `count` rows of each of the batch's tensors.
 
     A process without a row gets one of padding: under FSDP all must make each pass.
     """
@@ -176,11 +176,11 @@ def sum_over_processes(loss, parameters):
 def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=None, log=None, save=None, resume=None):
     """Train `model` on examples [(ids, prompt_length)], in place; returns the last metrics. make_optimizer: as adamw.
 
-    objective: replaces loss_sum, and adds after_step(model) -> metrics (variants/v3_pretraining.py: Objective).
+    objective: its loss_sum is used, its progress set, its after_step(model) -> metrics called (v3_pretraining.py).
     log(metrics, batch) and save(model=..., optimizer=..., scaler=..., step=...) are called after each step; batch holds
     its rows, as `pack` gives them. resume(model=..., optimizer=..., scaler=...) puts such a state back and returns
-    {"step": ...}. A step whose loss or gradient is not finite is skipped; also one whose scaled float16 gradient alone
-    is not finite ("overflow"), after which the scale is halved.
+    {"step": ...}. A step whose loss or gradient is not finite changes nothing: "overflow" where only float16's scaled
+    gradient is not (the scale is then halved), else "skipped".
     Raises ValueError when there is no example, or none with a token to learn.
     """
     c, device = config, next(model.parameters()).device
@@ -208,7 +208,7 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=No
             loss = get_loss(model, *(x.to(device) for x in rows), c.dtype) / max(learned, 1)
             scaler.scale(loss).backward()
             total += loss.item()
-        trained = [getattr(p, "master", p) for p in model.parameters()]  # where variants/offload.py has the gradients
+        trained = [getattr(p, "master", p) for p in model.parameters()]  # variants/offload.py: gradients are p.master's
         total = sum_over_processes(total, trained)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
@@ -220,7 +220,7 @@ def train(model, examples, config: SFTConfig, make_optimizer=adamw, objective=No
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         overflow = not is_finite and math.isfinite(total) and scaler.get_scale() > 1
-        scaler.update()  # halves the scale after an overflow, which is nothing wrong
+        scaler.update()  # an overflow halves the scale, which without float16 is 1
         step += 1
         metrics = {"step": step, "steps": steps, "loss": total, "lr": lr, "grad_norm": grad_norm,
                    "tokens": int((batch[1] > 0).sum()), "skipped": float(not is_finite and not overflow),

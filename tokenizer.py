@@ -48,7 +48,7 @@ PUBLISHED = {
                           "ca2b8df89c128dc3", "582641b345f88ac0", "b1720682da9cefdf"],  # Qwen3; Qwen3-Instruct-2507
     TEMPLATES["chatml-think"]: ["e6831dadbcf5817b", "aff931685d8e20ad"],  # Qwen3-Thinking-2507; QwQ
     TEMPLATES["llama-3"]: ["18f3fd186f23cd66", "3bd333456aee200b"],       # Llama 3
-    DATED: ["c45233d893a2bf08", "d1eef4c920929161"],    # Llama 3.1 and 3.3; 3.2, which elsewhere says today's date
+    DATED: ["c45233d893a2bf08", "d1eef4c920929161"],    # Llama 3.1 and 3.3; 3.2, today's in transformers
     TEMPLATES["deepseek"]: ["4dfd2580c94f2b54"],        # DeepSeek-R1-Distill, as first published
     TEMPLATES["deepseek-think"]: ["f41720becfad3645"],  # and as it is now
 }
@@ -95,7 +95,7 @@ def split_patterns(pre_tokenizer: dict) -> list[str]:
 
 def mergeable_ranks(model: dict, added: dict[str, int]) -> dict[bytes, int]:
     """{token: id} for tiktoken, which has no list of merges: it joins whichever neighbours make the token of lowest id.
-    So the ids must rise in the order of its merges; lab/check_tokenizer.py proves what else must hold."""
+    So the model's merges must have rising ids; lab/check_tokenizer.py proves what else must hold."""
     fields = ("dropout", "byte_fallback", "fuse_unk", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(map(model.get, fields)):
         raise ValueError(f"model {model['type']} is not supported: only BPE without {', '.join(fields)}")
@@ -103,7 +103,7 @@ def mergeable_ranks(model: dict, added: dict[str, int]) -> dict[bytes, int]:
     ids = [model["vocab"][token] for token in merged]
     if ids != sorted(ids):
         raise ValueError("model.merges are not supported: they are in another order than the ids")
-    skip = added.keys() - BYTE.keys() - {*merged}  # added tokens that the vocabulary names too
+    skip = added.keys() - BYTE.keys() - {*merged}  # added tokens that no merge or byte makes
     return {bytes(BYTE[char] for char in token): id for token, id in model["vocab"].items() if token not in skip}
 
 
@@ -161,7 +161,7 @@ class Tokenizer:
         self.start_ids = []  # of the tokens that a post_processor puts before a text, as Llama's <|begin_of_text|>
         post_processor = self.spec.get("post_processor") or {"processors": []}
         for part in post_processor.get("processors", [post_processor]):
-            *before, last = part.get("single", [{"Sequence": "the text"}])  # ByteLevel puts nothing before it
+            *before, last = part.get("single", [{"Sequence": "the text"}])  # ByteLevel has none: the text alone
             if part["type"] not in ("ByteLevel", "TemplateProcessing") or "Sequence" not in last:
                 raise ValueError(f"post_processor {part} is not supported: ByteLevel, and tokens before the text, are")
             self.start_ids += [self.added[item["SpecialToken"]["id"]] for item in before]

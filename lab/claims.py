@@ -198,7 +198,7 @@ def claims_of_the_recipe(values):
               "AlpacaEval 55.8 -> 62.1, AIME 74.0 -> 78.1",
               [values.part("dev2", "dev3", "helpfulness"),
                values.part("dev2", "dev3", "accuracy_any", -MARGIN, "accuracy:")], detail="ours is helpfulness"),
-        Claim("9", "RL-2 mainly lifts helpfulness and harmlessness (r1 against dev3)", "Nature tab. 2",
+        Claim("9", "RL-2 lifts helpfulness and harmlessness (r1 against dev3)", "Nature tab. 2",
               "AlpacaEval 62.1 -> 87.6, AIME 78.1 -> 79.8",
               [values.part("dev3", "r1", "helpfulness"),
                values.part("dev3", "r1", "harmlessness", says="harmlessness:")],

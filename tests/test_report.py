@@ -40,7 +40,7 @@ CLAIMS = ["RL without SFT raises reasoning", "Thinking grows longer during it, w
           "Majority voting adds to it", "R1-Zero mixes languages",
           "The cold start restores readability and costs reasoning", "RL-1 wins the reasoning back",
           "The language reward holds consistency at little cost in accuracy",
-          "SFT-2 lifts general tasks and keeps reasoning", "RL-2 mainly lifts helpfulness and harmlessness",
+          "SFT-2 lifts general tasks and keeps reasoning", "RL-2 lifts helpfulness and harmlessness",
           "Distillation beats RL on the same small model", "RL raises maj@k more than pass@k",
           "Accuracy grows with the thinking budget"]
 

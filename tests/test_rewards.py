@@ -83,7 +83,8 @@ def test_several_different_numbers_are_no_answer(text):
     "12+3", "12=12", "12 = 12", "12 - 12", "2*2", "2**2", "2 × 2", "2 x 2", "12 12", "57^2", "57 +", "57*x",
     "57 = x", "10-5", "a-57", "√57", "~57", "<57", ">= 57", "!= 57", "x≠57", r"2 \times 2", r"\sqrt{57}", "-(57)",
     "**2**2**2**", "- (57)", "- ( 57 )", "≠ (57)", "12 + (57)", "2 times 2", "2 times $2", "three times 57",
-    "one plus 57", "12 divided by 12", "2 multiplied by 2", "sqrt(57)", "f(57)", "log(57)", "5(5)"])
+    "one plus 57", "12 divided by 12", "2 multiplied by 2", "sqrt(57)", "f(57)", "log(57)", "5(5)", "57 minus one",
+    "57 divided by two", "57 multiplied by two", "square root of 57", r"\frac{57}{x}", r"\dfrac{x}{57}", r"\log{57}"])
 def test_an_expression_or_relation_is_no_answer(text):
     assert extract_answer(text) is None
 
@@ -107,7 +108,7 @@ def test_a_word_that_changes_the_value_is_not_overlooked(text):
 
 
 @pytest.mark.parametrize("markup", ["**{}**", "** {} **", r"\boxed{{{}}}", r"\boxed{{ {} }}", r"\( {} \)",
-                                    "$$ {} $$"])
+                                    "$$ {} $$", r"\text{{{}}}"])
 @pytest.mark.parametrize("text", [
     "not {}", "minus {}", "less than {}", "≈ {}", "3 - {}", "isn’t {}", "f({})", "- ({})", "{} and a half",
     "{} plus one", "{} x", "{} thousand", "{} = 3", "{} %", "x = {}", "She has {}.", "{} apples"])
@@ -119,6 +120,13 @@ def test_a_number_in_markup_is_read_as_it_is_without(text, markup):
 def test_of_the_chinese_numerals_before_a_unit_only_kilo_belongs_to_it(unit):
     assert extract_answer(f"57千{unit}") == 57
     assert {extract_answer(f"57{numeral}{unit}") for numeral in ["十", "百", "万", "亿", "萬", "億", "半", "点五"]} == {None}
+
+
+@pytest.mark.parametrize("money", ["$57", "$ 57", "US$57", "US$ 57", "€ 57"])
+def test_a_currency_hides_no_sign_before_a_number(money):
+    assert extract_answer(money) == extract_answer(f"She has {money}.") == 57
+    assert extract_answer(f"-{money}") == -57
+    assert {extract_answer(f"{before}{money}") for before in ("- ", "3 - ", "minus ", "<= ", "not ")} == {None}
 
 
 @pytest.mark.parametrize("text", ["- $5", "3 - $5", "-($5)", "<= $5", "12+$5", "more than $5$"])

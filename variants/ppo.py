@@ -185,7 +185,7 @@ def share(rows):
 
 
 def sum_over_processes(*tensors):
-    """All-reduces tensors of one dtype in place, 32 in a message. FSDP has summed sharded gradients already."""
+    """Sums tensors of one dtype in place, 32 in a message. Sharded gradients are summed already, by FSDP."""
     own = [t for t in tensors if not hasattr(t, "placements")] if dist.is_initialized() else []
     for i in range(0, len(own), 32):
         flat = torch.cat([t.flatten() for t in own[i:i + 32]])
