@@ -78,6 +78,18 @@ def test_a_row_is_the_example_with_its_completion():
     assert "completion" not in EXAMPLE
 
 
+def test_of_general_examples_that_are_sorted_by_kind_each_kind_is_mixed_in():
+    general = ["greeting"] * 300 + ["refusal"] * 300
+    rows = mix(["trace"] * 300, general)
+    assert len(rows) == 400 and 30 < rows.count("refusal") < 70
+    assert rows == mix(["trace"] * 300, general) != mix(["trace"] * 300, general, seed=1)
+    assert general == ["greeting"] * 300 + ["refusal"] * 300
+
+
+def test_a_loop_has_at_least_twelve_characters_three_times():
+    assert repeats("-" * 36) and not repeats("-" * 35)
+
+
 def test_a_loop_is_found_and_a_chain_of_like_steps_is_none():
     assert repeats("so we add the tens again, " * 3) and not repeats("so we add the tens again, " * 2)
     assert repeats("right first. " + "x" * 5000 + "so we take the tens again and then we look at the units, " * 3)
@@ -119,14 +131,14 @@ def test_a_student_is_trained_on_the_encoded_mixture_and_nothing_else():
     seen = []
     result = distill(
         "student",
-        [{"completion": "abc"}] * 6,
+        [{"completion": "abc"}] * 12,
         [{"completion": "x"}] * 9,
         lambda row: (list(row["completion"]), 1),
         lambda model, examples: seen.append((model, examples)) or {"loss": 1.0},
     )
     (model, examples), = seen
     assert result == {"loss": 1.0} and model == "student"
-    assert sorted(examples) == sorted([(["a", "b", "c"], 1)] * 6 + [(["x"], 1)] * 2)
+    assert sorted(examples) == sorted([(["a", "b", "c"], 1)] * 12 + [(["x"], 1)] * 4)
 
 
 def test_without_general_examples_a_student_is_trained_on_the_traces_alone_in_their_order():

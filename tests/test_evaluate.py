@@ -124,6 +124,16 @@ def test_completions_come_back_in_the_order_of_the_prompts(tokenizer, batch_rows
     assert counts.tolist() == [[len(p) + 3] * 3 for p in prompts]  # the end token counts
 
 
+@pytest.mark.parametrize("finished", range(4))
+def test_batches_that_an_earlier_call_has_logged_are_not_sampled_again(tokenizer, finished):
+    prompts, asked, rows = [tokenizer.encode(p) for p in ("long prompt", "b", "medium", "xy", "a")], [], []
+    config = EvalConfig(samples=2, batch_rows=4)
+    whole = complete(prompts, scripted(lambda p, j: f"{p} {j}"), tokenizer.decode, config, log=rows.append)
+    again = complete(prompts, scripted(lambda p, j: f"{p} {j}", asked), tokenizer.decode, config, done=rows[:finished])
+    assert len(rows) == 3 and len(asked) == 3 - finished
+    assert again[0] == whole[0] and (again[1] == whole[1]).all()
+
+
 def test_completions_are_sampled_as_configured_and_in_batches_of_batch_rows(tokenizer):
     asked = []
     complete([[1]] * 5, scripted(lambda p, j: "x", asked), tokenizer.decode,
