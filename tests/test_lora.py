@@ -206,6 +206,14 @@ def run(model, config=CONFIG, **more):
     return rows
 
 
+def test_adapters_begin_as_peft_begins_them_a_uniform_a_and_a_b_of_zeros():
+    """Kaiming's uniform with a = sqrt(5): between -1 and 1 over the square root of a row's numbers."""
+    net = torch.nn.Sequential(torch.nn.Linear(400, 3))
+    part, = adapters(add_adapters(net, 50, generator=torch.Generator().manual_seed(0))).values()
+    assert not part.lora_B.any() and 0.999 / 20 < part.lora_A.abs().max() <= 1 / 20
+    assert part.lora_A.std().item() == pytest.approx(1 / 20 / 3 ** 0.5, rel=0.02)
+
+
 @pytest.mark.parametrize("estimator", [None, PPO, PRIME])
 def test_sampler_trainer_reference_and_critic_have_one_base_and_their_own_adapters(estimator):
     model, seen = add_adapters(plain_products(fast_layers(tiny(torch.bfloat16))), 2), []

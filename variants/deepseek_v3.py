@@ -80,7 +80,7 @@ def rope_frequencies(c: Config):
 
 class Attention(nn.Module):
     """Multi-head latent attention: a cache keeps one latent, from which the keys and values of all heads are made. RoPE
-    cannot pass through that matrix: one more key, shared by the heads, is rotated and kept beside it [V3 2.1.1]."""
+    cannot pass through kv_b_proj: one more key, shared by the heads, is rotated and kept beside it [V3 2.1.1]."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         cached = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)             # (B, 1, T, dc + dr)
         if cache is not None:
             cached = cache.update(layer, cached)                                      # (B, 1, S, dc + dr)
-        form = self.absorbed if cache is not None and T == 1 else self.plain  # one query needs no keys of each head
+        form = self.absorbed if cache is not None and T == 1 else self.plain  # cheaper for one query
         y = form(q_nope, q_rope, cached, mask)                                        # (B, H, T, dv)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         return self.attend(torch.cat((q_nope, q_rope), dim=-1), k, v, mask)
 
     def absorbed(self, q_nope, q_rope, cached, mask):
-        """The same without them: q (W_k latent) = (q W_k) latent, and W_v is applied to the weighted sum of latents."""
+        """As plain, with no head's keys: q (W_k latent) = (q W_k) latent; W_v follows the weighted sum of latents."""
         dn, dr, dv, dc = self.sizes
         W_k, W_v = self.kv_b_proj.weight.unflatten(0, (self.heads, dn + dv)).split((dn, dv), dim=1)  # (H, dn or dv, dc)
         q_latent = torch.einsum("bhtn,hnl->bthl", q_nope, W_k)                                  # (B, 1, H, dc)
@@ -139,9 +139,8 @@ class Attention(nn.Module):
 
 class LatentCache:
     """Latents and rotated keys of the tokens so far, k (layers, B, 1, capacity, dc + dr): model.py's KVCache with one
-    head, and no gradient. Attention runs over the whole capacity, so that its shape seldom changes.
-
-    start (B,): each row's first column that is no padding (at most `padding` come before), which no other token sees.
+    head, under no_grad. Attention runs over the whole capacity, so that its shape seldom changes. start (B,): each
+    row's first column after its padding, which has at most `padding` columns, each seen by itself alone.
     """
 
     def __init__(self, c: Config, start, dtype, padding=0):
@@ -184,10 +183,8 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses K experts for each token by affinity plus bias, and weighs them by affinity alone [V3 eq. 12-16].
-
-    The bias stays in float32: steps of 0.001 vanish in half precision.
-    """
+    """Chooses K experts for each token by affinity plus bias, and weighs them by affinity alone [V3 eq. 12-16]. The
+    bias stays in float32: steps of 0.001 vanish in half precision."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -198,7 +195,7 @@ class Router(nn.Module):
     def forward(self, x):
         """x (N, D) -> affinities (N, E), the chosen experts (N, K) and their weights (N, K), in float32."""
         c = self.config
-        with torch.autocast(x.device.type, enabled=False):  # rounding would choose between near ones
+        with torch.autocast(x.device.type, enabled=False):  # rounding would decide near-ties
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if c.n_group > c.topk_group:  # a group counts as much as its two best experts
@@ -240,8 +237,8 @@ class MoE(nn.Module):
             self.shared_experts = MLP(c, c.n_shared_experts * c.moe_intermediate_size)
 
     def forward(self, x, real_index=None):
-        """x (B, T, D) -> y (B, T, D), and the routing, (affinities (n, E), chosen (n, K)), of the tokens at real_index
-        (n,) of the B * T, or of all. Padding, which is left out, goes to no expert."""
+        """x (B, T, D) -> y (B, T, D), and the routing (affinities (n, E), chosen (n, K)) of the tokens at real_index
+        (n,) of the B * T; None: all. Padding goes to no routed expert."""
         tokens = x.flatten(0, 1) if real_index is None else x.flatten(0, 1).index_select(0, real_index)
         scores, chosen, weights = self.gate(tokens)
         y = self.experts(tokens, chosen, weights)
@@ -296,7 +293,7 @@ class Transformer(nn.Module):
         """What the layers need to know of x (B, T, D): rotation (B, 1, T, dr/2); mask (B, 1, T, S), 0 where a token may
         look and -inf elsewhere, or None for all that came before; the index (n,) of what is no padding, or None."""
         column = torch.arange(x.shape[1], device=x.device)
-        positions, seen, real = column[None] if positions is None else positions, None, None
+        seen, real, positions = None, None, column[None] if positions is None else positions
         if cache is not None:
             column = cache.columns(x.shape[1])
             positions = column - cache.start[:, None]
@@ -318,11 +315,10 @@ class Transformer(nn.Module):
         routings = []
         for i, layer in enumerate(self.layers):
             x, routing = layer(x, *layout, cache, i)
-            if routing is not None:
-                routings.append(routing)
+            routings.append(routing)
         if cache is not None:
             cache.length += x.shape[1]
-        return x, routings
+        return x, [routing for routing in routings if routing is not None]
 
     def hidden(self, ids, positions=None, segments=None, cache=None):
         """The last layer's normed states (B, T, D), for callers that cannot afford (B, T, V); see forward."""
@@ -334,9 +330,7 @@ class Transformer(nn.Module):
         return self.lm_head(h)
 
     def forward(self, ids, positions=None, segments=None, cache=None):
-        """Next-token logits (B, T, V) of ids (B, T).
-
-        positions (B, T): rotary positions, 0.. by default. segments (B, T): the number of each token's packed example,
-        0 for padding; a token sees its own example alone. cache: of new_cache, in place of both; it is advanced by T.
-        """
+        """Next-token logits (B, T, V) of ids (B, T). positions (B, T): rotary ones, 0.. by default. segments (B, T):
+        which packed example each token is of, 0 for padding; it sees no other. cache: of new_cache, in place of both;
+        it is advanced by T."""
         return self.head(self.hidden(ids, positions, segments, cache))

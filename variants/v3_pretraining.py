@@ -2,7 +2,7 @@
 
 After each step the bias of an overloaded expert falls and that of an underloaded one rises; it only affects the choice,
 and so adds no gradient against the data. A loss of tiny weight keeps single sequences from extremes. One more block
-predicts the token after the next; only pretraining needs it, and a directory does not hold it.
+predicts the token after the next; only pretraining needs it, and `save` leaves it out.
 
     model = init_weights(Transformer(Config()), generator)    # of variants/deepseek_v3.py
     add_next_token(model, generator)
@@ -48,7 +48,7 @@ def balance(routers, loads, gamma=0.001):
         if bias.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"a router's bias is in {bias.dtype}, where steps of {gamma} vanish")
         bias += gamma * (load.mean() - load).sign()
-        busiest.append((load.max() / load.mean().clamp(min=1)).cpu())
+        busiest.append((load.max() / load.mean().clamp(min=1e-9)).cpu())
     return torch.stack(busiest).max().item()
 
 
@@ -85,7 +85,7 @@ def shifted(x, fill):
 # ------------------------------------------------------------------------------------------- multi-token prediction
 
 class NextToken(nn.Module):
-    """Multi-token prediction of depth 1: the token after the next, by one more block [V3 2.2]."""
+    """Multi-token prediction of depth 1: the token after the next, by a block of the model's class [V3 2.2]."""
 
     def __init__(self, model):
         super().__init__()
@@ -95,8 +95,8 @@ class NextToken(nn.Module):
         self.block = block(c, layer=c.num_hidden_layers)
 
     def forward(self, x, embedded, rotation, mask, real_index):
-        """x (B, T, D): the last layer's states, not normed; embedded (B, T, D): of the next tokens; the rest: as the
-        model's layout gives it."""
+        """x, embedded (B, T, D): the last layer's states, not normed, and the next tokens; rotation, mask: of the
+        model's layout; real_index: of the tokens with a next one."""
         x = self.eh_proj(torch.cat((self.hnorm(x), self.enorm(embedded)), dim=-1))  # V3 eq. 21
         x, routing = self.block(x, rotation, mask, real_index)
         return self.norm(x), routing
@@ -112,10 +112,10 @@ def add_next_token(model, generator=None):
 # ------------------------------------------------------------------------------------------- the losses
 
 class Objective:
-    """What sft.train takes as its objective; it sets `progress`, the part of the steps that is done."""
+    """The objective of sft.train, which sets `progress`, the part of the steps that is done."""
 
     def __init__(self, mtp_weights=(0.3, 0.1), switch=2 / 3, alpha=1e-4, gamma=0.001, cross_entropy=cross_entropy):
-        """mtp_weights: before and after `switch`, a part of the steps; V3 switches after 10 of 14.8T tokens.
+        """mtp_weights: before and after the progress `switch`; V3 switches after 10 of 14.8T tokens.
         alpha: weight of the sequence-wise loss; gamma: step of `balance`; 0: none."""
         self.mtp_weights, self.switch, self.alpha, self.gamma = mtp_weights, switch, alpha, gamma
         self.cross_entropy = cross_entropy
@@ -157,7 +157,7 @@ class Objective:
         return loss
 
     def count(self, choices, experts):
-        """Adds each router's load, how many of the tokens went to each expert, to the step's."""
+        """Adds to self.loads how many of the tokens each router has sent to each expert."""
         loads = [(chosen.flatten() == torch.arange(experts, device=chosen.device)[:, None]).sum(1).float()
                  for chosen in choices]
         if self.loads:
@@ -165,7 +165,7 @@ class Objective:
         self.loads = loads
 
     def after_step(self, model):
-        """Balances; returns the step's mean losses without their weights, and the busiest expert's load."""
+        """Balances; returns the step's mean losses without their weights, and what `balance` returns."""
         sums = {name: torch.stack((total, total.new_tensor(count))) for name, (total, count) in self.sums.items()}
         if dist.is_initialized():  # torchrun's processes have shared out the step's rows
             for t in (*sums.values(), *self.loads):

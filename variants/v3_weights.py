@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 
 
 def hf_tensors(model):
-    """{Hugging Face's name: our tensor, or its part}, without mtp, which only pretraining needs."""
+    """{Hugging Face's name: a view of our tensor}, without mtp, which only pretraining needs."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("mtp.") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         full_name = name if name == "lm_head.weight" else f"model.{name}"
         matrices = {full_name: tensor}
-        if ".experts." in name:  # experts.down_proj -> experts.0.down_proj.weight, ...
+        if ".experts." in name:  # the routed ones: experts.down_proj -> experts.0.down_proj.weight, ...
             names = [full_name.replace("experts.", f"experts.{e}.") + ".weight" for e in range(len(tensor))]
             matrices = dict(zip(names, tensor))
         for matrix_name, matrix in matrices.items():
@@ -83,7 +83,7 @@ def read_config(dir, Config):
 
 @torch.no_grad()
 def load(dir, Config, Transformer, device=None, dtype=None, **rope):
-    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (to train it, float32),
+    """The model of a Hugging Face directory, on the GPU if there is one; dtype None: as stored (pass float32 to train),
     the routers always in float32; rope=...: in place of rope_frequencies (variants/rope_scaling.py)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shards = sorted(Path(dir).glob("model*.safetensors"))
@@ -95,7 +95,7 @@ def load(dir, Config, Transformer, device=None, dtype=None, **rope):
     for router in model.routers():
         router.float()
     model.to_empty(device=device)
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:  # to_empty has made two of them
         model.lm_head.weight = model.embed_tokens.weight
     for name, rows in hf_tensors(model).items():
         with safe_open(files[name], "pt") as file:
