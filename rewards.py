@@ -69,11 +69,11 @@ def thinks(completion: str) -> bool:
 # A number is ASCII, and nothing beside it changes its value or joins it to another. Beside each part, its examples:
 OPERATORS = r"-−–—+×÷·/⁄^√<>≤≥≠±~≈*"
 NUMERAL = "〇零一二三四五六七八九十百千万亿两壹贰叁肆伍陆柒捌玖拾佰仟萬億兆廿卅"
-NOT_AFTER = ("minus ", "plus ", "times ", "divided by ", "multiplied by ", "negative ", "not ", "n't ", "n’t ", "than ",
-             "twice ", "half of ", "root of ", "负", "分之", "不是")
+NOT_AFTER = ("minus ", r"\bplus ", r"\btimes ", "divided by ", "multiplied by ", "negative ", "not ", "n't ", "n’t ",
+             "than ", "twice ", "half of ", "root of ", "负", "分之", "不是")
 NUMBER = re.compile("".join([
     rf"(?<![{OPERATORS}.,{NUMERAL}])(?<!{LETTER})(?<!{LETTER}\()",  # no 12 in 3+12, 1.12.3, 五12, x12, f(12)
-    rf"(?<![{OPERATORS}}}][ ({{=])(?<![{OPERATORS}] [({{])",         # nor in 3 - 12, -(12), - (12), {x}{12}
+    rf"(?<![{OPERATORS}][ ({{=])(?<![{OPERATORS}] [({{])(?<!\}}\{{)",  # nor in 3 - 12, -(12), - (12), {{x}}{{12}}
     rf"(?<![{OPERATORS}]= )(?<![{OPERATORS}{NUMERAL} (][$€£¥￥])",   # nor in <= 12; "$12" starts at its $
     *(f"(?<!{word})(?<!{word}[($€£¥￥])" for word in NOT_AFTER),  # nor in "minus 12"
     r"(?P<sign>[-−]?)[$€£¥￥]?(?P<whole>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)",           # -$1,234 or -$1234
@@ -100,11 +100,11 @@ def extract_answer(text: str, last: bool = False) -> Fraction | None:
     if any(c.isnumeric() and not re.match(f"[0-9{HAN}]", c) for c in text):  # ５, ², ½; 一 may be a word
         return None
     text = re.sub(r"(?<!\\)\$ ?\$|\\[()[\]]", " ", text)  # $$5$$, \(5\) and \[5\] read as 5
-    text = re.sub(r"\\([%$])", r"\1", text).replace("!=", "≠")
-    text = re.sub(r"(?:\b[A-Z]{1,3})?([$€£¥￥]) ?", r"\1", text)  # US$ 5
+    text = re.sub(r"\\([%$])|\\(?:left|right)(?![a-z])", r"\1", text).replace("!=", "≠")
+    text = re.sub(r"(?:(?<![0-9] )\b[A-Z]{1,3})?([$€£¥￥]) ?", r"\1", text)  # US$ 5; in "5 M$" the M counts
     text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
     text = re.sub(r"\\(?:[dt]?frac|times|cdot|div|pm|sqrt|log|ln|neq?|leq?|geq?|approx)(?![a-z])", "×", text)  # say ×
-    text = re.sub(r"(?<![0-9])\\(?:boxed|text)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<![0-9])\\boxed\{([^{}]*)\}|\\text\{([^{}]*)\}", r"\1\2", text)
     text = squeeze(re.sub(r"\*\*([^*]*)\*\*", r" \1 ", text)).replace("( ", "(")
     values = [number_value(number) for number in NUMBER.finditer(text)]
     gaps = NUMBER.sub("\0", text).split("\0")  # the text around the numbers

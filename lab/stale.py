@@ -16,14 +16,17 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 # The files that a stage's weights depend on, and its figures. Pretraining depends on no reward; every other stage does,
 # at least through the samples that it starts from.
-PRETRAINING_CODE = ("model.py", "lab/layers.py", "sft.py", "data/world.py")
+PRETRAINING_CODE = ("model.py", "tokenizer.py", "lab/layers.py", "sft.py", "data/world.py")
 DEEPSEEK_CODE = ("variants/deepseek_v3.py", "variants/v3_pretraining.py", "variants/v3_weights.py")  # on such a base
 CODE = (*PRETRAINING_CODE, "grpo.py", "rewards.py", "data/math_answers.py", "data/exact_numbers.py",
         "distill.py", "lab/graphs.py", "lab/asking.py", "lab/lots.py")
-MEASURED_BY = ("evaluate.py", "lab/measure.py", "lab/claims.py", "lab/compare.py", "pipeline.py")
+MEASURED_BY = ("evaluate.py", "data/search.py", "lab/measure.py", "lab/claims.py", "lab/compare.py", "lab/run.py",
+               "lab/sources.py", "lab/scripts.py", "pipeline.py", "variants/ppo.py", "variants/prime.py",
+               "variants/dapo.py", "variants/configs.py")
 
 
 def code_hash(text):
@@ -34,9 +37,11 @@ def code_hash(text):
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            docstring = node.body[0]
-            lines[docstring.lineno - 1:docstring.end_lineno] = [""] * (docstring.end_lineno - docstring.lineno + 1)
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
+            after = lines[last].encode()[node.body[0].end_col_offset:].decode()
+            lines[first] = lines[first].encode()[:node.body[0].col_offset].decode() + after
+            lines[first + 1:last + 1] = [""] * (last - first)
     code = "\n".join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
@@ -55,6 +60,14 @@ def code_of(files):
 def changed_files(code):
     """Those files of {file: hash} that are different now, or gone."""
     return [file for file, old in code.items() if hash_of(file) != old]
+
+
+def check_unchanged(run_dir):
+    """Raises ValueError where a stage of a run was made by other code than today's."""
+    for path in sorted(run_dir.glob("*/DONE")):
+        changed = changed_files(json.loads(path.read_text(encoding="utf-8")).get("code", {}))
+        if changed:
+            raise ValueError(f"{path.parent}: {', '.join(changed)} changed since it was made")
 
 
 def commit():
@@ -93,7 +106,12 @@ def main():
     parser.add_argument("--at", nargs="+", metavar=("COMMIT", "FILE"), help="print what a result of these files says")
     args = parser.parse_args()
     if args.at:
-        print(json.dumps(made_at(args.at[0], args.at[1:]), indent=1))
+        if len(args.at) < 2:
+            parser.error("--at takes a commit and the files that made the result")
+        try:
+            print(json.dumps(made_at(args.at[0], args.at[1:]), indent=1))
+        except subprocess.CalledProcessError as error:
+            parser.exit(2, error.stderr)
         return
     for name, entry in kept_results(ROOT / "results"):
         changed = changed_files(entry["files"])

@@ -18,7 +18,7 @@ from data import search
 from lab.elements import counts_in_words, number, quantity, words
 from lab.figures import budgets_svg, curve_svg, recipe_svg
 from lab.read_run import read_objects
-from lab.stale import CODE, MEASURED_BY, made_by
+from lab.stale import CODE, MEASURED_BY, check_unchanged, made_by
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = "world"  # whose pictures stand in the README
@@ -425,6 +425,7 @@ def keep(run_dir, out):
         raise ValueError(f"{out} is there already: remove it, or choose another")
     if not (run_dir / "results.json").is_file():
         raise ValueError(f"{run_dir}: no run here, there is no results.json")
+    check_unchanged(run_dir)
     files = files_to_keep(run_dir)
     size = sum(len(text.encode()) for text in files.values())
     if size > MOST_BYTES:

@@ -1,4 +1,5 @@
-"""What a CUDA GPU makes of this project: correctness beside the CPU, speeds beside the card's limits, the gpu preset.
+"""What a CUDA GPU makes of this project: correctness beside the CPU, alone and under torchrun; speeds beside the card's
+limits; the gpu preset.
 
     python tests/gpu.py                        # about 10 minutes on an H200; a table, and results/gpu/NAME.json
     python tests/gpu.py --only correct decode  # some parts
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import statistics
 import subprocess
 import sys
@@ -327,9 +329,22 @@ def scripts_together(count, backend):
 def run_together(count, backend, *args):
     """Raises RuntimeError with the end of what it printed, where a process fails."""
     command = [*TORCHRUN, str(count), __file__, "--together", backend, *args]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    if result.returncode != 0:
-        raise RuntimeError(f"{args[:3]}: {(result.stdout + result.stderr)[-3000:]}")
+    with tempfile.TemporaryFile("w+") as said:
+        code = status_of(command, 100, stdout=said, stderr=said)
+        said.seek(0)
+        if code != 0:
+            raise RuntimeError(f"{args[:3]}: {code}: {said.read()[-3000:]}")
+
+
+def status_of(command, limit, **streams):
+    """The exit code of a command; one that takes longer is killed with all that it has started."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"not over in {limit} s"
 
 
 def together(backend, what, *args):
@@ -637,10 +652,7 @@ def main():
         with tempfile.TemporaryDirectory() as dir:
             figures = Path(dir) / "part.json"
             command = [sys.executable, __file__, "--part", name, str(figures)]
-            try:
-                code = subprocess.run(command, timeout=PARTS[name][1]).returncode
-            except subprocess.TimeoutExpired:
-                code = f"not over in {PARTS[name][1]} s"
+            code = status_of(command, PARTS[name][1])
             if code != 0:
                 bad.append(name)
                 print(f"  {name} FAILED: {code}", flush=True)

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from lab import checkpoint  # noqa: E402
 from lab.elements import el  # noqa: E402
 from lab.figures import panel, picture  # noqa: E402
-from lab.stale import CODE, MEASURED_BY, made_by  # noqa: E402
+from lab.stale import CODE, MEASURED_BY, check_unchanged, made_by  # noqa: E402
 
 STAGES = {"dev3": "Dev3, before RL-2", "r1": "R1, by rules", "r1_model": "RL-2 with reward models",
           "r1_long": "general requests alone, for long"}
@@ -48,6 +48,8 @@ def curve(run, stage, name):
 
 
 def write(runs, results):
+    for run in runs:
+        check_unchanged(run)
     kept = {"runs": [run.name for run in runs], "torch": torch.__version__, "judges": [], "claim": []}
     print("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for stage, title in STAGES.items():

@@ -33,7 +33,7 @@ from lab.graphs import generate  # noqa: E402
 from lab.layers import fast_layers  # noqa: E402
 from lab.scripts import final_answer, rules  # noqa: E402
 from lab.sources import MiniWorld  # noqa: E402
-from lab.stale import CODE, MEASURED_BY, made_by  # noqa: E402
+from lab.stale import CODE, MEASURED_BY, check_unchanged, made_by  # noqa: E402
 
 ROUTES = {  # name: (title, the model it starts from, the stage that makes it; None: the model itself)
     "base": ("the small base", "base_qwen", None),
@@ -154,6 +154,8 @@ def figures(run, out, name):
 
 
 def write_table(runs, out, results):
+    for run in runs:
+        check_unchanged(run)
     kept = {"runs": [run.name for run in runs], "torch": torch.__version__, "training": TRAINING}
     print("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for name, (title, _, _) in ROUTES.items():

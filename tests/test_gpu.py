@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,20 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, 
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "cpu.json").read_text())
     assert exit.value.code == 1 and "failed: broken" in said and found["broken"] == [] and len(found["step"]) == 1
+
+
+def test_its_processes_under_torchrun_compute_what_one_does(monkeypatch):
+    monkeypatch.setattr(gpu, "failed", [])
+    gpu.compare_together(2, "gloo", "GRPO")
+    assert gpu.failed == [] and gpu.rows_of_part[-1]["figure"] > 0  # two processes sum in another order
+
+
+def test_a_command_that_takes_too_long_is_killed_with_what_it_has_started(tmp_path):
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    late = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    assert gpu.status_of([sys.executable, "-c", child, late], 1) == "not over in 1 s"
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "deepseek_v3"])

@@ -91,6 +91,7 @@ def test_logits_and_gradients_are_pefts_where_a_shared_a_has_the_sum_of_theirs(f
 def test_merged_logits_are_pefts(family):
     model, expected = theirs(family)
     torch.testing.assert_close(merge(model)(expected["ids"]), expected["logits"], atol=1e-5, rtol=1e-5)
+    assert all(p.requires_grad and not hasattr(p, "is_base") for p in model.parameters())  # a plain model again
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])

@@ -446,7 +446,7 @@ def test_an_explained_variance_sees_the_sampled_tokens_alone_and_no_shift():
 def test_where_every_completion_is_masked_the_metrics_are_numbers_and_nothing_is_learnt(tiny):
     model, config = sharp(tiny), small()
     r, estimator = rolled(model, config), PPO(model, config)
-    r.mask[:] = False  # as DAPO's overlong filtering masks what was cut
+    r.mask[:] = False  # as a `select` of one's own may do
     before = weights_of(estimator.critic)
     assert not estimator.advantages(r).any()
     assert all(math.isfinite(value) for value in estimator.learn(r, [0, 1, 2]).values())

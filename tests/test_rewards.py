@@ -101,7 +101,7 @@ def test_a_malformed_or_ambiguous_number_is_no_answer(text):
     "5 thousand", "5k", "5 million", "5 dozen", "5万", "5 百", "5千", "5个半", "5十", "5‰", "minus 5", "negative 5",
     "负5", "百分之5", "not 5", "less than 5", "不是5", "twice 5", "half of 5", "isn't 5", "5 plus one", "5 squared",
     "5x", "5π", "5M", "5多", "5分之一", "5点五", "五5", "5 and a half", "isn’t 5", "5B", "5xy", "5 xyz", "not (5)",
-    "minus (5)"])
+    "minus (5)", "5 M€", "5 M$", "$5 M$", "5 K$", "5 X$", r"5\text{k}", r"5\text{ plus one}"])
 def test_a_word_that_changes_the_value_is_not_overlooked(text):
     assert extract_answer(text) is None
     assert extract_answer(text.replace("5", "$5")) is None
@@ -127,6 +127,12 @@ def test_a_currency_hides_no_sign_before_a_number(money):
     assert extract_answer(money) == extract_answer(f"She has {money}.") == 57
     assert extract_answer(f"-{money}") == -57
     assert {extract_answer(f"{before}{money}") for before in ("- ", "3 - ", "minus ", "<= ", "not ")} == {None}
+
+
+@pytest.mark.parametrize("text", [
+    r"\mathrm{speed}=57", r"v_{max}=57", r"\overline{AB} = 57", r"\left(57\right)", "the surplus 57", "sometimes 57"])
+def test_what_only_looks_like_an_operation_does_no_harm(text):
+    assert extract_answer(text) == 57
 
 
 @pytest.mark.parametrize("text", ["- $5", "3 - $5", "-($5)", "<= $5", "12+$5", "more than $5$"])

@@ -38,6 +38,24 @@ def test_each_change_of_the_code_changes_the_hash(old, new):
     assert old in CODE and stale.code_hash(CODE.replace(old, new, 1)) != stale.code_hash(CODE)
 
 
+def test_of_a_line_with_a_docstring_the_rest_counts():
+    line = 'def f(x): """What."""; x = 1\n'
+    assert stale.code_hash(line) == stale.code_hash(line.replace("What", "Else"))
+    assert len({stale.code_hash(line.replace(old, new)) for old, new in (("(x)", "(y)"), ("1", "2"), ("a", "a"))}) == 3
+
+
+def test_a_run_of_other_code_is_named_with_the_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(stale, "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text(CODE)
+    for name in ("base", "zero"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "DONE").write_text(json.dumps({"code": stale.code_of(["a.py"])}))
+    stale.check_unchanged(tmp_path / "run")
+    (tmp_path / "run" / "zero" / "DONE").write_text(json.dumps({"code": {"a.py": "old"}}))
+    with pytest.raises(ValueError, match="zero: a.py changed since it was made"):
+        stale.check_unchanged(tmp_path / "run")
+
+
 def test_a_file_that_changed_or_is_gone_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(stale, "ROOT", tmp_path)
     for name in ("a.py", "b.py", "c.py"):

@@ -7,8 +7,8 @@
 # R1 v2 3.2.1: eps 10, that is no lower clip and an upper one at 11. Not published: number of updates.
 RL_1 = dict(lr=3e-6, beta=0.001, group_size=16, prompts_per_rollout=512, minibatches=16, temperature=1.0,
             max_new_tokens=32768, reference_every=25, clip_low=10.0, clip_high=10.0)
-# What a paper does not publish keeps the default. None publishes warm-up, gradient clip, top-p, the std's epsilon, or
-# what happens to an output that runs over length.
+# What a paper does not publish keeps the default, in r1-rl2 RL-1's value. None publishes warm-up, gradient clip, top-p,
+# the std's epsilon, or what happens to an output that runs over length.
 PUBLISHED = {
     # DeepSeekMath 4.2: 1,024 outputs an update (16 questions x 64), one update a rollout; the reference is replaced
     # after each outer iteration. Not published: its length, clip, temperature, number of updates.

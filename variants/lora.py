@@ -73,4 +73,7 @@ def merge(model):
         part.weight.copy_(part.weight.float() + part.delta())
         del part.lora_A, part.lora_B, part.scale
         part.__class__ = nn.Linear
+    for p in model.parameters():
+        p.requires_grad_(True)
+        p.__dict__.pop("is_base", None)
     return model

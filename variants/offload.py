@@ -1,7 +1,7 @@
 """Adam on the CPU: the card holds half-precision weights alone; float32 weights and Adam's moments are the CPU's.
 
 Full training takes 16 bytes a parameter: float32 weight, gradient and two moments. They stay in the CPU's memory, which
-takes 2 more for transfers, and torch's own fused Adam steps there [ZeRO-Offload, arXiv 2101.06840]. A gradient goes
+takes 2 to 4 more for transfers; torch's own fused Adam steps there [ZeRO-Offload, arXiv 2101.06840]. A gradient goes
 there as soon as the backward pass has made it, and is added up in float32; after a step the weights come back, rounded.
 
     masters = load(dir, "cpu", torch.float32)                       # the model as it will be saved
