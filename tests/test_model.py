@@ -278,6 +278,37 @@ def test_a_rope_scaling_of_another_kind_is_named_and_a_null_is_as_absent():
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1] > 1
 
 
+def frequencies(**scaling):
+    return scaled_frequencies(model_module.Config(head_dim=64, max_position_embeddings=4096, rope_scaling=scaling))
+
+
+def test_llama_3_slows_each_pair_by_its_wavelength_between_two_bounds():
+    """By hand, pair by pair, with wavelengths in tokens where the code counts turns."""
+    found, scale = frequencies(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                               original_max_position_embeddings=1024)
+    kinds = []
+    for pair, value in enumerate(found.tolist()):
+        plain = 10000.0 ** (-2 * pair / 64)
+        wavelength = 2 * math.pi / plain
+        if wavelength < 1024 / 4:
+            kinds, expected = [*kinds, "kept"], plain
+        elif wavelength > 1024:
+            kinds, expected = [*kinds, "slowed"], plain / 8
+        else:
+            share = (1024 / wavelength - 1) / (4 - 1)
+            kinds, expected = [*kinds, "between"], share * plain + (1 - share) * plain / 8
+        assert value == pytest.approx(expected, rel=1e-5), pair
+    assert scale == 1 and {*kinds} == {"kept", "between", "slowed"}
+
+
+def test_yarns_betas_are_32_and_1_where_none_are_given_and_mscale_weighs_the_logarithm():
+    bounds = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024, truncate=False)
+    default, given = frequencies(**bounds), frequencies(**bounds, beta_fast=32.0, beta_slow=1.0)
+    assert torch.equal(default[0], given[0]) and default[1] == pytest.approx(0.1 * math.log(4) + 1)
+    _, scale = frequencies(**bounds, mscale=0.5, mscale_all_dim=2.0)
+    assert scale == pytest.approx((0.05 * math.log(4) + 1) / (0.2 * math.log(4) + 1))
+
+
 def random_config(rng):
     """A transformers config of one of the three families, of random sizes and features."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config

@@ -60,6 +60,25 @@ def test_a_tie_of_a_pair_is_wrong_and_a_score_of_zero_means_a_label_of_zero():
     assert rm.loss_of(model, [([1], 1.0), ([2], 0.0), ([3], 0.0)], "float32")[1] == 2
 
 
+@pytest.mark.parametrize("budget", [1, 7, 12, 100])
+def test_a_batch_that_is_scored_keeps_to_its_tokens_padding_included(budget, monkeypatch):
+    batches, scores = [], rm.scores_of
+    monkeypatch.setattr(rm, "scores_of", lambda model, rows, *more: batches.append(rows) or scores(model, rows, *more))
+    rm.score(tiny(), ROWS, "float32", batch_tokens=budget)
+    assert sorted(sum(batches, [])) == sorted(ROWS)
+    assert all(len(rows) == 1 or len(rows) * max(map(len, rows)) <= budget for rows in batches)
+    assert len(batches) == {1: 4, 7: 3, 12: 2, 100: 1}[budget]
+
+
+def test_the_learning_rate_rises_over_the_share_of_steps_that_warm_up():
+    rates, rows = [], [([3, 5], [7, 9])] * 10
+
+    def save(optimizer, **_):
+        rates.append(optimizer.param_groups[0]["lr"])
+    rm.train(tiny(), rows, rm.RewardConfig(lr=0.01, warmup=0.4, batch_rows=1, dtype="float32"), save=save)
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075] + [0.01] * 7)
+
+
 def test_scores_in_small_batches_come_back_in_order():
     model = tiny()
     assert torch.allclose(rm.score(model, ROWS, "float32", batch_tokens=7), rm.scores_of(model, ROWS, "float32"),
