@@ -104,6 +104,7 @@ def test_another_model_in_the_place_of_a_student_is_named(own, finished, tmp_pat
     assert ended.status == 2 and "base_qwen is of another model" in ended.stderr, ended.stderr
 
 
+@pytest.mark.full
 def test_an_own_run_killed_at_random_moments_ends_byte_for_byte_as_one_that_was_not(own, finished, tmp_path):
     args = [*arguments(own, "run"), *students(own)]
     assert run_with_kills(tmp_path, args, [2, 3, 4]) >= 1

@@ -313,6 +313,7 @@ def test_experts_are_balanced_by_the_load_of_all_processes(tmp_path):
 
 # ------------------------------------------------------------------------------------------- what is sent
 
+@pytest.mark.full
 @pytest.mark.parametrize("args", [[], ["--shard"]], ids=["", "sharded"])
 def test_the_bytes_that_are_sent_are_those_of_the_formulas(args):
     for ended in run_processes(2, scale.main, argv=["scale.py", *args])[:1]:
