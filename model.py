@@ -1,7 +1,7 @@
 """A decoder-only transformer of the Llama family, its KV cache, sampling, and weights in and out.
 
 Llama, Qwen2 (bias on q, k, v) and Qwen3 (norm on each head's q and k) are one architecture with two switches, both
-read from Hugging Face's config.json. What `save` writes opens in `transformers`, whose models of these open here.
+read from Hugging Face's config.json. `transformers` opens what `save` writes, and `load` what it writes of these.
 
     python model.py DIR                          # chat in the terminal
     python model.py DIR --prompt "What is 2+3?"  # one answer

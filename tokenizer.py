@@ -268,10 +268,12 @@ class Tokenizer:
         end = self.encoding.decode([self.end_id])
         config = {"pad_token": end, "clean_up_tokenization_spaces": False} | self.config
         if self._chosen:
-            start, trim = self.encoding.decode(self.start_ids), " | trim" * (self.template in LLAMA_3)
+            start, question = self.encoding.decode(self.start_ids), "messages[-1]['content']"
+            if self.template in LLAMA_3:
+                question += " | trim"
             before, after = map(json.dumps, (start + self.template.removeprefix(start)).split("{prompt}"))
             config["prompt_template"] = self._chosen
-            config["chat_template"] = f"{{{{ {before} + messages[-1]['content']{trim} + {after} }}}}"
+            config["chat_template"] = f"{{{{ {before} + {question} + {after} }}}}"
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
         Path(dir).mkdir(parents=True, exist_ok=True)
         Path(dir, "chat_template.jinja").unlink(missing_ok=True)  # it would override config's

@@ -155,8 +155,7 @@ def catching(name):
         yield
     except Exception as error:
         failed.append(name)
-        said = f"{type(error).__name__}: {error}"
-        note(name, verdict=f"FAILED: {said[:150]} ... {said[-600:]}" if len(said) > 750 else f"FAILED: {said}")
+        note(name, verdict=f"FAILED: {type(error).__name__}: {str(error)[-700:]}")
 
 
 def correct():
@@ -318,12 +317,12 @@ def scripts_together(count, backend):
         run, out = f"{dir}/run", f"{dir}/grpo"
         started = time.time()
         run_together(count, backend, "script", "pipeline.py", "--preset", "smoke", "--out", run)
-        check(f"{count} x {backend}: the smoke recipe", 0, 0, seconds=time.time() - started)
+        note(f"{count} x {backend}: the smoke recipe", seconds=time.time() - started, verdict="ok")
         data = Path(dir, "problems.jsonl")
         data.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(8)))
         run_together(count, backend, "script", "grpo.py", "--model", f"{run}/base", "--data", str(data), "--out", out,
                      "--rollouts", "2", "--max-new-tokens", "20")
-        check(f"{count} x {backend}: grpo.py", 0, 0)
+        note(f"{count} x {backend}: grpo.py", verdict="ok")
 
 
 def run_together(count, backend, *args):
