@@ -32,6 +32,7 @@ from sft import SFTConfig
 from tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+TEST_DRAW = 3  # a recipe that has changed since its last runs on the test is tested on problems drawn anew
 
 
 class MiniWorld:
@@ -47,10 +48,10 @@ class MiniWorld:
         self.preset, self.seed = preset, seed
         self.tokenizer = Tokenizer(DATA)
         split = "test" if seed < 100 else "validation"  # seeds from 100 on are for tuning
-        self.test = world.problems(2, split, preset.test)
-        self.hard = world.problems(2, split, preset.hard, world.HARD_LEVELS)
-        self.general = world.requests(2, split, preset.requests, "general")
-        self.safety = world.requests(2, split, preset.requests, "safety")
+        self.test = world.problems(TEST_DRAW, split, preset.test)
+        self.hard = world.problems(TEST_DRAW, split, preset.hard, world.HARD_LEVELS)
+        self.general = world.requests(TEST_DRAW, split, preset.requests, "general")
+        self.safety = world.requests(TEST_DRAW, split, preset.requests, "safety")
         self.validation = world.problems(0, "validation", min(192, preset.test))
         self.problems = world.problems(seed, "train", preset.problems)
 
