@@ -616,7 +616,7 @@ def recipe(stages="base,zero", limit=280):
 
 # ------------------------------------------------------------------------------------------- the parts
 
-PARTS = {"correct": (correct, 150), "processes": (processes, 200), "decode": (decode, 120), "train": (train, 100),
+PARTS = {"correct": (correct, 220), "processes": (processes, 280), "decode": (decode, 120), "train": (train, 100),
          "step": (step, 100), "recipe": (recipe, 300), "cards": (cards, 240)}
 
 
