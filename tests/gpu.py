@@ -41,7 +41,7 @@ import sft  # noqa: E402
 from lab import architectures, checkpoint, graphs, parallel  # noqa: E402
 from lab.layers import CUDAExperts, SortedExperts, fast_layers, recompute  # noqa: E402
 from lab.memory import Memory  # noqa: E402
-from lab.sharding import shard  # noqa: E402
+from lab.sharding import shard, shard_estimator  # noqa: E402
 from lab.trainee import Trainee  # noqa: E402
 from pipeline import PRESETS, deepseek_sizes  # noqa: E402
 from variants.ppo import PPO  # noqa: E402
@@ -263,10 +263,10 @@ class RandomTrainee(Trainee):
 def updated(name, device, memory=Memory(), shape=TINY, sharded=False):
     """The weights after one step of a method from the same weights and samples on this device."""
     trainee = RandomTrainee(fast_layers(new_model(shape, "cpu").to(device)), memory)
-    if sharded:
-        shard(trainee.model)
     model, ids = trainee.model, random_ids(96, 16, 24)
     if name.startswith("SFT"):
+        if sharded:
+            shard(model)
         objective = Objective() if architectures.is_deepseek(model) else None
         config = sft.SFTConfig(lr=1e-3, epochs=1, row_length=64, batch_tokens=4096, dtype="float32")
         sft.train(model, [(row.tolist(), 4) for row in ids], config, objective=objective,
@@ -275,8 +275,13 @@ def updated(name, device, memory=Memory(), shape=TINY, sharded=False):
     config = grpo.GRPOConfig(rollouts=1, prompts_per_rollout=4, group_size=4, minibatches=1, warmup=1,
                              max_new_tokens=24, dtype="float32", beta=0.0 if name == "PRIME" else 0.01)
     estimators = {"PPO": partial(PPO, model, config), "PRIME": partial(PRIME, model, config, outcome="even")}
+    estimator = estimators.get(name, lambda: None)()
+    if sharded:
+        shard(model)
+        if estimator:  # after its copies of the model are made
+            shard_estimator(estimator)
     grpo.train(model, [[5, 6, 7], [8, 9], [3], [4, 5]], encode=list, decode=str, generate=canned(ids), end_ids=[],
-               rewards={"even": is_even}, config=config, advantage_estimator=estimators.get(name, lambda: None)(),
+               rewards={"even": is_even}, config=config, advantage_estimator=estimator,
                **trainee.optimizer(grpo.adam))
     return flat(trainee.whole())
 

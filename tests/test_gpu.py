@@ -42,6 +42,13 @@ def test_its_processes_under_torchrun_compute_what_one_does(monkeypatch):
     assert gpu.failed == [] and gpu.rows_of_part[-1]["figure"] > 0  # two processes sum in another order
 
 
+@pytest.mark.parametrize("method", ["PPO", "PRIME"])
+def test_its_sharded_updates_are_those_of_one_process(method, monkeypatch):
+    monkeypatch.setattr(gpu, "failed", [])
+    gpu.compare_together(1, "gloo", method, sharded=True)
+    assert gpu.failed == [] and gpu.rows_of_part[-1]["name"].startswith(f"1 x gloo, {method}, sharded")
+
+
 def test_a_command_that_takes_too_long_is_killed_with_what_it_has_started(tmp_path):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     late = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
