@@ -304,29 +304,58 @@ sys.stdout, sys.stderr = shown
 """
 
 
-def alone(script, folder, *names):
-    """Runs a script in a fresh interpreter, in a folder that holds these files of ours and nothing else."""
-    for name in names:
-        shutil.copy(ROOT / f"{name}.py", folder)
+FORKS = """
+import numpy, os, regex, safetensors, sys, tiktoken, torch, traceback
+for folder in sys.argv[1:]:
+    if os.fork() == 0:
+        os.chdir(folder)
+        os.dup2(os.open("said", os.O_CREAT | os.O_WRONLY), 1), os.dup2(1, 2)
+        try:
+            exec(compile(open("script").read(), "script", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    open(f"{folder}/status", "w").write(str(os.waitstatus_to_exitcode(os.wait()[1])))
+"""
+
+
+def fresh_interpreter(script, *args, cwd):
+    """What it prints: an interpreter that knows the installed packages and nothing of this project."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    result = subprocess.run([sys.executable, "-I", "-c", script], cwd=folder, env=clean, capture_output=True, text=True,
-                            timeout=120)
+    result = subprocess.run([sys.executable, "-I", "-c", script, *args], cwd=cwd, env=clean, capture_output=True,
+                            text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{name: a folder that held this file and a script with its example, which has run there}; in forks of one fresh
+    interpreter, since each would take seconds to import torch."""
+    made, stems = {}, {path.stem for path in MODULES.values()} | set(FOLDERS)
+    for name, example in EXAMPLES.items():
+        made[name] = tmp_path_factory.mktemp("alone")
+        shutil.copy(ROOT / f"{name}.py", made[name])
+        packages = sorted(ALLOWED[name] - {"tqdm"}) or ["json"]
+        around = AROUND.format(name=Path(name).stem, packages=", ".join(packages), siblings=stems)
+        (made[name] / "script").write_text(around + textwrap.dedent(example))
+    fresh_interpreter(FORKS, *map(str, made.values()), cwd=ROOT)
+    return made
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_concept_file_alone_in_an_empty_folder_imports_silently_and_works(name, tmp_path):
-    packages = sorted(ALLOWED[name] - {"tqdm"}) or ["json"]
-    stems = {path.stem for path in MODULES.values()} | set(FOLDERS)
-    script = AROUND.format(name=Path(name).stem, packages=", ".join(packages), siblings=stems)
-    assert alone(script + textwrap.dedent(EXAMPLES[name]), tmp_path, name) == ""
+def test_a_concept_file_alone_in_an_empty_folder_imports_silently_and_works(name, folders):
+    said = (folders[name] / "said").read_text()
+    assert ((folders[name] / "status").read_text(), said) == ("0", "")
 
 
 def test_the_folder_of_variants_copied_as_it_is_imports_alone(tmp_path):
     shutil.copytree(ROOT / "variants", tmp_path / "variants", ignore=shutil.ignore_patterns("__pycache__"))
     script = "import sys; sys.path.insert(0, ''); from variants import configs, ppo, prime, process; print(ppo.PPO)"
-    assert "variants.ppo.PPO" in alone(script, tmp_path)
+    assert "variants.ppo.PPO" in fresh_interpreter(script, cwd=tmp_path)
 
 
 def test_every_concept_file_has_an_example_here():
@@ -529,7 +558,9 @@ METHODS = {
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
 @pytest.mark.parametrize("name", METHODS)
 def test_grpo_copied_alone_or_with_a_variant_trains_a_transformers_model_in_a_scratch_project(name, tmp_path):
-    alone(SCRATCH + textwrap.dedent(METHODS[name]), tmp_path, *{"grpo", name})
+    for file in {"grpo", name}:
+        shutil.copy(ROOT / f"{file}.py", tmp_path)
+    fresh_interpreter(SCRATCH + textwrap.dedent(METHODS[name]), cwd=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- links of the documents

@@ -30,12 +30,15 @@ def run(program, *args, **settings):
     return run_forked(PROGRAMS[program], argv=[program, *map(str, args)], cwd=ROOT, **settings)
 
 
-def test_the_recipe_runs_from_the_command_line(tmp_path):
-    """In an interpreter of its own, as a user starts it: two stages show that all is imported and found."""
+def test_base_and_zero_are_a_taste_that_ends_with_the_curve_and_a_problem_before_and_after(tmp_path):
+    """In an interpreter of its own, as a user starts it: all is imported and found."""
     result = subprocess.run([sys.executable, str(ROOT / "pipeline.py"), *RECIPE, "--stages", "base,zero"], cwd=tmp_path,
                             capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert (tmp_path / "run" / "zero" / "model.safetensors").exists()
+    assert [*json.loads((tmp_path / "run" / "results.json").read_text())["stages"]] == ["base", "zero"]
+    assert "R1-Zero, over its rollouts" in result.stdout and "one problem, before and after" in result.stdout
+    assert "the whole recipe, from here: python pipeline.py --preset smoke --out run\n" in result.stdout
+    assert (tmp_path / "run" / "curve.svg").read_text().startswith("<svg")
 
 
 def test_a_run_ends_with_every_stage_and_its_figures(finished_run):
@@ -103,24 +106,15 @@ def test_a_finished_run_called_again_makes_nothing_a_second_time(copy_of_run):
 
 # ------------------------------------------------------------------------------------------- some of the stages
 
-def test_base_and_zero_are_a_taste_that_ends_with_the_curve_and_a_problem_before_and_after(tmp_path):
-    ended = call(tmp_path, [*RECIPE, "--stages", "base,zero"])
-    assert ended.status == 0, ended.stderr
-    assert [*json.loads((tmp_path / "run" / "results.json").read_text())["stages"]] == ["base", "zero"]
-    assert "R1-Zero, over its rollouts" in ended.stdout and "one problem, before and after" in ended.stdout
-    assert "the whole recipe, from here: python pipeline.py --preset smoke --out run\n" in ended.stdout
-    assert (tmp_path / "run" / "curve.svg").read_text().startswith("<svg")
-
-
 def test_stages_chosen_one_after_the_other_come_to_the_same_end(copy_of_run, finished_run):
-    for stage in ("dev3", "r1", "base_llama", "student_llama"):
+    for stage in ("dev3", "r1", "student_llama"):
         shutil.rmtree(copy_of_run / stage)
-    for stages in ("base_llama,student_llama", "dev3,r1"):
+    for stages in ("student_llama", "dev3,r1"):
         ended = call(copy_of_run.parent, [*RECIPE, "--stages", stages])
         assert ended.status == 0, ended.stderr
     command = json.loads((copy_of_run / "results.json").read_text())["meta"]["command"]
     whole, *later = command.split(" && ")  # each command that had a part in it, once
-    assert [line.partition("--stages ")[2].split()[0] for line in later] == ["base_llama,student_llama", "dev3,r1"]
+    assert [line.partition("--stages ")[2].split()[0] for line in later] == ["student_llama", "dev3,r1"]
     assert "--stages" not in whole
     found, undisturbed = content(copy_of_run), content(finished_run)
     weights = [name for name in undisturbed if name.endswith((".safetensors", "samples.jsonl", "metrics.jsonl"))]
@@ -143,7 +137,9 @@ def test_what_cannot_be_done_with_the_recipe_is_said_in_one_line(args, culprit, 
     assert not (tmp_path / "run" / "config.json").exists()  # nothing that a corrected call would stumble over
 
 
-def test_a_reward_that_no_rule_is_called_by_is_named(tmp_path):
+def test_a_reward_that_no_rule_is_called_by_is_named(finished_run, tmp_path):
+    shutil.copytree(finished_run / "base", tmp_path / "run" / "base")
+
     def misspelled():
         pipeline.ACCURACY_AND_FORMAT = {"accuracy": 1.0, "fromat": 1.0}
         pipeline.main()
