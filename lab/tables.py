@@ -346,7 +346,7 @@ def make_pages(results):
     """{path within `results`: text} of README.md and the pictures."""
     names = {path.parent.parent.name for path in results.glob("*/seed-*/results.json")}
     pages, parts = {}, [HEAD]
-    for name in sorted(names, key=lambda name: (not name.startswith(MAIN), name)):
+    for name in sorted(names, key=lambda name: (name != MAIN, not name.startswith(f"{MAIN}_"), name)):
         picture = "curve.svg" if name == MAIN else f"{name}/curve.svg"
         parts.append(section(results / name, picture))
         runs = read_group(results / name)

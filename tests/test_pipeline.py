@@ -39,6 +39,7 @@ def test_base_and_zero_are_a_taste_that_ends_with_the_curve_and_a_problem_before
     assert "R1-Zero, over its rollouts" in result.stdout and "one problem, before and after" in result.stdout
     assert "the whole recipe, from here: python pipeline.py --preset smoke --out run\n" in result.stdout
     assert (tmp_path / "run" / "curve.svg").read_text().startswith("<svg")
+    assert (tmp_path / "run" / "zero" / "model.safetensors").exists()
 
 
 def test_a_run_ends_with_every_stage_and_its_figures(finished_run):
