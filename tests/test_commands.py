@@ -1,4 +1,4 @@
-"""The commands in blocks of README.md and of two pages of docs/ run, made small, in a folder that holds what they name."""
+"""The commands in blocks of README.md and two pages of docs/ run, made small, in a folder that holds what they name."""
 
 import json
 import re
