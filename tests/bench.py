@@ -35,6 +35,7 @@ import grpo
 import model as ours
 import sft
 from lab import graphs
+from lab.command import fast_dtype
 from lab.layers import fast_layers
 
 # 0.8M parameters and the world's vocabulary, as nanoGPT with 4 layers of 128
@@ -46,6 +47,7 @@ SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hi
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+FAST = getattr(torch, fast_dtype(DEVICE))  # the limit's
 
 
 def has(module):
@@ -266,7 +268,7 @@ def train_race(c, rows, length, nanogpt):
             contenders[f"nanoGPT {dtype} compiled"] = partial(train_nanogpt, c, rows, length, dtype, True, nanogpt)
 
     def limit():
-        return product_seconds(c, rows * length, torch.bfloat16, train=True)
+        return product_seconds(c, rows * length, FAST, train=True)
     return "tokens/s", rows * length, contenders, limit
 
 
@@ -281,7 +283,7 @@ def decode_race(c, prompts, samples, prompt, new):
 
     def limit():  # a step multiplies all weights with all rows, and reads weights and cache once
         read = (weights_bytes(c) + cache_bytes(c, rows, prompt + new / 2)) / bandwidth()
-        return new * max(product_seconds(c, rows, torch.bfloat16), read)
+        return new * max(product_seconds(c, rows, FAST), read)
     return "tokens/s", rows * new, contenders, limit
 
 
@@ -297,9 +299,9 @@ def grpo_race(c):
 
     def limit():
         tokens = PROMPTS * GROUP * (PROMPT + NEW)
-        sampling = NEW * product_seconds(c, PROMPTS * GROUP, torch.bfloat16)
-        reference = product_seconds(c, tokens, torch.bfloat16)
-        return sampling + reference + product_seconds(c, tokens, torch.bfloat16, train=True)
+        sampling = NEW * product_seconds(c, PROMPTS * GROUP, FAST)
+        reference = product_seconds(c, tokens, FAST)
+        return sampling + reference + product_seconds(c, tokens, FAST, train=True)
     return "steps/s", 1, contenders, limit
 
 
@@ -361,6 +363,8 @@ def best_peer(medians):
 
 def show_race(name, make, repeats, nanogpt):
     unit, work, contenders, limit = make()
+    if FAST == torch.float32:  # bfloat16 would take ten times as long
+        contenders = {contender: run for contender, run in contenders.items() if "bf16" not in contender}
     seconds = race_seconds(contenders, repeats)
     medians = {contender: statistics.median(turns) for contender, turns in seconds.items()}
     best, least = best_peer(medians), limit()

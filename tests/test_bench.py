@@ -34,6 +34,7 @@ RACES = {"train": partial(bench.train_race, SHAPE, 4, 8, None), "decode": partia
 @pytest.fixture
 def show(monkeypatch, capsys):
     """show(race) -> its rows, at small sizes, of our contenders."""
+    monkeypatch.setattr(bench, "FAST", bench.torch.bfloat16)
     monkeypatch.setattr(bench, "peak_megabytes", lambda *which: "7")
     monkeypatch.setattr(bench, "median_time", lambda run, *_: bench.timed(run))
     for name, value in dict(PROMPTS=2, GROUP=2, PROMPT=4, NEW=3).items():
@@ -64,6 +65,11 @@ def test_a_ratio_is_to_the_best_peer_of_the_same_run(monkeypatch, show):
     rows = show(RACES["train"], **{"peer slow": lambda: lambda: 8.0, "peer fast": lambda: lambda: 3.0})
     assert [row[-3] for row in rows] == ["1.50x", "1.50x", "0.38x", "1.00x"]
     assert [row[-2] for row in rows] == ["12%", "12%", "3%", "8%"]
+
+
+def test_where_bfloat16_is_slow_float32_runs_alone(monkeypatch, show):
+    monkeypatch.setattr(bench, "FAST", bench.torch.float32)
+    assert [row[:2] for row in show(RACES["decode"])] == [["ours", "fp32"]]
 
 
 def test_a_separate_process_reports_its_own_peak_and_not_its_parents():
