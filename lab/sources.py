@@ -32,7 +32,7 @@ from sft import SFTConfig
 from tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-TEST_DRAW = 3  # which draw is the test, and tuning seeds' validation; one more when the recipe has changed since
+TEST_DRAW = 3  # the number of the test's draw; one more when the recipe has changed since the test was last used
 
 
 class MiniWorld:

@@ -45,9 +45,11 @@ SMALL = dict(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                num_key_value_heads=3, max_position_embeddings=2048)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 FAST = getattr(torch, fast_dtype(DEVICE))  # the limit's
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+if FAST == torch.float32:
+    del DTYPES["bf16"]  # it would take ten times as long
+NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def has(module):
@@ -258,10 +260,7 @@ def grpo_trl(c, dtype):
 # ------------------------------------------------------------------------------------------- races
 
 def train_race(c, rows, length, nanogpt):
-    contenders = {
-        "ours bf16": partial(train_ours, c, rows, length, "bf16"),
-        "ours fp32": partial(train_ours, c, rows, length, "fp32"),
-    }
+    contenders = {f"ours {dtype}": partial(train_ours, c, rows, length, dtype) for dtype in DTYPES}
     if nanogpt:
         for dtype in DTYPES:
             contenders[f"nanoGPT {dtype}"] = partial(train_nanogpt, c, rows, length, dtype, False, nanogpt)
@@ -288,11 +287,9 @@ def decode_race(c, prompts, samples, prompt, new):
 
 
 def grpo_race(c):
-    contenders = {
-        "ours bf16": partial(grpo_ours, c, "bf16"),
-        "ours bf16, pi_old scored": partial(grpo_ours, c, "bf16", old_logprobs="trainer"),
-        "ours fp32": partial(grpo_ours, c, "fp32"),
-    }
+    contenders = {f"ours {dtype}": partial(grpo_ours, c, dtype) for dtype in DTYPES}
+    fastest = next(iter(DTYPES))
+    contenders[f"ours {fastest}, pi_old scored"] = partial(grpo_ours, c, fastest, old_logprobs="trainer")
     if has("trl"):
         for dtype in DTYPES:
             contenders[f"TRL {dtype}"] = partial(grpo_trl, c, dtype)
@@ -363,8 +360,6 @@ def best_peer(medians):
 
 def show_race(name, make, repeats, nanogpt):
     unit, work, contenders, limit = make()
-    if FAST == torch.float32:  # bfloat16 would take ten times as long
-        contenders = {contender: run for contender, run in contenders.items() if "bf16" not in contender}
     seconds = race_seconds(contenders, repeats)
     medians = {contender: statistics.median(turns) for contender, turns in seconds.items()}
     best, least = best_peer(medians), limit()
@@ -404,8 +399,6 @@ def print_machine():
     x = torch.randn(2048, 2048, device=DEVICE)
     rates = []
     for name, dtype in DTYPES.items():
-        if name == "bf16" and FAST == torch.float32:
-            continue
         y = x.to(dtype)
         rates.append(f"{name} {2 * 2048**3 / median_time(lambda: y @ y) / 1e9:.0f} GFLOP/s")
     print(f"{device}, torch {torch.__version__}; matrix products of 2,048: {', '.join(rates)}; "

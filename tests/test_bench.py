@@ -34,7 +34,7 @@ RACES = {"train": partial(bench.train_race, SHAPE, 4, 8, None), "decode": partia
 @pytest.fixture
 def show(monkeypatch, capsys):
     """show(race) -> its rows, at small sizes, of our contenders."""
-    monkeypatch.setattr(bench, "FAST", bench.torch.bfloat16)
+    monkeypatch.setattr(bench, "DTYPES", {"bf16": torch.bfloat16, "fp32": torch.float32})
     monkeypatch.setattr(bench, "peak_megabytes", lambda *which: "7")
     monkeypatch.setattr(bench, "median_time", lambda run, *_: bench.timed(run))
     for name, value in dict(PROMPTS=2, GROUP=2, PROMPT=4, NEW=3).items():
@@ -52,7 +52,7 @@ def show(monkeypatch, capsys):
 def test_a_race_prints_one_row_per_contender_with_rate_limit_and_memory_also_without_any_peer(race, show):
     rows = show(RACES[race])
     assert [row[0] for row in rows] == ["ours"] * (3 if race == "grpo" else 2)
-    assert [row[1] for row in rows] == (["bf16", "bf16,", "fp32"] if race == "grpo" else ["bf16", "fp32"])
+    assert [row[1] for row in rows] == (["bf16", "fp32", "bf16,"] if race == "grpo" else ["bf16", "fp32"])
     for row in rows:
         rate, low, high = map(float, row[-6:-3])
         assert 0 < low <= rate <= high and row[-3:-1] == ["-", row[-2]] and row[-2].endswith("%") and row[-1] == "7"
@@ -68,8 +68,8 @@ def test_a_ratio_is_to_the_best_peer_of_the_same_run(monkeypatch, show):
 
 
 def test_where_bfloat16_is_slow_float32_runs_alone(monkeypatch, show):
-    monkeypatch.setattr(bench, "FAST", bench.torch.float32)
-    assert [row[:2] for row in show(RACES["decode"])] == [["ours", "fp32"]]
+    monkeypatch.setattr(bench, "DTYPES", {"fp32": torch.float32})
+    assert [row[:2] for race in RACES for row in show(RACES[race])] == [["ours", "fp32"]] * 3 + [["ours", "fp32,"]]
 
 
 def test_a_separate_process_reports_its_own_peak_and_not_its_parents():

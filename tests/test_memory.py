@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,11 +160,8 @@ def busy(tmp_path):
     return make
 
 
-SOME = (("full", False), ("lora", True), ("offload", True))  # the others stand behind --full
-
-
-@pytest.mark.parametrize("kind, recompute", [
-    pair if pair in SOME else pytest.param(*pair, marks=pytest.mark.full) for pair in product(KINDS, (False, True))])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recompute", [False, True])
 def test_no_height_of_grpo_is_above_the_formulas_and_none_far_below(kind, recompute, busy):
     memory, heights = replace(KINDS[kind], recompute=recompute), {}
     config = grpo.GRPOConfig(rollouts=2, prompts_per_rollout=4, group_size=4, minibatches=2, max_new_tokens=24,

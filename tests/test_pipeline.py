@@ -108,14 +108,14 @@ def test_a_finished_run_called_again_makes_nothing_a_second_time(copy_of_run):
 # ------------------------------------------------------------------------------------------- some of the stages
 
 def test_stages_chosen_one_after_the_other_come_to_the_same_end(copy_of_run, finished_run):
-    for stage in ("dev3", "r1", "student_llama"):
+    for stage in ("dev3", "r1", "base_llama", "student_llama"):
         shutil.rmtree(copy_of_run / stage)
-    for stages in ("student_llama", "dev3,r1"):
+    for stages in ("base_llama,student_llama", "dev3,r1"):
         ended = call(copy_of_run.parent, [*RECIPE, "--stages", stages])
         assert ended.status == 0, ended.stderr
     command = json.loads((copy_of_run / "results.json").read_text())["meta"]["command"]
     whole, *later = command.split(" && ")  # each command that had a part in it, once
-    assert [line.partition("--stages ")[2].split()[0] for line in later] == ["student_llama", "dev3,r1"]
+    assert [line.partition("--stages ")[2].split()[0] for line in later] == ["base_llama,student_llama", "dev3,r1"]
     assert "--stages" not in whole
     found, undisturbed = content(copy_of_run), content(finished_run)
     weights = [name for name in undisturbed if name.endswith((".safetensors", "samples.jsonl", "metrics.jsonl"))]
